@@ -1,0 +1,1 @@
+"""Raw images to shards: sources, image checks, writers, the manifest and the stage runner."""

@@ -1,0 +1,73 @@
+"""One shard, start to finish: read its images, check them, write them, record it. Runs in a worker process."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from data_prep.images import UnusableImage, make_usable
+from data_prep.manifest import BadImage, Shard
+from data_prep.sources.base import Item, Reader
+from data_prep.state import Record, SplitState, writing
+from data_prep.tarshard import TarShardWriter
+
+# Format name -> writer. A writer has `suffix`, `add(key, extension, data, label)`, `close()`, `abort()` and the figures
+# that the record keeps.
+WRITERS = {"webdataset": TarShardWriter}
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """What a shard is to hold."""
+
+    file: str
+    items: list[Item]
+
+
+@dataclass(frozen=True)
+class ShardBuilder:
+    """Everything about a split that its shards share; pickled once per worker."""
+
+    state: SplitState
+    plan: str
+    reader: Reader
+    format: str
+    resize: int | None
+    quality: int
+
+    def build(self, task: ShardTask, on_image: Callable[[int], None]) -> Record:
+        """Make one shard and publish it; `on_image(1)` is called after every image.
+
+        Raises:
+            UserError: the source can't be read, or the shard can't be written.
+        """
+        tar, index = self.state.scratch / task.file, self.state.scratch / f"{task.file}.idx"
+        with writing(self.state.directory), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata: what matters here raises
+            writer = WRITERS[self.format](tar, index)
+            try:
+                quarantine = self._fill(writer, task, on_image)
+                writer.close()
+                shard = Shard(task.file, writer.samples, writer.bytes, writer.sha256, writer.index_sha256)
+                record = Record(self.plan, shard, writer.index_bytes, quarantine)
+                self.state.publish(record, tar, index)
+                return record
+            finally:
+                writer.abort()
+                tar.unlink(missing_ok=True)
+                index.unlink(missing_ok=True)
+
+    def _fill(self, writer: TarShardWriter, task: ShardTask, on_image: Callable[[int], None]) -> list[BadImage]:
+        quarantine = []
+        for item, data in zip(task.items, self.reader.read(task.items), strict=True):
+            try:
+                image = make_usable(data, self.resize, self.quality)
+            except UnusableImage as error:
+                quarantine.append(BadImage(item.name, str(error), "dropped"))
+            else:
+                writer.add(item.key, image.extension, image.data, item.label)
+                if image.repair is not None:
+                    quarantine.append(BadImage(item.name, *image.repair))
+            on_image(1)
+        return quarantine

@@ -1,0 +1,118 @@
+"""Is this image usable, and which bytes go into the shard?
+
+Every image is decoded once, in full. A usable one keeps its original bytes unless it is resized, its pixels are of a
+kind that readers get wrong (CMYK, 16 bit), or its format is one that they don't read (GIF, BMP, TIFF). Metadata is
+never applied: an EXIF orientation stays in kept bytes, where the ImageNet pipelines ignore it, and is lost, unapplied,
+in re-encoded ones.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+MAX_SIDE = 20_000
+MAX_PIXELS = 100_000_000
+MAX_BYTES = 64 * 2**20
+
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+READ_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # a closed list: some others start external programs
+PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
+
+
+class UnusableImage(Exception):
+    """The image can't be used; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Usable:
+    """What goes into the shard.
+
+    Attributes:
+        data: the encoded image.
+        extension: its true format, whatever the source called it.
+        repair: (what was wrong, what was done) where the image was not simply kept or resized.
+    """
+
+    data: bytes
+    extension: str
+    repair: tuple[str, str] | None = None
+
+
+def make_usable(data: bytes, resize: int | None = None, quality: int = 90) -> Usable:
+    """Check one image; shrink it to short side `resize` if it is larger; mend what readers would get wrong.
+
+    Resizing is bicubic with antialiasing (Pillow), the long side rounded down as torchvision does. JPEG and WebP become
+    JPEG of this quality (4:2:0), everything else stays lossless as PNG.
+
+    Raises:
+        UnusableImage: zero bytes, not an image, truncated or damaged, or of an absurd size.
+    """
+    image = _decode(data)
+    name, mode = image.format or "", image.mode
+    repair = None
+    if mode not in PLAIN_MODES:
+        image = _eight_bit(image)
+        repair = (f"{name} with {mode} pixels", f"converted to {'greyscale' if image.mode == 'L' else 'RGB'}")
+    elif name not in EXTENSIONS:
+        repair = (f"{name} image", "stored as PNG")
+    shrink = resize is not None and min(image.size) > resize
+    if repair is None and not shrink:
+        return Usable(data, EXTENSIONS[name])
+    if image.mode not in ("L", "RGB"):
+        image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
+    if resize is not None and shrink:
+        short = min(image.size)
+        width, height = (resize * side // short for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    if name in ("JPEG", "MPO", "WEBP"):
+        return Usable(_encoded(image, "JPEG", quality=quality), "jpg", repair)
+    return Usable(_encoded(image, "PNG"), "png", repair)
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Lossless PNG of uint8 pixels, (H, W) greyscale or (H, W, 3) RGB."""
+    return _encoded(Image.fromarray(np.ascontiguousarray(pixels)), "PNG")
+
+
+def _decode(data: bytes) -> Image.Image:
+    if not data:
+        raise UnusableImage("zero bytes")
+    if len(data) > MAX_BYTES:
+        raise UnusableImage(f"absurd size: {len(data)} bytes, the limit is {MAX_BYTES}")
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=READ_FORMATS)
+        width, height = image.size
+        if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+            raise UnusableImage(f"absurd size: {width} x {height} pixels")
+        image.load()
+    except Image.UnidentifiedImageError:
+        raise UnusableImage(f"not an image ({', '.join(READ_FORMATS)})") from None
+    except Image.DecompressionBombError as error:
+        raise UnusableImage(f"absurd size: {error}") from error
+    except (UnusableImage, MemoryError):
+        raise
+    except Exception as error:  # the decoders raise nearly every type on damaged bytes
+        reason = "truncated" if "truncated" in str(error) else "damaged"
+        raise UnusableImage(f"{reason}: {error or type(error).__name__}") from error
+    return image
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """CMYK and other colour spaces to RGB, 16-bit greyscale to 8 bits (which a plain convert would clip)."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise UnusableImage(f"{image.format} with {image.mode} pixels, which have no RGB form") from error
+
+
+def _encoded(image: Image.Image, name: str, **options: int) -> bytes:
+    image.info.clear()  # Pillow would copy some metadata (profiles, comments) from the source
+    buffer = io.BytesIO()
+    image.save(buffer, name, **options)
+    return buffer.getvalue()

@@ -1,0 +1,179 @@
+"""The manifest: what a directory of shards holds, and how to check that it still does.
+
+One directory per split::
+
+    train/
+        manifest.json            this file's `Manifest`
+        train-000000.tar         samples; a standard WebDataset tar (key.jpg + key.cls)
+        train-000000.idx.npy     one `INDEX_DTYPE` row per sample of that tar
+        ...
+
+The index gives the byte range and label of every sample, so a reader reaches any sample with one positioned read and
+no scan of the tar. This module is the only one that training code imports from `data_prep`; it needs NumPy alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.atomic import write_atomic
+from data_prep.errors import UserError
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_VERSION = 1
+KEY_BYTES = 64
+
+# `offset` and `size` delimit the image bytes inside the shard file, `key` is the sample key padded with NULs.
+INDEX_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u8"), ("label", "<i8"), ("key", f"S{KEY_BYTES}")])
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard file.
+
+    Attributes:
+        file: name of the shard, relative to the manifest's directory.
+        samples: number of samples in it.
+        bytes: size of the file.
+        sha256: hash of the file.
+        index_sha256: hash of its index file.
+    """
+
+    file: str
+    samples: int
+    bytes: int
+    sha256: str
+    index_sha256: str
+
+    @property
+    def index_file(self) -> str:
+        return Path(self.file).stem + ".idx.npy"
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """One image of the source that is not, or not unchanged, in the shards.
+
+    Attributes:
+        source: where it stands in the source (a path, `tar!member`, `parquet#row`).
+        reason: what is wrong with it.
+        action: what was done (`dropped`, or the repair).
+    """
+
+    source: str
+    reason: str
+    action: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about one split.
+
+    Attributes:
+        format: `webdataset` or `ffcv`.
+        split: name of the split.
+        classes: class names; the label of a sample is the position of its class here.
+        shards: the shards, in order.
+        options: the options of the preparation that change the bytes of the shards.
+        source: kind, path and fingerprint of the source.
+        quarantine: images of the source that were dropped or repaired.
+    """
+
+    format: str
+    split: str
+    classes: list[str]
+    shards: list[Shard]
+    options: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
+    quarantine: list[BadImage] = field(default_factory=list)
+    version: int = MANIFEST_VERSION
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def fingerprint(self) -> str:
+        """Hash of the *contents*: classes and shard hashes, so two preparations of the same bytes agree."""
+        content = {"classes": self.classes, "shards": [[s.samples, s.sha256] for s in self.shards]}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def save(self, directory: str | Path) -> Path:
+        """Write `manifest.json`, with a checksum of itself; a reader sees either the old file or all of the new one."""
+        path = Path(directory) / MANIFEST_NAME
+        content = asdict(self)
+        content["checksum"] = _checksum(content)
+        write_atomic(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+        return path
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Manifest:
+        """Read the manifest of a split directory (or the manifest file itself).
+
+        Raises:
+            UserError: there is no manifest, it can't be understood, or its checksum disagrees.
+        """
+        path = Path(directory)
+        if path.name != MANIFEST_NAME:
+            path = path / MANIFEST_NAME
+        if not path.is_file():
+            raise UserError(_no_manifest(path))
+        try:
+            raw = json.loads(path.read_bytes())
+            if raw.get("version") != MANIFEST_VERSION:
+                raise UserError(
+                    f"{path}: manifest version {raw.get('version')!r}, this release reads {MANIFEST_VERSION}; "
+                    "prepare the shards again with `rookery prep`"
+                )
+            if raw.pop("checksum") != _checksum(raw):
+                raise ValueError("its checksum disagrees")
+            raw["shards"] = [Shard(**shard) for shard in raw["shards"]]
+            raw["quarantine"] = [BadImage(**bad) for bad in raw["quarantine"]]
+            return cls(**raw)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"{path}: damaged or edited by hand ({type(error).__name__}: {error}); "
+                "run the same `rookery prep` command again: it writes the manifest anew from its records"
+            ) from error
+
+
+def load_index(directory: str | Path, shard: Shard) -> np.ndarray:
+    """Memory-map the index of one shard: shape (samples,), dtype `INDEX_DTYPE`.
+
+    Raises:
+        UserError: the index is missing, damaged, or does not have `shard.samples` rows.
+    """
+    path = Path(directory) / shard.index_file
+    advice = "run `rookery verify` on the directory, and `rookery prep` again to rebuild what is damaged"
+    try:
+        index = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: the index of {shard.file} is missing; {advice}") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: unreadable index ({error}); {advice}") from error
+    if index.dtype != INDEX_DTYPE or index.shape != (shard.samples,):
+        raise UserError(
+            f"{path}: index of shape {index.shape} and type {index.dtype}, "
+            f"the manifest says ({shard.samples},) and {INDEX_DTYPE}; {advice}"
+        )
+    return index
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _no_manifest(path: Path) -> str:
+    splits = sorted(p.parent.name for p in path.parent.glob(f"*/{MANIFEST_NAME}")) if path.parent.is_dir() else []
+    if splits:
+        return f"{path}: no such manifest, but the directory holds the splits {', '.join(splits)}; name one of them"
+    return f"{path}: no such manifest; make the shards first with `rookery prep SOURCE OUT`"

@@ -1,0 +1,180 @@
+"""The stage runner: a source becomes shards, an index beside each, and a manifest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_prep.build import WRITERS, ShardBuilder, ShardTask
+from data_prep.errors import UserError
+from data_prep.manifest import MANIFEST_NAME, BadImage, Manifest
+from data_prep.options import PrepOptions
+from data_prep.plan import Plan, make_plan
+from data_prep.progress import Progress, SilentProgress
+from data_prep.sources import open_source
+from data_prep.sources.base import Listing, Source
+from data_prep.state import Record, SplitState, writing
+from data_prep.workers import build_shards, usable_cores
+
+SHOWN = 20
+
+
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    options: PrepOptions | None = None,
+    split: str | None = None,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Prepare one split of `source` into `out/<split>`; `split` may be left out where the source has only one.
+
+    Raises:
+        UserError: see `prepare_splits`.
+    """
+    opened = open_source(source, options)
+    if split is None and len(opened.splits()) > 1:
+        raise UserError(f"{source}: it has the splits {', '.join(opened.splits())}; choose one of them")
+    [manifest] = prepare_splits(opened, out, options, [split] if split else [], progress).values()
+    return manifest
+
+
+def prepare_splits(
+    source: str | Path | Source,
+    out: str | Path,
+    options: PrepOptions | None = None,
+    splits: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> dict[str, Manifest]:
+    """Prepare these splits of `source` (all that it offers, if none are named) into `out/<split>`.
+
+    Shards are a pure function of the source and of `options.content()`. Killed at any moment and called again, it makes
+    the missing shards only; called on finished directories it changes nothing.
+
+    Raises:
+        UserError: the source can't be read; `out` can't be written, holds something else, or is being written by
+            another preparation; or more images are bad than tolerated (no manifest is written then).
+    """
+    options = options or PrepOptions()
+    progress = progress or SilentProgress()
+    if options.format not in WRITERS:
+        raise UserError(f"--format {options.format}: no such format; there is {', '.join(WRITERS)}")
+    opened = open_source(source, options) if isinstance(source, str | Path) else source
+    if (
+        isinstance(source, str | Path)
+        and Path(source).is_dir()
+        and Path(out).resolve().is_relative_to(Path(source).resolve())
+    ):
+        raise UserError(f"{out}: lies inside the source {source}, which would list its own shards; choose another OUT")
+    listings = {}
+    for split in splits or opened.splits():
+        listings[split] = _list(opened, split, progress)
+    return {
+        split: _prepare_split(opened, split, listing, Path(out), options, progress)
+        for split, listing in listings.items()
+    }
+
+
+def _list(source: Source, split: str, progress: Progress) -> Listing:
+    offered = source.splits()
+    if split not in offered and not source.unnamed:
+        raise UserError(f"{source.name}: no split {split!r} in it; it has {', '.join(offered)}")
+    if not split or split.startswith(".") or os.sep in split:
+        raise UserError(
+            f"--split {split!r}: it names a folder below OUT, so it can't hold {os.sep} or start with a dot"
+        )
+    progress.say(f"{split}: listing {source.kind} {source.name}")
+    listing = source.listing(split if split in offered else offered[0])
+    if not len(listing):
+        raise UserError(f"{source.name}: no images in the split {split}")
+    return listing
+
+
+def _prepare_split(
+    source: Source, split: str, listing: Listing, out: Path, options: PrepOptions, progress: Progress
+) -> Manifest:
+    plan = make_plan(listing, source.kind, source.name, split, options)
+    suffix = WRITERS[options.format].suffix
+    files = [f"{split}-{number:06d}{suffix}" for number in range(len(plan.shards))]
+    state = SplitState(out / split)
+    with state.locked() as exclusive, writing(state.directory):
+        if not exclusive:
+            progress.say(f"{state.directory}: this file system has no locks; let no other prep write here meanwhile")
+        records = state.begin(plan, files, options.overwrite, options.repair)
+        current = _current_manifest(state.directory)
+        missing = [number for number, file in enumerate(files) if file not in records]
+        if missing:
+            progress.say(
+                f"{split}: {len(listing):,} images, {len(listing.classes):,} classes, {len(files):,} shards"
+                + (f", of which {len(records):,} are finished" if records else "")
+            )
+            _build_missing(state, plan, listing, files, missing, records, options, progress)
+        manifest = _manifest(plan, listing, [records[file] for file in files])
+        if manifest == current:
+            done = "mended" if missing else "complete already, nothing to do"
+            progress.say(f"{split}: {done} ({manifest.num_samples:,} samples in {len(manifest.shards):,} shards)")
+            return manifest
+        _check_bad(state.directory, split, manifest, len(listing), options)
+        manifest.save(state.directory)
+    return manifest
+
+
+def _build_missing(
+    state: SplitState,
+    plan: Plan,
+    listing: Listing,
+    files: list[str],
+    missing: list[int],
+    records: dict[str, Record],
+    options: PrepOptions,
+    progress: Progress,
+) -> None:
+    builder = ShardBuilder(state, plan.fingerprint, listing.reader, options.format, options.resize, options.quality)
+    tasks = [ShardTask(files[number], listing.items(plan.shards[number])) for number in missing]
+
+    def keep(record: Record) -> None:
+        records[record.shard.file] = record
+
+    left = sum(len(task.items) for task in tasks)
+    with progress.task(plan.description["split"], len(listing), len(listing) - left) as advance:
+        build_shards(builder, tasks, options.workers or usable_cores(), advance, keep)
+
+
+def _manifest(plan: Plan, listing: Listing, records: list[Record]) -> Manifest:
+    return Manifest(
+        format=plan.description["format"],
+        split=plan.description["split"],
+        classes=listing.classes,
+        shards=[record.shard for record in records if record.shard.samples],
+        options=plan.description["options"],
+        source=plan.description["source"],
+        quarantine=[*listing.rejected, *(bad for record in records for bad in record.quarantine)],
+    )
+
+
+def _current_manifest(directory: Path) -> Manifest | None:
+    try:
+        return Manifest.load(directory)
+    except UserError:
+        return None  # missing or damaged: the records know better
+
+
+def _check_bad(directory: Path, split: str, manifest: Manifest, images: int, options: PrepOptions) -> None:
+    bad = [image for image in manifest.quarantine if image.action == "dropped"]
+    tolerated = options.tolerated(images)
+    if len(bad) <= tolerated and manifest.shards:
+        return
+    (directory / MANIFEST_NAME).unlink(missing_ok=True)
+    listed = describe_quarantine(bad)
+    if not manifest.shards:
+        raise UserError(f"{split}: none of the {images:,} images is usable\n{listed}")
+    raise UserError(
+        f"{split}: {len(bad):,} of {images:,} images are bad, {tolerated:,} are tolerated\n{listed}\n"
+        f"mend the source, or leave them out: the same command with --max-bad {len(bad)} (no shard is made again)"
+    )
+
+
+def describe_quarantine(bad: Sequence[BadImage]) -> str:
+    """The first images of a quarantine list, one per line."""
+    lines = [f"  {image.source}: {image.reason} ({image.action})" for image in bad[:SHOWN]]
+    return "\n".join(lines + ([f"  ... and {len(bad) - SHOWN:,} more"] if len(bad) > SHOWN else []))

@@ -1,0 +1,44 @@
+"""Where raw images come from: one module per kind of source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data_prep.errors import UserError
+from data_prep.options import PrepOptions
+from data_prep.sources.base import Source, reading
+from data_prep.sources.cifar import CifarSource
+from data_prep.sources.digits import DigitsSource
+from data_prep.sources.folder import FolderSource
+from data_prep.sources.ilsvrc import IlsvrcSource
+from data_prep.sources.parquet import ParquetSource
+
+# In the order of detection: a folder of class folders is what remains when nothing more particular fits.
+SOURCES = {source.kind: source for source in (DigitsSource, IlsvrcSource, CifarSource, ParquetSource, FolderSource)}
+
+UNDERSTOOD = """\
+  folder    <class>/<images>, or train/<class>/<images> and val/<class>/<images>
+  ilsvrc    ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar (with --devkit), or a folder with them
+  parquet   a Hugging Face parquet file, or a folder of {split}.parquet or {split}-00000-of-000NN.parquet
+  cifar     CIFAR-10 or CIFAR-100, python or binary: the tar.gz or its extracted folder
+  digits    the word `digits`: scikit-learn's 1,797 scans"""
+
+
+def open_source(where: str | Path, options: PrepOptions | None = None) -> Source:
+    """Find out what `where` is, or take `options.kind` for it.
+
+    Raises:
+        UserError: there is nothing there, or nothing that is understood.
+    """
+    options = options or PrepOptions()
+    path = Path(where)
+    if options.kind is not None and options.kind not in SOURCES:
+        raise UserError(f"--kind {options.kind}: no such kind of source; there are\n{UNDERSTOOD}")
+    with reading(path):
+        if not DigitsSource.matches(path) and options.kind != DigitsSource.kind and not path.exists():
+            raise UserError(f"{where}: no such file or folder; a source is one of\n{UNDERSTOOD}")
+    kinds = [SOURCES[options.kind]] if options.kind else list(SOURCES.values())
+    for kind in kinds:
+        if options.kind or kind.matches(path):
+            return kind(path, options)
+    raise UserError(f"{where}: not a source that is understood; those are\n{UNDERSTOOD}")

@@ -1,0 +1,101 @@
+"""Class folders: `root/<class>/*`, or `root/{train,val,test}/<class>/*`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from data_prep.errors import UserError
+from data_prep.options import PrepOptions
+from data_prep.sources.base import SPLIT_NAMES, Item, Listing, reading
+
+
+class FolderSource:
+    """Every regular file below a class folder is an image of that class, except hidden ones.
+
+    Classes are sorted by name, over all splits together, so that the labels of the splits agree.
+    """
+
+    kind = "folder"
+
+    def __init__(self, path: Path, options: PrepOptions) -> None:
+        self.path = path
+        self.name = path.resolve().name
+        with reading(path):
+            folders = _folders(path)
+            splits = [folder for folder in folders if folder in SPLIT_NAMES]
+            holds_splits = splits == folders or any(_folders(path / split) for split in splits)
+        self.unnamed = not holds_splits
+        self._roots = {split: path / split for split in splits} if holds_splits else {"train": path}
+
+    @classmethod
+    def matches(cls, path: Path) -> bool:
+        with reading(path):
+            return path.is_dir() and bool(_folders(path))
+
+    def splits(self) -> list[str]:
+        return sorted(self._roots, key=SPLIT_NAMES.index)
+
+    def listing(self, split: str) -> Listing:
+        root = self._roots[split]
+        with reading(root):
+            classes = sorted({name for folder in self._roots.values() for name in _folders(folder)})
+            own = _folders(root)
+            if not own:
+                raise UserError(f"{root}: no class folders in it; the layout is <class>/<images>")
+            names, labels, sizes = [], [], []
+            label_of = {name: label for label, name in enumerate(classes)}
+            for folder in own:
+                files = sorted(_files(root, folder))
+                names += [name for name, _ in files]
+                sizes += [size for _, size in files]
+                labels += [label_of[folder]] * len(files)
+        column = np.array(sizes, dtype=np.int64)
+        return Listing(
+            classes,
+            names,
+            np.array(labels, dtype=np.int64),
+            column,
+            column[:, None],
+            FolderReader(str(root)),
+            stems=[PurePosixPath(name).stem for name in names],
+        )
+
+
+class FolderReader:
+    """Reads the files of one split; `at` is (size,)."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+
+    def read(self, items: Sequence[Item]) -> Iterator[bytes]:
+        for item in items:
+            path = os.path.join(self.root, item.name)  # noqa: PTH118  (once per image: a Path costs more than the open)
+            with reading(path), open(path, "rb") as file:
+                data = file.read()
+            if len(data) != item.at[0]:
+                raise UserError(
+                    f"{path}: {item.at[0]} bytes when the source was listed, {len(data)} now; "
+                    "let the source rest while it is prepared, then run the same command again"
+                )
+            yield data
+
+
+def _folders(path: Path) -> list[str]:
+    with os.scandir(path) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _files(root: Path, folder: str) -> Iterator[tuple[str, int]]:
+    """Path relative to `root` and size of every visible file below root/folder."""
+    with os.scandir(root / folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _files(root, f"{folder}/{entry.name}")
+            elif entry.is_file() or entry.is_symlink():  # a dangling link fails in stat() rather than vanish
+                yield f"{folder}/{entry.name}", entry.stat().st_size

@@ -1,0 +1,76 @@
+"""Where the members of a tar stand, found by positioned reads of its headers alone."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterator
+from typing import NamedTuple
+
+BLOCK = tarfile.BLOCKSIZE
+
+
+class TarError(Exception):
+    """The bytes are not a whole tar; the message says why and at which byte."""
+
+
+class Member(NamedTuple):
+    """A regular file inside a tar; `offset` counts from the start of the file that was scanned."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def members(descriptor: int, start: int = 0, end: int | None = None) -> Iterator[Member]:
+    """The regular members of the tar that lies in bytes [start, end) of an open file.
+
+    Understands ustar, GNU long names and pax paths and sizes. Uses `os.pread` only: any number of threads may scan
+    one descriptor, and a tar inside a tar is scanned in place.
+
+    Raises:
+        TarError: a damaged header, or the tar ends before its end mark.
+    """
+    end = os.fstat(descriptor).st_size if end is None else end
+    position = start
+    override: dict[str, str] = {}
+    while True:
+        header = os.pread(descriptor, min(BLOCK, end - position), position) if position < end else b""
+        if len(header) < BLOCK:
+            raise TarError(f"truncated: it ends at byte {end - start} without an end mark")
+        if not header.strip(b"\0"):
+            return
+        try:
+            info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise TarError(f"damaged header at byte {position - start} ({error})") from error
+        size = int(override.get("size", info.size))
+        offset = position + BLOCK
+        position = offset + -(-size // BLOCK) * BLOCK
+        if offset + size > end:
+            raise TarError(
+                f"truncated: {info.name} should end at byte {offset + size - start}, the tar at {end - start}"
+            )
+        if info.type == tarfile.GNUTYPE_LONGNAME:
+            name = os.pread(descriptor, size, offset).rstrip(b"\0")
+            override["path"] = name.decode("utf-8", "surrogateescape")
+        elif info.type == tarfile.XHDTYPE:
+            override |= _pax(os.pread(descriptor, size, offset))
+        elif info.type != tarfile.XGLTYPE:
+            if info.isreg():
+                yield Member(override.get("path", info.name), offset, size)
+            override = {}
+
+
+def _pax(data: bytes) -> dict[str, str]:
+    """Path and size from a pax header: records of the form "length key=value\\n"."""
+    found = {}
+    while data:
+        digits, _, _ = data.partition(b" ")
+        if not digits.isdigit() or not 0 < int(digits) <= len(data):
+            raise TarError("damaged pax header")
+        record, data = data[: int(digits)], data[int(digits) :]
+        key, _, value = record[len(digits) + 1 : -1].partition(b"=")
+        if key in (b"path", b"size"):
+            found[key.decode()] = value.decode("utf-8", "surrogateescape")
+    return found

@@ -1,0 +1,165 @@
+"""Do the shards still hold what the manifest says?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.errors import UserError
+from data_prep.manifest import INDEX_DTYPE, MANIFEST_NAME, Manifest, Shard, load_index
+from data_prep.progress import Progress, SilentProgress
+from data_prep.state import STATE_FOLDER, file_sha256
+from data_prep.tarscan import TarError, members
+from data_prep.workers import usable_cores
+
+REPAIR = "run the same `rookery prep` command again with --repair: it makes only what is damaged"
+DELETE = "delete it if it is of no use: the manifest doesn't know it"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with one file of a split.
+
+    Attributes:
+        split: directory of the split.
+        file: the file.
+        what: what is wrong with it.
+        mend: what to do about it.
+    """
+
+    split: str
+    file: str
+    what: str
+    mend: str
+
+
+def split_directories(directory: str | Path) -> list[Path]:
+    """The directory itself if it is a split, else the splits below it.
+
+    Raises:
+        UserError: there is no such directory, or nothing in it was prepared.
+    """
+    path = Path(directory)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory")
+    if _is_split(path):
+        return [path]
+    splits = sorted(below for below in path.iterdir() if below.is_dir() and _is_split(below))
+    if not splits:
+        raise UserError(f"{path}: nothing here was made by `rookery prep`: no {MANIFEST_NAME}, no shards")
+    return splits
+
+
+def verify(directory: str | Path, workers: int | None = None, progress: Progress | None = None) -> list[Problem]:
+    """Check one split, or every split below `directory`: all hashes, sizes, and each index against its tar's headers.
+
+    Raises:
+        UserError: there is no such directory, or nothing in it was prepared.
+    """
+    progress = progress or SilentProgress()
+    return [
+        problem
+        for split in split_directories(directory)
+        for problem in _verify_split(split, workers or usable_cores(), progress)
+    ]
+
+
+def _verify_split(directory: Path, workers: int, progress: Progress) -> list[Problem]:
+    try:
+        manifest = Manifest.load(directory)
+    except UserError as error:
+        mend = "run the same `rookery prep` command again: it finishes the shards and writes the manifest"
+        return [Problem(str(directory), MANIFEST_NAME, str(error), mend)]
+    problems = [Problem(str(directory), name, "not in the manifest", DELETE) for name in _extra(directory, manifest)]
+
+    def check(shard: Shard) -> tuple[Shard, list[Problem]]:
+        return shard, [
+            Problem(str(directory), file, what, REPAIR) for file, what in _check_shard(directory, shard, manifest)
+        ]
+
+    # Threads suffice: hashing and reading, nearly all of the work, release the interpreter lock.
+    with progress.task(f"verify {directory.name}", manifest.num_samples) as advance:
+        threads = ThreadPoolExecutor(workers)
+        try:
+            for shard, found in threads.map(check, manifest.shards):
+                problems += found
+                advance(shard.samples)
+        finally:
+            threads.shutdown(cancel_futures=True)
+    return problems
+
+
+def _check_shard(directory: Path, shard: Shard, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong with it) for a shard and its index."""
+    tar, index = directory / shard.file, directory / shard.index_file
+    whole = True
+    for path, sha256 in ((tar, shard.sha256), (index, shard.index_sha256)):
+        what = _damage(path, sha256, shard.bytes if path == tar else None)
+        if what:
+            whole = False
+            yield path.name, what
+    if whole:
+        what = _disagreement(directory, shard, manifest.num_classes)
+        if what:
+            yield shard.index_file, what
+
+
+def _damage(path: Path, sha256: str, size: int | None) -> str | None:
+    try:
+        actual = path.stat().st_size
+        if size is not None and actual != size:
+            return f"{actual} bytes, the manifest says {size}"
+        return None if file_sha256(path) == sha256 else "its contents have changed: the sha256 differs"
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"unreadable ({error.strerror or error})"
+
+
+def _disagreement(directory: Path, shard: Shard, classes: int) -> str | None:
+    """How the index differs from the tar's own headers, None if it doesn't."""
+    try:
+        index = load_index(directory, shard)
+        with open(directory / shard.file, "rb", buffering=0) as file:
+            found = _scan(file.fileno())
+    except (UserError, TarError, ValueError, OSError) as error:
+        return str(error)
+    if len(found) != len(index):
+        return f"{len(index)} rows, but the tar holds {len(found)} samples"
+    for column in INDEX_DTYPE.names or ():
+        wrong = np.flatnonzero(found[column] != index[column])
+        if len(wrong):
+            row = wrong[0]
+            return f"row {row}: {column} is {index[column][row]!r}, in the tar it is {found[column][row]!r}"
+    if len(index) and not 0 <= index["label"].min() <= index["label"].max() < classes:
+        return f"labels from {index['label'].min()} to {index['label'].max()}, but there are {classes} classes"
+    if len(np.unique(index["key"])) != len(index):
+        return "two samples have the same key"
+    return None
+
+
+def _scan(descriptor: int) -> np.ndarray:
+    """The index that the tar's headers and labels make."""
+    rows = []
+    files = members(descriptor)
+    for image, label in zip(files, files, strict=True):
+        key, _, extension = image.name.partition(".")
+        if label.name != f"{key}.cls" or not extension:
+            raise TarError(f"{image.name} is followed by {label.name}, not by {key}.cls")
+        rows.append((image.offset, image.size, int(os.pread(descriptor, label.size, label.offset)), key.encode()))
+    return np.array(rows, dtype=INDEX_DTYPE)
+
+
+def _extra(directory: Path, manifest: Manifest) -> list[str]:
+    known = {name for shard in manifest.shards for name in (shard.file, shard.index_file)}
+    suffixes = (".tar", ".idx.npy")
+    return sorted(path.name for path in directory.iterdir() if path.name.endswith(suffixes) and path.name not in known)
+
+
+def _is_split(path: Path) -> bool:
+    return (path / MANIFEST_NAME).exists() or (path / STATE_FOLDER).is_dir() or any(path.glob("*.idx.npy"))

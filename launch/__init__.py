@@ -1,0 +1,1 @@
+"""The `rookery` command and the ways to start workers."""

@@ -1,0 +1,42 @@
+"""The `rookery` command: registers the commands and turns user errors into one message and exit status 2."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from launch import compare_cli, config_cli, eval_cli, models_cli, prep_cli, sync_cli, train_cli
+from pipeline.errors import UserError
+
+_commands = typer.Typer(
+    name="rookery",
+    help="Train hierarchical vision transformers from scratch: shard the data, train, evaluate, compare.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_commands.command()(prep_cli.prep)
+_commands.command()(prep_cli.verify)
+_commands.command()(train_cli.train)
+_commands.command("eval")(eval_cli.evaluate)
+_commands.command()(compare_cli.compare)
+_commands.command()(models_cli.models)
+_commands.command()(sync_cli.sync)
+_commands.command()(config_cli.config)
+
+
+def app() -> None:
+    """Entry point of the console script."""
+    try:
+        _commands()
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"rookery: {error}", markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of a pipe (`| head`) left; the closing flush must not complain either.
+        sys.stderr.close()
+        sys.exit(0)

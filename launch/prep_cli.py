@@ -1,0 +1,147 @@
+"""`rookery prep` and `rookery verify`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_prep.manifest import Manifest
+from data_prep.options import PrepOptions
+from data_prep.prepare import describe_quarantine, prepare_splits
+from data_prep.progress import SilentProgress, make_progress
+from data_prep.verify import split_directories
+from data_prep.verify import verify as verify_directory
+
+INTERRUPTED = 130
+
+
+def prep(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Class folders, ILSVRC2012 tar, Hugging Face parquet, CIFAR archive, or the word `digits`."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder for the shards; every split gets its own folder in it.")],
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help="Split to prepare; repeat it for several. Default: every split of the source."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes. Default: every core this process may use.")
+    ] = None,
+    shard_samples: Annotated[
+        int | None, typer.Option(min=1, help="Samples per shard at most, instead of --shard-mb.")
+    ] = None,
+    shard_mb: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Source megabytes per shard, about; a small set still gets 16 shards if they hold 64 samples."
+        ),
+    ] = 128,
+    shuffle: Annotated[
+        bool | None,
+        typer.Option("--shuffle/--no-shuffle", help="Shuffle the whole split. Default: only splits named train*."),
+    ] = None,
+    shuffle_seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffle.")] = 0,
+    resize: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Shrink images to this short side (bicubic, antialiased). Default: keep original bytes."
+        ),
+    ] = None,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality where an image is encoded again.")] = 90,
+    max_bad: Annotated[
+        int | None,
+        typer.Option(min=0, help="Bad images tolerated (they are dropped). Default: 0.1 % of the split, at least 10."),
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="Kind of source: folder, ilsvrc, parquet, cifar or digits. Default: found out.")
+    ] = None,
+    devkit: Annotated[
+        Path | None, typer.Option(help="ILSVRC2012_devkit_t12.tar.gz or its folder, with the labels of the val tar.")
+    ] = None,
+    coarse_labels: Annotated[bool, typer.Option("--coarse-labels", help="CIFAR-100: its 20 coarse classes.")] = False,
+    image_column: Annotated[str | None, typer.Option(help="Parquet: the image column. Default: found out.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Parquet: the label column. Default: found out.")] = None,
+    format: Annotated[str, typer.Option(help="Format of the shards: webdataset.")] = "webdataset",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace shards made with other options or from another source.")
+    ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Hash the finished shards and make the damaged ones again.")
+    ] = False,
+) -> None:
+    """Turn raw images into shards, an index beside each, and a manifest.
+
+    Killed at any moment, the same command finishes the work with the same bytes. Exit status: 0 done (tolerated bad
+    images are listed), 2 wrong input, full disk or too many bad images.
+    """
+    options = PrepOptions(
+        kind=kind,
+        devkit=devkit,
+        coarse_labels=coarse_labels,
+        image_column=image_column,
+        label_column=label_column,
+        format=format,
+        shard_samples=shard_samples,
+        shard_mb=shard_mb,
+        shuffle=shuffle,
+        shuffle_seed=shuffle_seed,
+        resize=resize,
+        quality=quality,
+        max_bad=max_bad,
+        workers=workers,
+        overwrite=overwrite,
+        repair=repair,
+    )
+    start = time.monotonic()
+    try:
+        manifests = prepare_splits(source, out, options, split or (), make_progress())
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command continues", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    for manifest in manifests.values():
+        typer.echo(_summary(manifest, out))
+    typer.echo(f"{time.monotonic() - start:.1f} s")
+
+
+def verify(
+    directory: Annotated[Path, typer.Argument(help="A split's folder, or the folder that holds the splits.")],
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads. Default: one per usable core.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check shards and indexes against their manifest: hashes, sizes, and every index row against its tar.
+
+    Exit status: 0 everything is as it was made, 1 something is wrong (listed, with how to mend it), 2 wrong input.
+    """
+    progress = SilentProgress() if as_json and not sys.stderr.isatty() else make_progress()
+    splits = split_directories(directory)
+    problems = verify_directory(directory, workers, progress)
+    if as_json:
+        content = {"ok": not problems, "splits": [str(path) for path in splits], "problems": [*map(asdict, problems)]}
+        typer.echo(json.dumps(content, indent=1))
+    else:
+        for problem in problems:
+            typer.echo(f"{problem.split}/{problem.file}: {problem.what}\n    {problem.mend}")
+        wrong = f"{len(problems)} problems" if problems else "everything is as it was made"
+        typer.echo(f"{', '.join(path.name for path in splits)}: {wrong}")
+    if problems:
+        raise typer.Exit(1)
+
+
+def _summary(manifest: Manifest, out: Path) -> str:
+    size = sum(shard.bytes for shard in manifest.shards)
+    line = (
+        f"{out / manifest.split}: {manifest.num_samples:,} samples, {manifest.num_classes:,} classes, "
+        f"{len(manifest.shards):,} shards, {size / 1e6:,.1f} MB, fingerprint {manifest.fingerprint()[:12]}"
+    )
+    if not manifest.quarantine:
+        return line
+    return f"{line}\n{len(manifest.quarantine)} images dropped or repaired:\n{describe_quarantine(manifest.quarantine)}"

@@ -1,0 +1,47 @@
+"""What a run is about to do, on one screen."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from launch.workers import Nodes
+from pipeline.resolve import Resolved
+
+_OPTIMIZER_COPIES = 4  # weights, gradients and AdamW's two moments, all float32
+
+
+def print_summary(run: Resolved, job: Nodes) -> None:
+    """Print model, data, batch, learning rate and calendar of a run."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in summary(run, job).items():
+        table.add_row(name, value)
+    Console(highlight=False, soft_wrap=False).print(table)
+
+
+def summary(run: Resolved, job: Nodes) -> dict[str, str]:
+    """The lines of the summary, by name."""
+    config, plan, order = run.config, run.plan, run.order
+    train, optim = config.train, config.optim
+    local = order.batch // job.world_size
+    rule = f" = {optim.lr:g} x {order.batch} / {optim.lr_batch}" if optim.lr_batch else ""
+    state = run.params * 4 * (_OPTIMIZER_COPIES + (train.ema_decay is not None)) / 1e9
+    ends = "" if plan.end_step == plan.total_steps else f", stops after {plan.end_step:,}"
+    return {
+        "run": f"{config.out}/{config.name}",
+        "model": f"{config.model.name}, {run.params:,} parameters, {run.macs / 1e9:.3f} GMACs at "
+        f"{config.model.img_size} px, {config.model.num_classes} classes",
+        "data": f"{config.data.train}, {run.train.num_samples:,} samples in {len(run.train.shards)} shards"
+        + ("" if run.val is None else f"; evaluated on {run.val.num_samples:,} of {config.data.val}"),
+        "batch": f"{order.batch} = {job.world_size} processes x {train.accumulate} micro-batches x "
+        f"{local // train.accumulate}; {order.lanes} lanes of {run.order.chunk} samples a step",
+        "learning rate": f"{run.peak_lr:.4g}{rule}; warm-up {plan.warmup_steps:,} steps, then cosine to "
+        f"{optim.schedule.min_lr:g}; weight decay {optim.weight_decay:g}",
+        "length": f"{train.epochs} = {plan.total_steps:,} steps of {plan.steps_per_epoch:,} an epoch"
+        f" = {plan.total_steps * order.batch:,} samples{ends}",
+        "compute": f"{train.precision}, {config.engine.name}; "
+        f"{6 * run.macs * plan.end_step * order.batch / 1e15:.4g} PFLOP in all",
+        "memory": f"{state:.2f} GB per process for weights, gradients and optimizer, activations not counted",
+    }

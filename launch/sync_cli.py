@@ -1,0 +1,32 @@
+"""`rookery sync`: upload to MLflow what a run's own upload couldn't."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.tracking.mlflow_mirror import Mirror, PushReport
+from pipeline.tracking.runs import find_runs
+
+
+def sync(
+    runs: Annotated[list[Path], typer.Argument(help="run directories, or folders of them", metavar="RUN...")],
+    uri: Annotated[
+        str | None,
+        typer.Option(help="MLflow address; default: MLFLOW_TRACKING_URI, else the one used in training"),
+    ] = None,
+) -> None:
+    """Upload runs to MLflow. Calling it again uploads only what is new."""
+    for run in find_runs(runs):
+        report = Mirror(run, uri).end_if_over()
+        for notice in report.notices:
+            typer.echo(f"{run}: {notice}", err=True)
+        typer.echo(f"{run}: {_counts(report)} -> {report.uri} (experiment {report.experiment}, run {report.run_id})")
+
+
+def _counts(report: PushReport) -> str:
+    if not (report.lines or report.params or report.artifacts or report.values):
+        return "nothing new"
+    return f"{report.values} values of {report.lines} lines, {report.params} parameters, {report.artifacts} files"

@@ -1,0 +1,77 @@
+"""Starting the worker processes of this node: one torchrun agent around a worker module."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import uuid
+from dataclasses import dataclass
+
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The shape of a job.
+
+    Attributes:
+        nproc: processes on each node.
+        nodes: number of nodes; every one of them runs the same command.
+        rendezvous: `host:port` of the first node, needed with more than one.
+    """
+
+    nproc: int
+    nodes: int = 1
+    rendezvous: str | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.nproc * self.nodes
+
+
+def start_workers(module: str, payload: str, nodes: Nodes, threads: int | None = None) -> int:
+    """Run a worker module on this node's processes and wait.
+
+    A job of one process runs inside this one. Workers print their own messages; nothing is added to them here.
+
+    Args:
+        module: has `run(payload, threads) -> status`, and calls it with its first argument when run as a program.
+        payload: what to do, whole, so that workers read nothing again.
+        nodes: how many processes and where.
+        threads: CPU threads of each process; None shares the usable cores among them.
+
+    Returns:
+        The exit status: 0, 2 for a user's mistake, or a failed worker's status.
+    """
+    threads = threads or max(1, len(os.sched_getaffinity(0)) // nodes.nproc)
+    if nodes.world_size == 1:
+        return importlib.import_module(module).run(payload, threads)
+    if nodes.nodes > 1 and nodes.rendezvous is None:
+        raise UserError("a job of several nodes needs --rendezvous HOST:PORT, the same on every node")
+    return _torchrun([sys.executable, "-m", module, payload], nodes, threads)
+
+
+def _torchrun(command: list[str], nodes: Nodes, threads: int) -> int:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # The agent's own log repeats what the workers say.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    launch = LaunchConfig(
+        min_nodes=nodes.nodes,
+        max_nodes=nodes.nodes,
+        nproc_per_node=nodes.nproc,
+        run_id=uuid.uuid4().hex if nodes.nodes == 1 else "rookery",
+        rdzv_backend="c10d",
+        rdzv_endpoint=nodes.rendezvous or "localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(launch, command[0])(*command[1:])
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        return 2 if 2 in codes else 1
+    return 0

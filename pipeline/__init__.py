@@ -1,0 +1,1 @@
+"""Everything one training process needs: config, models, data, training, tracking."""

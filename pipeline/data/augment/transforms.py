@@ -1,0 +1,160 @@
+"""From a decoded picture to the model's input, one sample at a time: the plain reference path.
+
+What is done to a sample is first drawn, then done; the draw is a pure function of (seed, epoch, index) and, for the
+crop, the picture's size. The order is that of the recipes: resize, crop, flip, affine and RandAugment on 8-bit pixels,
+then colour jitter, normalisation and random erasing on floats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torchvision.transforms import functional as tvf
+
+from pipeline.data.augment.color import COLOR_JITTER_DRAWS, ColorJitter, apply_color_jitter, draw_color_jitter
+from pipeline.data.augment.crop import (
+    AFFINE_DRAWS,
+    CROP_DRAWS,
+    Affine,
+    Box,
+    apply_affine,
+    cut,
+    draw_affine,
+    draw_resized_crop,
+    pad_crop,
+    pick_resample,
+    require_side,
+    resize,
+    resize_shorter_side,
+)
+from pipeline.data.augment.erasing import ERASING_DRAWS, draw_erasing
+from pipeline.data.augment.evaluation import EvalTransform, to_mode, to_tensor
+from pipeline.data.augment.keyed import Stream, normals, sample_key, uniforms
+from pipeline.data.augment.randaugment import DrawnOp, draw_ops, fill_color, rand_augment_draws
+from pipeline.data.augment.settings import AugmentConfig, CenterCrop, EvalTransformConfig, PadCrop, RandomResizedCrop
+
+
+@dataclass(frozen=True)
+class SampleDraw:
+    """What is done to one sample after its crop; None and () mean nothing.
+
+    Attributes:
+        flip: mirror it.
+        affine: small affine map.
+        ops: RandAugment operations, in order.
+        jitter: colour jitter.
+        erased: box to erase.
+    """
+
+    flip: bool
+    affine: Affine | None
+    ops: tuple[DrawnOp, ...]
+    jitter: ColorJitter | None
+    erased: Box | None
+
+
+class TrainTransform:
+    """`transform(image, seed, epoch, index)` is the (C, H, W) float32 model input.
+
+    Args:
+        config: what to do.
+        img_size: side of the model's input.
+        in_chans: channels of the model's input, 1 or 3.
+
+    Raises:
+        UserError: the normalisation has another number of channels.
+    """
+
+    def __init__(self, config: AugmentConfig, img_size: int, in_chans: int) -> None:
+        self.config, self.img_size, self.in_chans = config, img_size, in_chans
+        mean, std = config.mean_std(in_chans)
+        self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+        self.fill = fill_color(config.rand_augment.policy, mean) if config.rand_augment else 0
+
+    def __call__(self, image: Image.Image, seed: int, epoch: int, index: int) -> torch.Tensor:
+        """The augmented input.
+
+        Args:
+            image: the decoded picture, of any mode and size.
+            seed: seed of the run.
+            epoch: epoch of this presentation.
+            index: the sample's number; copies under repeated augmentation have different ones.
+
+        Raises:
+            UserError: the picture is too small for the configured crop.
+        """
+        key = sample_key(seed, epoch, index)
+        image = self.crop(to_mode(image, self.in_chans), key)
+        return self.finish(image, self.draw(key), key)
+
+    def crop(self, image: Image.Image, key: int) -> Image.Image:
+        """Resize and crop to img_size x img_size."""
+        config, side = self.config, self.img_size
+        u = uniforms(key, Stream.CROP, CROP_DRAWS + 1).tolist()
+        resample = pick_resample(config.interpolation, u[CROP_DRAWS])
+        if config.resize is not None:
+            image = resize_shorter_side(image, config.resize, resample, config.antialias)
+        if isinstance(config.crop, RandomResizedCrop):
+            part = cut(image, draw_resized_crop(config.crop, image.width, image.height, u))
+            return resize(part, (side, side), resample, config.antialias)
+        if isinstance(config.crop, PadCrop):
+            return pad_crop(image, config.crop, side, u)
+        if isinstance(config.crop, CenterCrop):
+            require_side(min(image.size) >= side, image, side, "by a centre crop")
+            return tvf.center_crop(image, [side, side])
+        require_side(image.size == (side, side), image, side, "without a crop")
+        return image
+
+    def draw(self, key: int) -> SampleDraw:
+        """Everything that follows the crop."""
+        config, side = self.config, self.img_size
+
+        def u(stream: Stream, n: int) -> list[float]:
+            return uniforms(key, stream, n).tolist()
+
+        rand, jitter, erasing = config.rand_augment, config.color_jitter, config.random_erasing
+        ops: tuple[DrawnOp, ...] = ()
+        if rand is not None:
+            ops = draw_ops(rand, side, config.interpolation, u(Stream.RAND_AUGMENT, rand_augment_draws(rand)))
+        return SampleDraw(
+            flip=config.hflip > 0 and u(Stream.FLIP, 1)[0] < config.hflip,
+            affine=draw_affine(config.affine, side, u(Stream.AFFINE, AFFINE_DRAWS)) if config.affine else None,
+            ops=ops,
+            jitter=draw_color_jitter(jitter, u(Stream.COLOR_JITTER, COLOR_JITTER_DRAWS)) if jitter else None,
+            erased=draw_erasing(erasing, side, u(Stream.RANDOM_ERASING, ERASING_DRAWS)) if erasing else None,
+        )
+
+    def finish(self, image: Image.Image, draw: SampleDraw, key: int) -> torch.Tensor:
+        """Apply `draw` to the cropped image."""
+        if draw.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if draw.affine is not None:
+            image = apply_affine(image, draw.affine)
+        for op in draw.ops:
+            image = op.apply(image, self.fill)
+        pixels = to_tensor(image)
+        if draw.jitter is not None:
+            pixels = apply_color_jitter(pixels, draw.jitter)
+        pixels = pixels.sub_(self.mean).div_(self.std)
+        erasing, box = self.config.random_erasing, draw.erased
+        if erasing is not None and box is not None:
+            area = pixels[:, box.top : box.top + box.height, box.left : box.left + box.width]
+            area.zero_()
+            if erasing.mode == "pixel":
+                area.add_(torch.from_numpy(normals(key, Stream.ERASING_NOISE, area.numel())).view(area.shape))
+        return pixels
+
+
+def build_train_transform(config: AugmentConfig, img_size: int, in_chans: int = 3) -> TrainTransform:
+    """The training transform; see `TrainTransform`."""
+    return TrainTransform(config, img_size, in_chans)
+
+
+def build_eval_transform(
+    config: EvalTransformConfig, augment: AugmentConfig, img_size: int, in_chans: int = 3
+) -> EvalTransform:
+    """The evaluation transform, normalised as in training; see `EvalTransform`."""
+    mean, std = augment.mean_std(in_chans)
+    return EvalTransform(config, img_size, mean, std)

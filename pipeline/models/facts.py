@@ -1,0 +1,53 @@
+"""Parameters and multiply-adds of a model, counted without computing anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.models.registry import create_model
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Size of one model: trainable parameters, and multiply-adds (MACs) of one image's forward pass."""
+
+    params: int
+    macs: int
+
+
+def count_params(model: nn.Module) -> int:
+    """Trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def count_macs(model: nn.Module) -> int:
+    """Multiply-adds of the forward pass for one image of the model's size.
+
+    Counts convolutions, matrix products and attention (queries times keys, weights times values), as the papers do; not
+    norms, activations or pooling. The count runs on the meta device; the model itself stays where and as it is.
+    """
+    tensors = {name: t.to("meta") for name, t in chain(model.named_parameters(), model.named_buffers())}
+    image = torch.empty(1, model.in_chans, model.img_size, model.img_size, device="meta")  # type: ignore[call-overload]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            functional_call(model, tensors, (image,))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return counter.get_total_flops() // 2
+
+
+def model_facts(name: str, **overrides: Any) -> ModelFacts:
+    """Facts of `create_model(name, **overrides)`, e.g. at another `img_size`, without allocating its weights."""
+    with torch.device("meta"):
+        model = create_model(name, **overrides)
+    return ModelFacts(count_params(model), count_macs(model))

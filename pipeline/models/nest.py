@@ -1,0 +1,250 @@
+"""NesT, the nested hierarchical transformer, as in the authors' code.
+
+Zhang et al., "Nested Hierarchical Transformer: Towards Accurate, Data-Efficient and Interpretable Visual
+Understanding", AAAI 2022, arXiv 2105.12723. Official code: `models/nest_net.py` and `libml/self_attention.py` of
+google-research/nested-transformer. Where Table A1 of the paper disagrees with it (order of widths and depths, heads)
+the code is right, as the authors confirmed.
+
+Shapes: B images, T blocks of n = block_size² tokens, C channels, (H, W) the image plane in tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.models.blocks import blockify, unblockify
+from pipeline.models.drop_path import drop_path_rates
+from pipeline.models.errors import ModelError, check_choice
+from pipeline.models.layers import Attention, EncoderLayer, Gelu, Mlp, run_layers, truncated_normal_
+from pipeline.models.registry import ModelInfo, register
+
+NORM_EPS = 1e-6
+INIT_STD = 0.02
+
+AttentionKind = Literal["mha", "mqa"]
+PoolPad = Literal["same", "symmetric"]
+Init = Literal["official", "timm"]
+
+
+class ConvPool(nn.Module):
+    """Block aggregation: 3x3 convolution, LayerNorm, 3x3 max-pool of stride 2, on the whole image plane.
+
+    This is the only place where blocks exchange information. `pool_pad="same"` pads nothing before and one row after,
+    as JAX does for even sides; "symmetric" pads one row on either side (timm's `nest_*` without `_jx`).
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, pool_pad: PoolPad) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_dim, out_dim, kernel_size=3, padding=1)
+        self.norm = nn.LayerNorm(out_dim, eps=NORM_EPS)
+        self.pool_pad = pool_pad
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H/2, W/2, C'); H and W even."""
+        x = self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if self.pool_pad == "same":
+            # On an even side ceil mode clips the last window at the border, which is a pad of -inf after it.
+            x = F.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)
+        else:
+            x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        return x.permute(0, 2, 3, 1)
+
+
+class NestLevel(nn.Module):
+    """One level of the hierarchy: aggregation (identity in the first), position embedding, encoder layers.
+
+    The layers are shared by the blocks, the position embedding is not: it differs for every block and token.
+    """
+
+    def __init__(
+        self, aggregate: nn.Module, layers: Sequence[nn.Module], num_blocks: int, block_size: int, dim: int
+    ) -> None:
+        super().__init__()
+        self.block_size = block_size
+        self.aggregate = aggregate
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_blocks, block_size**2, dim))
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, grad_checkpointing: bool = False) -> Tensor:
+        """(B, H, W, C) -> (B, H', W', C'), the plane after the encoder layers."""
+        x = blockify(self.aggregate(x), self.block_size) + self.pos_embed
+        return unblockify(run_layers(self.layers, x, grad_checkpointing))
+
+
+class Nest(nn.Module):
+    """NesT for square images: (B, in_chans, img_size, img_size) -> logits (B, num_classes).
+
+    The block side follows from the sizes: img_size / (patch_size · 2^(num_levels-1)) tokens, the same at every level,
+    so that the last level is one block.
+
+    Args:
+        img_size: side of the image in pixels.
+        in_chans: channels of the image.
+        num_classes: width of the head; 0: no head, `forward` returns the pooled features.
+        patch_size: side of a token in pixels.
+        num_levels: levels of the hierarchy; level i has 4^(num_levels-1-i) blocks.
+        embed_dims, depths, num_heads: channels, encoder layers and heads per level, from the pixels up; one integer
+            stands for every level; a depth may be 0.
+        attention: "mha", or "mqa": one key and value for all heads (the CIFAR models).
+        mlp_ratio: hidden width of an MLP over its channels.
+        drop_path_rate: stochastic depth of the last layer; the rates rise linearly from 0 at the first.
+        drop_rate: dropout after the attention projection and in the MLP.
+        attn_drop_rate: dropout of attention weights.
+        gelu: "tanh" (official) or "erf".
+        pool_pad: "same" (official) or "symmetric".
+        init: "official": normal of std 0.02 cut at two standard deviations; "timm": the same, not cut. For every kernel
+            and position embedding; biases 0.
+
+    Raises:
+        ModelError: sizes that don't fit together, or an unknown choice.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        patch_size: int = 4,
+        num_levels: int = 3,
+        embed_dims: int | Sequence[int] = (96, 192, 384),
+        depths: int | Sequence[int] = (2, 2, 8),
+        num_heads: int | Sequence[int] = (3, 6, 12),
+        attention: AttentionKind = "mha",
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.0,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        gelu: Gelu = "tanh",
+        pool_pad: PoolPad = "same",
+        init: Init = "official",
+    ) -> None:
+        super().__init__()
+        check_choice("attention", attention, AttentionKind)
+        check_choice("gelu", gelu, Gelu)
+        check_choice("pool_pad", pool_pad, PoolPad)
+        check_choice("init", init, Init)
+        self.img_size, self.in_chans, self.num_classes = img_size, in_chans, num_classes
+        self.block_size = _block_size(img_size, patch_size, num_levels)
+        self.attention = attention
+        self.grad_checkpointing = False
+        self.num_heads = _per_level("num_heads", num_heads, num_levels)
+        dims = _per_level("embed_dims", embed_dims, num_levels)
+        layer_counts = _per_level("depths", depths, num_levels, minimum=0)
+        multi_query = attention == "mqa"
+        rates = iter(drop_path_rates(drop_path_rate, sum(layer_counts)))
+
+        self.patch_embed = nn.Conv2d(in_chans, dims[0], kernel_size=patch_size, stride=patch_size)
+        self.levels = nn.ModuleList()
+        for i, dim in enumerate(dims):
+            layers = []
+            for _ in range(layer_counts[i]):
+                attn = Attention(
+                    dim, self.num_heads[i], multi_query=multi_query, attn_drop=attn_drop_rate, proj_drop=drop_rate
+                )
+                mlp = Mlp(dim, int(dim * mlp_ratio), act=gelu, drop=drop_rate)
+                layers.append(EncoderLayer(dim, attn, mlp, drop_path=next(rates), norm_eps=NORM_EPS))
+            aggregate = ConvPool(dims[i - 1], dim, pool_pad) if i else nn.Identity()
+            self.levels.append(NestLevel(aggregate, layers, 4 ** (num_levels - 1 - i), self.block_size, dim))
+        self.norm = nn.LayerNorm(dims[-1], eps=NORM_EPS)
+        self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
+        self._init_weights(init)
+
+    def _init_weights(self, init: Init) -> None:
+        for name, param in self.named_parameters():
+            if param.ndim > 1 and init == "official":
+                truncated_normal_(param, INIT_STD)
+            elif param.ndim > 1:
+                nn.init.normal_(param, std=INIT_STD)
+            elif name.endswith("bias"):
+                nn.init.zeros_(param)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters the official recipe doesn't decay: the position embeddings. Biases and LayerNorms are decayed."""
+        return {f"levels.{i}.pos_embed" for i in range(len(self.levels))}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the input of each encoder layer for the backward pass and recompute the rest."""
+        self.grad_checkpointing = enable
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(B, in_chans, img_size, img_size) -> normalised tokens of the last level in raster order, (B, n, C)."""
+        expected = (self.in_chans, self.img_size, self.img_size)
+        if images.shape[1:] != expected:
+            raise ModelError(f"this NesT takes images of shape {expected}, got {tuple(images.shape[1:])}")
+        x = self.patch_embed(images).permute(0, 2, 3, 1)
+        for level in self.levels:
+            x = level(x, self.grad_checkpointing)
+        return self.norm(x.flatten(1, 2))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Mean over the tokens, then the classifier (left out with `pre_logits`): (B, n, C) -> (B, num_classes)."""
+        x = x.mean(dim=1)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, in_chans, img_size, img_size) -> logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(images))
+
+
+def _block_size(img_size: int, patch_size: int, num_levels: int) -> int:
+    """Side of a block in tokens, so that 2^(num_levels-1) blocks fill one side of the image."""
+    for option, value in (("img_size", img_size), ("patch_size", patch_size), ("num_levels", num_levels)):
+        if not isinstance(value, int) or value < 1:
+            raise ModelError(f"{option}={value!r} is not a positive integer")
+    unit = patch_size * 2 ** (num_levels - 1)
+    below = img_size // unit * unit
+    if below != img_size:
+        nearest = f"{below} or {below + unit}" if below else str(unit)
+        raise ModelError(
+            f"img_size={img_size} can't be cut into blocks: with patch_size={patch_size} and num_levels={num_levels} "
+            f"it must be a multiple of patch_size * 2^(num_levels-1) = {unit}; nearest: {nearest}"
+        )
+    return img_size // unit
+
+
+def _per_level(option: str, value: int | Sequence[int], num_levels: int, minimum: int = 1) -> tuple[int, ...]:
+    values = (value,) * num_levels if isinstance(value, int) else tuple(value)
+    if len(values) != num_levels:
+        raise ModelError(
+            f"{option} has {len(values)} entries for num_levels={num_levels}: give one each, or one integer"
+        )
+    if not all(isinstance(v, int) and v >= minimum for v in values):
+        raise ModelError(f"{option}={value!r} holds something else than integers of at least {minimum}")
+    return values
+
+
+_PAPER = "NesT 2105.12723"
+_README = "official README"
+_IMAGENET: dict[str, Any] = {"img_size": 224, "patch_size": 4, "num_levels": 3, "num_classes": 1000}
+_CIFAR: dict[str, Any] = {"img_size": 32, "patch_size": 1, "num_levels": 4, "num_classes": 10, "depths": 3}
+_CIFAR |= {"attention": "mqa", "drop_path_rate": 0.1}
+
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "nest_tiny": _IMAGENET
+    | {"embed_dims": (96, 192, 384), "depths": (2, 2, 8), "num_heads": (3, 6, 12), "drop_path_rate": 0.2},
+    "nest_small": _IMAGENET
+    | {"embed_dims": (96, 192, 384), "depths": (2, 2, 20), "num_heads": (3, 6, 12), "drop_path_rate": 0.3},
+    "nest_base": _IMAGENET
+    | {"embed_dims": (128, 256, 512), "depths": (2, 2, 20), "num_heads": (4, 8, 16), "drop_path_rate": 0.5},
+    "nest_tiny_cifar": _CIFAR | {"embed_dims": 192, "num_heads": 3},
+    "nest_small_cifar": _CIFAR | {"embed_dims": 384, "num_heads": 6},
+    "nest_base_cifar": _CIFAR | {"embed_dims": 768, "num_heads": 12},
+    # Not of the paper: small enough to train on a laptop's processor.
+    "nest_micro": {"img_size": 16, "patch_size": 1, "num_levels": 3, "num_classes": 10}
+    | {"embed_dims": (32, 64, 96), "depths": 2, "num_heads": (1, 2, 3), "drop_path_rate": 0.1},
+}
+_REPORTED: dict[str, dict[str, Any]] = {
+    "nest_tiny": {"top1": 81.5, "dataset": "ImageNet-1k", "source": _README},
+    "nest_small": {"top1": 83.3, "dataset": "ImageNet-1k", "source": _README},
+    "nest_base": {"top1": 83.8, "dataset": "ImageNet-1k", "source": _README},
+    "nest_tiny_cifar": {"top1": 96.0, "dataset": "CIFAR-10", "source": "abstract"},
+    "nest_base_cifar": {"top1": 97.2, "dataset": "CIFAR-10", "source": "leaderboard"},
+    "nest_micro": {"source": "a small one for demonstrations"},
+}
+for _name, _config in _VARIANTS.items():
+    register(ModelInfo(_name, "nest", Nest, _config, _PAPER, **_REPORTED.get(_name, {})))

@@ -1,0 +1,68 @@
+"""`mlflow.json`: for every MLflow address, which run there mirrors this one and how far the upload is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.tracking.files import read_json, write_json
+from pipeline.tracking.redact import without_password
+from pipeline.tracking.tail import TailState
+
+STATE_NAME = "mlflow.json"
+
+
+@dataclass
+class MirrorState:
+    """The upload to one address.
+
+    Attributes:
+        experiment, run_name: what the MLflow run is called.
+        uid: tag that finds a run whose creation was answered too late.
+        run_id: MLflow's id, None until there is a run.
+        tail: how far `metrics.jsonl` was uploaded.
+        artifacts: sha256 of every file uploaded.
+        summary: the closing figures uploaded.
+    """
+
+    experiment: str = ""
+    run_name: str = ""
+    uid: str | None = None
+    run_id: str | None = None
+    tail: TailState = field(default_factory=TailState)
+    artifacts: dict[str, str] = field(default_factory=dict)
+    summary: list[Any] = field(default_factory=list)
+
+    def forget_run(self) -> None:
+        """Start from nothing: the server no longer has the run."""
+        self.uid, self.run_id, self.tail, self.artifacts, self.summary = None, None, TailState(), {}, []
+
+    @classmethod
+    def load(cls, run: Path, uri: str) -> MirrorState:
+        """The state for `uri`, a fresh one where there is none."""
+        saved = (read_json(run / STATE_NAME) or {}).get("targets", {}).get(without_password(uri))
+        return cls(**{**saved, "tail": TailState(**saved["tail"])}) if saved else cls()
+
+    def save(self, run: Path, uri: str) -> None:
+        """Replace the entry of `uri`, leave the others, and make it the address that a later `sync` uses."""
+        whole = read_json(run / STATE_NAME) or {}
+        key = without_password(uri)
+        targets = {**whole.get("targets", {}), key: asdict(self)}
+        write_json(run / STATE_NAME, {"current": key, "targets": targets})
+
+
+def resolve_uri(run: Path, uri: str | None = None) -> str:
+    """The MLflow address: `uri`, else MLFLOW_TRACKING_URI, else the one used before, else `mlflow.db` here."""
+    saved = (read_json(run / STATE_NAME) or {}).get("current")
+    chosen = uri or os.environ.get("MLFLOW_TRACKING_URI") or saved or "sqlite:///mlflow.db"
+    path = sqlite_path(chosen)
+    return chosen if path is None else f"sqlite:///{path}"
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The absolute path of the file behind an `sqlite:///` address, None for other addresses."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return (Path.cwd() / uri.removeprefix("sqlite:///")).resolve()

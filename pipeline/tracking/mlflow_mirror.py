@@ -1,0 +1,299 @@
+"""Uploads a run directory to MLflow, now or later, each value once. The only module that imports mlflow.
+
+`metrics.jsonl` and the other files of the run directory are the truth; `mlflow.json` says what of them was uploaded
+where. Importing mlflow takes seconds and its calls hold the interpreter lock, so training never uses this module
+directly: `pipeline.tracking.background` runs it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import urllib.parse
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.tracking.files import file_sha256
+from pipeline.tracking.metrics import METRICS_NAME
+from pipeline.tracking.mirror_content import (
+    MAX_PARAM,
+    MAX_TAG,
+    clean_key,
+    run_files,
+    run_params,
+    run_tags,
+    run_times,
+    shorten,
+    summary_points,
+)
+from pipeline.tracking.mirror_state import MirrorState, resolve_uri, sqlite_path
+from pipeline.tracking.redact import redact, without_password
+from pipeline.tracking.runs import run_state
+from pipeline.tracking.tail import Point, read_batches
+
+MAX_METRICS = 1000
+MAX_PARAMS = 100
+LOCK_NAME = ".mlflow.lock"
+UID_TAG = "rookery.uid"
+_STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED", "killed": "KILLED"}
+# Its own retries would keep a push busy for minutes; ours come later, with everything that has gathered by then.
+_QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_DISABLE_AGENT_HINT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+@dataclass
+class PushReport:
+    """What one push did: lines of `metrics.jsonl`, values in them, parameters and files sent, and what to tell."""
+
+    uri: str
+    experiment: str = ""
+    run_id: str = ""
+    lines: int = 0
+    values: int = 0
+    params: int = 0
+    artifacts: int = 0
+    notices: list[str] = field(default_factory=list)
+
+
+class Mirror:
+    """One run directory and its run on an MLflow server (or in an SQLite file).
+
+    Args:
+        run_dir: the run directory, being written or not.
+        tracking_uri: MLflow address; None: MLFLOW_TRACKING_URI, else the one used before, else `sqlite:///mlflow.db` in
+            the working directory, which `mlflow ui` shows there.
+        experiment: None: the one used before, else the config's `tracking.experiment`, else "rookery".
+        run_name: None: the directory's name.
+        tags: added to those of `mirror_content.run_tags`.
+        params: None: the saved config, flat.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        tracking_uri: str | None = None,
+        experiment: str | None = None,
+        run_name: str | None = None,
+        tags: dict[str, str] | None = None,
+        params: dict[str, Any] | None = None,
+    ) -> None:
+        self.run = Path(run_dir)
+        self.uri = resolve_uri(self.run, tracking_uri)
+        self._experiment = experiment
+        self._run_name = run_name
+        self._tags = tags or {}
+        self._params = params
+        self._client: Any = None
+        self._ready = False
+
+    def push(self, status: str | None = None) -> PushReport:
+        """Upload what is new. A failure in the middle loses and repeats nothing at the next push.
+
+        Args:
+            status: "finished", "failed", "interrupted" or "killed" when the run has ended: also sends the closing
+                figures and ends the MLflow run.
+
+        Raises:
+            UserError: mlflow is missing, the server can't be reached or refuses; the message says which.
+        """
+        report = PushReport(without_password(self.uri))
+        try:
+            with _locked(self.run / LOCK_NAME):
+                state = MirrorState.load(self.run, self.uri)
+                self._push(state, report, status)
+        except UserError:
+            self._ready = False
+            raise
+        except ModuleNotFoundError as error:
+            raise UserError(f"MLflow can't be used ({error}); install it: pip install mlflow") from error
+        except Exception as error:
+            self._ready = False
+            raise UserError(f"MLflow at {report.uri} {_reason(error)}") from error
+        return report
+
+    def end_if_over(self) -> PushReport:
+        """Push, and when no process writes the run any more, end the MLflow run with what became of it."""
+        state = run_state(self.run)
+        return self.push(state if state in _STATUS else None)
+
+    def _push(self, state: MirrorState, report: PushReport, status: str | None) -> None:
+        if not self._ready:
+            self._begin(state, report)
+            self._ready = True
+        report.experiment, report.run_id = state.experiment, str(state.run_id)
+        self._send_metrics(state, report)
+        if status is not None:
+            self._send_summary(state, report)
+            self._send_tags(state)
+            self._client.set_terminated(state.run_id, _STATUS[status], end_time=run_times(self.run)[1])
+        self._send_files(state, report)
+
+    def _begin(self, state: MirrorState, report: PushReport) -> None:
+        """Find or create the MLflow run, and make its parameters, tags and status those of the run directory."""
+        params = self._params if self._params is not None else run_params(self.run)
+        state.experiment = self._experiment or state.experiment or params.get("tracking.experiment") or "rookery"
+        state.run_name = self._run_name or state.run_name or self.run.resolve().name
+        state.save(self.run, self.uri)
+        experiment_id = self._connect(state.experiment)
+        found = self._find(state, experiment_id)
+        if found is None and state.run_id is not None:
+            report.notices.append(f"MLflow at {report.uri} no longer has run {state.run_id}; all goes to a new one")
+            state.forget_run()
+        if found is None:
+            state.uid = state.uid or uuid.uuid4().hex
+            state.save(self.run, self.uri)
+            found = self._client.create_run(
+                experiment_id, run_times(self.run)[0], tags={UID_TAG: state.uid}, run_name=state.run_name
+            )
+        state.run_id = found.info.run_id
+        state.save(self.run, self.uri)
+        self._send_params(state, params, found.data.params, report)
+        self._send_tags(state)
+        if found.info.status != "RUNNING" and run_state(self.run) == "running":
+            self._client.update_run(state.run_id, status="RUNNING")
+
+    def _connect(self, experiment: str) -> str:
+        """Open the client; returns the experiment's id."""
+        database = sqlite_path(self.uri)
+        # Two runs that start together would both create the tables of a new SQLite file.
+        with _locked(database.with_name(f"{database.name}.lock")) if database else nullcontext():
+            self._client = _client(self.uri)
+            return self._experiment_id(experiment)
+
+    def _experiment_id(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            database = sqlite_path(self.uri)
+            folder = database and (database.parent / "mlruns" / urllib.parse.quote(name, safe="")).as_uri()
+            try:
+                return str(self._client.create_experiment(name, artifact_location=folder))
+            except MlflowException:
+                # Another run created it in between.
+                found = self._client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+        if found.lifecycle_stage == "deleted":
+            raise UserError(
+                f"MLflow experiment {name!r} at {without_password(self.uri)} is deleted; restore it "
+                f"(mlflow experiments restore -x {found.experiment_id}) or set another tracking.experiment"
+            )
+        return str(found.experiment_id)
+
+    def _find(self, state: MirrorState, experiment_id: str) -> Any:
+        """The MLflow run of an earlier push, None where there is none (any more)."""
+        from mlflow.exceptions import MlflowException
+
+        if state.run_id is None:
+            if state.uid is None:
+                return None
+            return next(iter(self._client.search_runs([experiment_id], f"tags.`{UID_TAG}` = '{state.uid}'")), None)
+        try:
+            found = self._client.get_run(state.run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        return found if found.info.lifecycle_stage == "active" else None
+
+    def _send_params(
+        self, state: MirrorState, params: dict[str, Any], there: dict[str, str], report: PushReport
+    ) -> None:
+        from mlflow.entities import Param, RunTag
+
+        wanted = {clean_key(key): shorten(redact(str(value)), MAX_PARAM) for key, value in params.items()}
+        cut = [key for key, value in params.items() if len(str(value)) > MAX_PARAM]
+        if cut:
+            report.notices.append(f"MLflow holds {MAX_PARAM} characters of {', '.join(cut)}; config.yaml has all")
+        new = [Param(key, value) for key, value in wanted.items() if key not in there]
+        for start in range(0, len(new), MAX_PARAMS):
+            self._client.log_batch(state.run_id, params=new[start : start + MAX_PARAMS])
+        report.params += len(new)
+        # MLflow's parameters can't be changed, a run's config can (longer training, another batch split).
+        changed = {key: value for key, value in wanted.items() if there.get(key, value) != value}
+        if changed:
+            self._client.log_batch(state.run_id, tags=[RunTag("config_changed", shorten(json.dumps(changed), MAX_TAG))])
+
+    def _send_tags(self, state: MirrorState) -> None:
+        from mlflow.entities import RunTag
+
+        tags = run_tags(self.run) | {clean_key(k): shorten(v, MAX_TAG) for k, v in self._tags.items()}
+        every = [RunTag(key, value) for key, value in tags.items()]
+        for start in range(0, len(every), MAX_PARAMS):
+            self._client.log_batch(state.run_id, tags=every[start : start + MAX_PARAMS])
+
+    def _send_metrics(self, state: MirrorState, report: PushReport) -> None:
+        for batch in read_batches(self.run / METRICS_NAME, state.tail, MAX_METRICS):
+            self._log(state, batch.points)
+            report.lines += batch.state.lines - state.tail.lines
+            report.values += len(batch.points)
+            state.tail = batch.state
+            state.save(self.run, self.uri)
+
+    def _send_summary(self, state: MirrorState, report: PushReport) -> None:
+        points = summary_points(self.run)
+        figures = [[point.key, point.value, point.step] for point in points]
+        if figures != state.summary:
+            self._log(state, points)
+            report.values += len(points)
+            state.summary = figures
+            state.save(self.run, self.uri)
+
+    def _log(self, state: MirrorState, points: list[Point]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [Metric(clean_key(p.key), p.value, p.time_ms, p.step) for p in points]
+        for start in range(0, len(metrics), MAX_METRICS):
+            self._client.log_batch(state.run_id, metrics=metrics[start : start + MAX_METRICS])
+
+    def _send_files(self, state: MirrorState, report: PushReport) -> None:
+        for file in run_files(self.run):
+            digest = file_sha256(file)
+            if state.artifacts.get(file.name) != digest:
+                self._client.log_artifact(state.run_id, str(file))
+                state.artifacts[file.name] = digest
+                state.save(self.run, self.uri)
+                report.artifacts += 1
+
+
+def _client(uri: str) -> Any:
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Let one process at a time through; the others wait."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _reason(error: Exception) -> str:
+    """One line about why an upload failed."""
+    text = str(error)
+    if any(sign in text for sign in ("Max retries exceeded", "Connection refused", "Connection aborted", "timed out")):
+        causes = ("refused", "timed out", "resolve", "unreachable", "reset", "aborted")
+        cause = next((word for word in causes if word in text), "")
+        return f"can't be reached{f' ({cause})' if cause else ''}"
+    return f"refused the upload: {type(error).__name__}: {redact(text.strip().splitlines()[0][:300] if text else '')}"

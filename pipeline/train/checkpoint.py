@@ -1,0 +1,142 @@
+"""Checkpoints on disk: written aside, flushed, committed, then renamed; never trusted without their commit.
+
+::
+
+    <run>/checkpoints/step-00000600/
+        commit.json     step, and size and SHA-256 of every other file; written last
+        progress.json   what the loop needs: step, samples, best result
+        ...             what the engine wrote
+
+A directory without `commit.json`, or with a file that does not match it, is passed over with a warning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.train.distributed import World
+
+log = logging.getLogger("rookery")
+
+COMMIT = "commit.json"
+PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One complete checkpoint."""
+
+    step: int
+    path: Path
+
+    def progress(self) -> dict[str, Any]:
+        return json.loads((self.path / PROGRESS).read_text())
+
+
+class CheckpointStore:
+    """The checkpoints of one run directory.
+
+    Args:
+        directory: `<run>/checkpoints`.
+        keep_last: complete checkpoints that stay.
+    """
+
+    def __init__(self, directory: Path, keep_last: int = 2) -> None:
+        self.directory = directory
+        self.keep_last = keep_last
+
+    def save(self, step: int, progress: dict[str, Any], write: Callable[[Path], None], world: World) -> Path:
+        """Write and commit a checkpoint; every process calls this.
+
+        Args:
+            step: global steps done.
+            progress: JSON state of the loop.
+            write: called on every process with the directory to write the engine's files into.
+        """
+        final = self.directory / f"step-{step:08d}"
+        part = self.directory / f".part-{step:08d}"
+        if world.is_main:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        world.barrier()
+        write(part)
+        world.barrier()
+        if world.is_main:
+            (part / PROGRESS).write_text(json.dumps(progress, indent=1))
+            _commit(part, step)
+            if final.exists():  # an uncommitted or damaged one of the same step
+                shutil.rmtree(final)
+            part.rename(final)
+            _fsync(self.directory)
+            self._retire()
+        world.barrier()
+        return final
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint whose files are all there and unchanged."""
+        for path in sorted(self.directory.glob("step-*"), reverse=True):
+            fault = _fault(path)
+            if fault is None:
+                return Checkpoint(int(path.name.removeprefix("step-")), path)
+            log.warning("checkpoint %s is not used: %s", path, fault)
+        return None
+
+    def clear_parts(self) -> None:
+        """Remove what a killed save left behind."""
+        for part in self.directory.glob(".part-*"):
+            shutil.rmtree(part, ignore_errors=True)
+
+    def _retire(self) -> None:
+        for path in sorted(self.directory.glob("step-*"))[: -self.keep_last]:
+            # Without its commit a half-removed checkpoint is never mistaken for a whole one.
+            (path / COMMIT).unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _commit(directory: Path, step: int) -> None:
+    files = {}
+    for path in sorted(directory.iterdir()):
+        _fsync(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    commit = directory / COMMIT
+    commit.write_text(json.dumps({"step": step, "files": files}, indent=1))
+    _fsync(commit)
+    _fsync(directory)
+
+
+def _fault(directory: Path) -> str | None:
+    """What is wrong with a checkpoint directory, or None."""
+    try:
+        files = json.loads((directory / COMMIT).read_text())["files"]
+        for name, expected in files.items():
+            path = directory / name
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, {expected['bytes']} were written"
+            if sha256_of(path) != expected["sha256"]:
+                return f"{name} has changed since it was written (SHA-256 differs)"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{COMMIT} can't be read: {error}"
+    return None
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,114 @@
+"""Distributed data parallel: every process holds the whole model; gradients are averaged while backward runs."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from pipeline.config import RunConfig
+from pipeline.errors import UserError
+from pipeline.train.distributed import World
+from pipeline.train.engines.base import PRECISIONS, Engine
+from pipeline.train.optim import make_optimizer
+
+STATE = "state.pt"
+
+
+class DdpEngine(Engine):
+    """torch's `DistributedDataParallel`, or the bare model when there is one process.
+
+    Args:
+        model: the plain model, already on the device and equal on all processes.
+        config: the resolved run.
+        world: this process among the others.
+    """
+
+    def __init__(self, model: nn.Module, config: RunConfig, world: World) -> None:
+        self.plain = model
+        self.world = world
+        self.dtype = PRECISIONS[config.train.precision]
+        self.clip = config.train.clip_grad_norm
+        self.optimizer = make_optimizer(model, config.optim, config.optim.peak_lr(config.train.global_batch_size))
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16")
+        self.ema = None
+        if config.train.ema_decay is not None:
+            self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.train.ema_decay))
+        if config.train.compile:
+            model.compile()
+        self.model = model
+        if world.size > 1:
+            ids = [world.device.index] if world.device.type == "cuda" else None
+            self.model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.world.device.type, self.dtype)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def accumulating(self) -> AbstractContextManager[None]:
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
+
+    def step(self, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for p in self.plain.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+        skipped = (~torch.isfinite(norm)).float()
+        if self.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm, foreach=True)
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            # The fused update reads this flag on the device and leaves weights and moments alone when it is 1.
+            self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update_parameters(self.plain)
+        return norm, skipped
+
+    def eval_model(self, weights: str) -> nn.Module:
+        return self._averaged().module if weights == "ema" else self.plain
+
+    def full_weights(self, weights: str) -> dict[str, torch.Tensor]:
+        if not self.world.is_main:
+            return {}
+        return {k: v.detach().cpu() for k, v in self.eval_model(weights).state_dict().items()}
+
+    def save(self, directory: Path) -> None:
+        if self.world.is_main:
+            torch.save(self._state(), directory / STATE)
+
+    def load(self, directory: Path) -> None:
+        state = torch.load(directory / STATE, map_location="cpu", weights_only=True)
+        try:
+            self.plain.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{directory}: the checkpoint is of another model: {error}") from error
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+
+    def _averaged(self) -> AveragedModel:
+        assert self.ema is not None, "the config checks that eval.weights=ema comes with train.ema_decay"
+        return self.ema
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.plain.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+        }

@@ -1,0 +1,96 @@
+"""The training loop: every run goes through `train`, on every process."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config import RunConfig
+from pipeline.data.shards import ShardSet
+from pipeline.resolve import resolve
+from pipeline.train.checkpoint import CheckpointStore
+from pipeline.train.distributed import World
+from pipeline.train.engines import Engine, make_engine
+from pipeline.train.evaluate import evaluate
+from pipeline.train.meters import StepMeter
+from pipeline.train.recorder import Recorder
+from pipeline.train.setup import eval_batches, initial_model, train_batches
+from pipeline.train.state import State
+from pipeline.train.step import seed_step, train_step
+from pipeline.train.trace import open_trace
+
+
+def train(config: RunConfig, world: World) -> dict[str, Any]:
+    """Train from the newest checkpoint, or from scratch, to the end; collective.
+
+    Returns:
+        What `result.json` holds.
+
+    Raises:
+        UserError: the data, the run directory or a checkpoint does not allow it.
+    """
+    run = resolve(config, world.size)
+    config, plan = run.config, run.plan
+    torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
+    with ExitStack() as stack:
+        recorder = Recorder.open(run, world, stack)
+        shards = ShardSet(config.data.train)
+        engine = make_engine(initial_model(config, world), config, world)
+        store = CheckpointStore(Path(config.out, config.name, "checkpoints"), config.checkpoint.keep_last)
+        state = restore(engine, store, world)
+        recorder.start(state, world)
+        validation = None if run.val is None else eval_batches(config, world)
+        trace = open_trace(config, shards, world, stack)
+        meter = StepMeter(world, run.order.batch, run.macs)
+        batches = iter(train_batches(run, shards, world, state.step))
+
+        while state.step < plan.end_step:
+            with meter.waiting():
+                batch = next(batches)
+            seed_step(config.seed, state.step, world.rank)
+            lr = run.schedule.lr(state.step)
+            meter.add(*train_step(engine, batch, lr, config.train.accumulate, run.train.num_classes, world.device))
+            trace.add(state.step, batch.samples)
+            state.step += 1
+            recorder.advance(state.step)
+            if plan.logs(state.step):
+                figures, bad = meter.read(state.step)
+                state.skipped += len(bad)
+                recorder.train(state, lr, figures, bad)
+                stop_if_diverged(state, config.train.max_bad_steps, world)
+            if validation is not None and plan.evaluates(state.step):
+                with meter.paused():
+                    weights = engine.eval_model(config.eval.weights)
+                    state.note(evaluate(weights, validation, engine.autocast(), world))
+                    recorder.evaluation(state, engine)
+            if plan.saves(state.step):
+                with meter.paused():
+                    state.seconds = recorder.seconds()
+                    store.save(state.step, asdict(state), engine.save, world)
+        return recorder.finish(state, engine)
+
+
+def restore(engine: Engine, store: CheckpointStore, world: World) -> State:
+    """Load the newest complete checkpoint into the engine; a new state when there is none."""
+    newest = world.on_main(store.newest)
+    if newest is None:
+        return State()
+    engine.load(newest.path)
+    return State(**newest.progress())
+
+
+def stop_if_diverged(state: State, limit: int, world: World) -> None:
+    """End a run that skips too many steps, on all processes alike.
+
+    Raises:
+        UserError: more than `limit` steps were skipped.
+    """
+    if state.skipped > limit:
+        world.fail(
+            f"{state.skipped} steps had a NaN or infinite gradient, train.max_bad_steps={limit} are tolerated; "
+            "lower optim.lr, lengthen optim.schedule.warmup or set train.clip_grad_norm, and start again"
+        )

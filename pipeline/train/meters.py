@@ -1,0 +1,116 @@
+"""What a run measures about itself: losses, skipped steps, speed, waiting, memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import psutil
+import torch
+
+from pipeline.train.distributed import World
+
+# Dense bf16/fp16 peak of a device in TFLOP/s, from its data sheet; the first name that is part of the device's counts.
+PEAK_TFLOPS = {
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "V100": 125,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+}
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """Data-sheet peak of a GPU, None where unknown (and on CPUs, whose clocks vary too much for a fixed figure)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+@dataclass
+class StepMeter:
+    """Collects a window of steps without asking the device anything; `read` asks once for all of them.
+
+    Args:
+        world: this process among the others.
+        batch: global batch size.
+        macs: multiply-accumulates of one forward per image; a training step costs 3 times as many, 2 FLOP each.
+    """
+
+    world: World
+    batch: int
+    macs: int
+    _losses: list[torch.Tensor] = field(default_factory=list)
+    _skipped: list[torch.Tensor] = field(default_factory=list)
+    _norm: torch.Tensor | None = None
+    _wait: float = 0.0
+    _busy: float = 0.0
+    _mark: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the fetching of a batch: the loop stands still for data."""
+        began = time.perf_counter()
+        yield
+        self._wait += time.perf_counter() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around evaluation and saving, which do not count as training."""
+        self._lap()
+        yield
+        self._mark = time.perf_counter()
+
+    def add(self, loss: torch.Tensor, norm: torch.Tensor, skipped: torch.Tensor) -> None:
+        """One step's results, 0-D tensors still being computed."""
+        self._losses.append(loss)
+        self._skipped.append(skipped)
+        self._norm = norm
+
+    def read(self, step: int) -> tuple[dict[str, float], list[int]]:
+        """Figures of the window that ends after `step` steps, then empty it; collective.
+
+        Returns:
+            The figures, and which steps of the window were skipped (counted from 0).
+        """
+        assert self._norm is not None, "read comes after at least one step"
+        losses = self.world.sum(torch.stack(self._losses)) / self.world.size
+        skipped = torch.stack(self._skipped).tolist()
+        good = [loss for loss, skip in zip(losses.tolist(), skipped, strict=True) if not skip]
+        norm = float(self._norm)
+        self._lap()
+        steps = len(skipped)
+        images = steps * self.batch / self._busy
+        figures = {
+            "loss": sum(good) / len(good) if good else float("nan"),
+            "grad_norm": norm,
+            "images_per_second": images,
+            "step_seconds": self._busy / steps,
+            "data_wait": self._wait / self._busy,
+            "memory_gb": _memory_gb(self.world.device),
+            "tflops_per_process": 6 * self.macs * images / self.world.size / 1e12,
+        }
+        peak = peak_tflops(self.world.device)
+        if peak is not None:
+            figures["mfu"] = figures["tflops_per_process"] / peak
+        self._losses, self._skipped, self._wait, self._busy = [], [], 0.0, 0.0
+        return figures, [step - steps + i for i, skip in enumerate(skipped) if skip]
+
+    def _lap(self) -> None:
+        now = time.perf_counter()
+        self._busy += now - self._mark
+        self._mark = now
+
+
+def _memory_gb(device: torch.device) -> float:
+    """Peak memory in GB: of the device's allocator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return psutil.Process().memory_info().rss / 1e9

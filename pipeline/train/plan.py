@@ -1,0 +1,60 @@
+"""When a run does what: all durations of the config in global steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.config import RunConfig
+from pipeline.durations import Duration
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The calendar of a run, in global steps.
+
+    Attributes:
+        steps_per_epoch: whole batches in an epoch.
+        total_steps: length that the schedule spans.
+        end_step: where the run ends; below `total_steps` with `train.stop_after`.
+        log_every, eval_every, save_every: intervals.
+    """
+
+    steps_per_epoch: int
+    total_steps: int
+    end_step: int
+    warmup_steps: int
+    log_every: int
+    eval_every: int
+    save_every: int
+
+    @classmethod
+    def of(cls, config: RunConfig, steps_per_epoch: int) -> Plan:
+        batch = config.train.global_batch_size
+
+        def steps(duration: Duration) -> int:
+            return duration.steps(steps_per_epoch, batch)
+
+        total = max(1, steps(config.train.epochs))
+        stop = config.train.stop_after
+        return cls(
+            steps_per_epoch=steps_per_epoch,
+            total_steps=total,
+            end_step=total if stop is None else min(total, max(1, steps(stop))),
+            warmup_steps=steps(config.optim.schedule.warmup),
+            log_every=max(1, steps(config.train.log_every)),
+            eval_every=max(1, steps(config.eval.every)),
+            save_every=max(1, steps(config.checkpoint.every)),
+        )
+
+    def epoch(self, step: int) -> float:
+        """Epochs done after `step` steps."""
+        return step / self.steps_per_epoch
+
+    def logs(self, step: int) -> bool:
+        return step % self.log_every == 0 or step == self.end_step
+
+    def evaluates(self, step: int) -> bool:
+        return step % self.eval_every == 0 or step == self.end_step
+
+    def saves(self, step: int) -> bool:
+        return step % self.save_every == 0 or step == self.end_step

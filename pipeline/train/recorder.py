@@ -1,0 +1,234 @@
+"""Rank 0's side of a run: the run directory, metrics.jsonl, the MLflow mirror and what is printed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.config_load import flatten
+from pipeline.errors import UserError
+from pipeline.resolve import Resolved
+from pipeline.tracking.background import BackgroundMirror
+from pipeline.tracking.files import file_reference, read_json
+from pipeline.tracking.metrics import Kind, MetricsLog
+from pipeline.tracking.redact import redact
+from pipeline.tracking.run_dir import EndStatus, RunDir
+from pipeline.tracking.system import SystemSampler
+from pipeline.train.distributed import World
+from pipeline.train.engines import Engine
+from pipeline.train.export import WEIGHTS, save_weights
+from pipeline.train.progress import Reporter
+from pipeline.train.state import State
+
+# Keys that may differ between the starts of one run: they decide where and how fast, not what is computed.
+FREE_KEYS = (
+    "name",
+    "out",
+    "resume",
+    "data.train",
+    "data.val",
+    "data.workers",
+    "data.prefetch",
+    "data.trace",
+    "train.stop_after",
+    "train.log_every",
+    "train.max_bad_steps",
+    "eval.every",
+    "eval.batch_size",
+    "checkpoint.",
+    "tracking.",
+)
+
+
+class Recorder:
+    """Writes down and prints what happens, on rank 0; on other ranks every method does nothing.
+
+    Use `Recorder.open`.
+    """
+
+    def __init__(self, run: Resolved, run_dir: RunDir | None, metrics: MetricsLog | None) -> None:
+        self.run, self.run_dir, self.metrics = run, run_dir, metrics
+        self.path = Path(run.config.out) / run.config.name
+        self._report = Reporter(run_dir is not None, run.plan.end_step)
+        self._before, self._began = 0.0, time.monotonic()
+
+    @classmethod
+    def open(cls, run: Resolved, world: World, stack: ExitStack) -> Recorder:
+        """Lock the run directory and start the background work of the record; collective. `stack` ends both.
+
+        Raises:
+            UserError: another process writes the directory, or it holds another run.
+        """
+        opened: list[Recorder] = []
+
+        def on_main() -> None:
+            check_same_run(Path(run.config.out) / run.config.name, run)
+            opened.append(stack.enter_context(_open(run)))
+
+        world.on_main(on_main)
+        return opened[0] if opened else cls(run, None, None)
+
+    def start(self, state: State, world: World) -> None:
+        """Say that training starts, or goes on, at the state's step."""
+        self._before = state.seconds
+        if self.run_dir is None or self.metrics is None:
+            return
+        self.metrics.rewind(state.step)
+        self.run_dir.start_session(world_size=world.size, resumed_from=state.step or None)
+        self._report.begin(state.step)
+        if state.step:
+            self._report.say(f"continuing {self.path} after step {state.step}")
+
+    def advance(self, step: int) -> None:
+        self._report.advance(step)
+
+    def seconds(self) -> float:
+        """Time spent on the run, over all starts."""
+        return self._before + time.monotonic() - self._began
+
+    def train(self, state: State, lr: float, figures: dict[str, float], bad: list[int]) -> None:
+        """One window of steps: figures for metrics.jsonl and a line for the reader."""
+        self._log("train", state.step, lr=lr, skipped=state.skipped, **figures)
+        self._report.step(state.step, self.run.plan.epoch(state.step), lr, figures)
+        if bad:
+            self._log("event", state.step, event="skipped", steps=bad)
+            self._report.say(f"skipped, because a gradient was NaN or infinite: step {', '.join(map(str, bad))}")
+
+    def evaluation(self, state: State, engine: Engine) -> None:
+        """Figures of the evaluation at the state's step; the weights too, when they are the best so far. Collective."""
+        assert state.last is not None, "called after an evaluation"
+        figures = {k: v for k, v in state.last.items() if k != "step"}
+        self._log("eval", state.step, **figures)
+        self._report.say(
+            f"step {state.step}  top1 {figures['top1']:.4f}  top5 {figures['top5']:.4f}  loss {figures['loss']:.4f}"
+            f"  of {figures['count']} samples"
+        )
+        if state.best == state.last:
+            save_weights(self.path / "best", engine, self.run.config, figures)
+
+    def finish(self, state: State, engine: Engine) -> dict[str, Any]:
+        """Write the final weights and `result.json`; collective."""
+        config = self.run.config
+        save_weights(self.path / "final", engine, config, state.last or {})
+        result = {
+            **{k: v for k, v in (state.last or {}).items() if k != "step"},
+            "step": state.step,
+            "samples": state.step * self.run.order.batch,
+            "best": state.best,
+            "params": self.run.params,
+            "skipped": state.skipped,
+            "wall_seconds": state.seconds,
+        }
+        if self.run_dir is not None:
+            self.run_dir.write_result(result)
+            names = ["final"] + (["best"] if (self.path / "best" / WEIGHTS).exists() else [])
+            self.run_dir.write_checkpoints({name: file_reference(self.path / name / WEIGHTS) for name in names})
+            top1 = "" if state.last is None else f" top1={state.last['top1']:.4f}"
+            self._report.end()
+            self._report.say(f"run={self.path}{top1}")
+        return result
+
+    def _log(self, kind: Kind, step: int, **values: Any) -> None:
+        if self.metrics is not None:
+            samples = step * self.run.order.batch
+            self.metrics.log(kind, step, samples=samples, epoch=self.run.plan.epoch(step), **values)
+
+
+@contextmanager
+def _open(run: Resolved) -> Iterator[Recorder]:
+    config = run.config
+    tree = config.model_dump(mode="json")
+    with ExitStack() as stack:
+        run_dir = stack.enter_context(RunDir.open(Path(config.out) / config.name, tree, facts(run)))
+        mirror = _start_mirror(run, run_dir, tree)
+        metrics = MetricsLog(run_dir.path)
+        sampler = SystemSampler(lambda figures: metrics.log("system", **figures), config.tracking.system_seconds)
+        recorder = Recorder(run, run_dir, metrics)
+        status: EndStatus = "failed"
+        try:
+            yield recorder
+            status = "finished"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            sampler.close()
+            recorder._report.end()
+            metrics.close()
+            if mirror is not None:
+                mirror.close(status)
+
+
+def facts(run: Resolved) -> dict[str, Any]:
+    """What identifies the data and size of a run, for facts.json."""
+    splits = {"train": (run.config.data.train, run.train), "val": (run.config.data.val, run.val)}
+    datasets = {
+        split: {
+            "path": path,
+            "fingerprint": manifest.fingerprint(),
+            "samples": manifest.num_samples,
+            "classes": manifest.num_classes,
+        }
+        for split, (path, manifest) in splits.items()
+        if manifest is not None
+    }
+    return {
+        "datasets": datasets,
+        "model_params": run.params,
+        "model_macs": run.macs,
+        "peak_lr": run.peak_lr,
+        "steps_per_epoch": run.plan.steps_per_epoch,
+        "total_steps": run.plan.total_steps,
+        "total_epochs": run.plan.epoch(run.plan.total_steps),
+    }
+
+
+def check_same_run(path: Path, run: Resolved) -> None:
+    """Make sure that a run directory is new, or holds this very run.
+
+    Raises:
+        UserError: it holds a run with another config or other data, or `resume=never` and it holds any.
+    """
+    saved = RunDir.saved_config(path)
+    if saved is None:
+        return
+    if run.config.resume == "never":
+        raise UserError(f"{path} holds a run already and resume=never; choose another name=... or remove it")
+    before, now = flatten(saved), flatten(redact(run.config.model_dump(mode="json")))
+    differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    differing = [key for key in differing if not key.startswith(FREE_KEYS)]
+    if differing:
+        changes = "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} here" for key in differing[:5])
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise UserError(
+            f"{path} holds a run with another config ({changes}{more}); "
+            "choose another name=..., or use the saved config to go on with that run"
+        )
+    _check_same_data(path, run)
+
+
+def _check_same_data(path: Path, run: Resolved) -> None:
+    saved = (read_json(path / "facts.json") or {}).get("datasets", {})
+    for split, now in facts(run)["datasets"].items():
+        before = saved.get(split)
+        if before is not None and before["fingerprint"] != now["fingerprint"]:
+            raise UserError(
+                f"{path} was trained on other shards than data.{split}={now['path']} holds now "
+                f"({before['samples']} samples, fingerprint {before['fingerprint'][:12]} there; {now['samples']}, "
+                f"{now['fingerprint'][:12]} here); choose another name=..., or point data.{split} at the old shards"
+            )
+
+
+def _start_mirror(run: Resolved, run_dir: RunDir, tree: dict[str, Any]) -> BackgroundMirror | None:
+    tracking = run.config.tracking
+    if not tracking.mlflow:
+        return None
+    tags = {
+        "model": run.config.model.name,
+        "dataset": run.config.data.train,
+        "dataset_fingerprint": run.train.fingerprint()[:16],
+    }
+    return BackgroundMirror(run_dir.path, tracking.uri, tracking.experiment, run.config.name, tags, tree)

@@ -1,0 +1,56 @@
+"""The parts of a training run, built from its resolved config."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pipeline.config import RunConfig
+from pipeline.data.augment.transforms import build_eval_transform, build_train_transform
+from pipeline.data.loader import Batches, EvalDataset, StepDataset
+from pipeline.data.shards import ShardSet
+from pipeline.hashing import seed64
+from pipeline.resolve import Resolved, build_model
+from pipeline.train.distributed import World
+
+_INIT_STREAM = 100
+
+
+def initial_model(config: RunConfig, world: World) -> nn.Module:
+    """The untrained model on this process's device, equal on all of them.
+
+    Weights are drawn on the CPU: a GPU's generator gives other numbers, and a run should start the same everywhere.
+    """
+    torch.manual_seed(seed64(config.seed, _INIT_STREAM))
+    return build_model(config, "cpu").to(world.device)
+
+
+def train_batches(run: Resolved, shards: ShardSet, world: World, start: int) -> Batches:
+    """This process's batches from global step `start` to the end of the run."""
+    config = run.config
+    size, channels = config.model.img_size, config.model.in_chans
+    assert size is not None, "resolve fills in the image size"
+    dataset = StepDataset(
+        shards,
+        run.order,
+        build_train_transform(config.augment, size, channels),
+        config.mix,
+        size,
+        channels,
+        run.drop_paths,
+        world.rank,
+        world.size,
+    )
+    steps = range(start, run.plan.end_step)
+    return Batches(dataset, steps, config.data.workers, config.data.prefetch, world.device)
+
+
+def eval_batches(config: RunConfig, world: World) -> Batches:
+    """This process's batches of the whole evaluation split; can be iterated again and again."""
+    size, channels = config.model.img_size, config.model.in_chans
+    assert size is not None and config.data.val is not None, "callers ask for evaluation only where there is a split"
+    transform = build_eval_transform(config.eval_transform, config.augment, size, channels)
+    dataset = EvalDataset(
+        ShardSet(config.data.val), transform, channels, config.eval.batch_size, world.rank, world.size
+    )
+    return Batches(dataset, range(len(dataset)), config.data.workers, config.data.prefetch, world.device)

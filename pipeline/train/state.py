@@ -1,0 +1,30 @@
+"""What the loop carries from step to step, besides the engine's tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class State:
+    """Saved as JSON with every checkpoint.
+
+    Attributes:
+        step: global steps done. The samples seen, the epoch and the position in the data all follow from it.
+        last: figures of the newest evaluation, with its step.
+        best: figures of the evaluation with the highest top-1, with its step.
+        skipped: steps without an update because a gradient was NaN or infinite.
+        seconds: time spent training, over all starts.
+    """
+
+    step: int = 0
+    last: dict[str, float] | None = None
+    best: dict[str, float] | None = None
+    skipped: int = 0
+    seconds: float = 0.0
+
+    def note(self, figures: dict[str, float]) -> None:
+        """Keep the figures of an evaluation at this step; as the best, too, when no earlier one was as good."""
+        self.last = {"step": self.step, **figures}
+        if self.best is None or figures["top1"] > self.best["top1"]:
+            self.best = self.last

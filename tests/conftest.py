@@ -1,0 +1,26 @@
+"""Fixtures every room's tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REQUIRE_ALL = os.environ.get("ROOKERY_REQUIRE_ALL") == "1"
+
+
+def missing(reason: str) -> None:
+    """Skip the test, or fail it where nothing may be missing (`ROOKERY_REQUIRE_ALL=1`, as in CI)."""
+    if REQUIRE_ALL:
+        pytest.fail(f"{reason} (ROOKERY_REQUIRE_ALL=1 allows no test to be left out)")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder with the real test images: `cifar10/*.parquet` and `imagenet-sample/<wnid>/*.JPEG`."""
+    folder = os.environ.get("ROOKERY_TEST_DATA")
+    if not folder or not Path(folder).is_dir():
+        missing("real images left out: set ROOKERY_TEST_DATA to a folder with cifar10/ and imagenet-sample/")
+    return Path(str(folder))

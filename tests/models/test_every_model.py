@@ -1,0 +1,153 @@
+"""What every registered model must do. A new family joins by its reduction in `SMALL`."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from pipeline.models import ModelInfo, create_model, list_models, model_info, num_drop_paths, set_drop_path_noise
+from pipeline.models.drop_path import DropPath
+from tests.conftest import missing
+
+
+def small_nest(info: ModelInfo) -> dict[str, Any]:
+    """Blocks of 2x2 tokens, one layer per level; widths, levels and attention as registered."""
+    return {"img_size": info.config["patch_size"] * 2 ** info.config["num_levels"], "depths": 1}
+
+
+SMALL: dict[str, Callable[[ModelInfo], dict[str, Any]]] = {"nest": small_nest}
+
+every_model = pytest.mark.parametrize("name", list_models())
+
+
+def small(name: str, drop_path_rate: float = 0.4) -> nn.Module:
+    torch.manual_seed(0)
+    info = model_info(name)
+    return create_model(name, **SMALL[info.family](info), num_classes=7, drop_path_rate=drop_path_rate)
+
+
+def batch(model: nn.Module, size: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(size, 3, model.img_size, model.img_size, generator=generator)
+    return images, torch.rand(size, num_drop_paths(model), generator=generator)
+
+
+def train_step(model: nn.Module, images: Tensor, noise: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and gradients of one training step."""
+    set_drop_path_noise(model, noise)
+    model.zero_grad()
+    logits = model(images)
+    F.cross_entropy(logits.float(), torch.arange(len(images)) % 7).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return logits.detach(), gradients
+
+
+def assert_same_step(got, wanted, *, tolerance: float) -> None:
+    torch.testing.assert_close(got[0], wanted[0], rtol=tolerance, atol=tolerance)
+    assert got[1].keys() == wanted[1].keys()
+    for name, gradient in wanted[1].items():
+        torch.testing.assert_close(got[1][name], gradient, rtol=tolerance, atol=tolerance * gradient.abs().max().item())
+
+
+@every_model
+def test_forward_and_backward(name):
+    model = small(name).eval()
+    images, _ = batch(model)
+    logits, gradients = train_step(model, images, None)
+    assert logits.shape == (3, 7)
+    assert gradients.keys() == dict(model.named_parameters()).keys()
+    assert all(g.isfinite().all() and g.any() for g in gradients.values())
+    torch.testing.assert_close(model(images[1:2]), logits[1:2], rtol=1e-4, atol=1e-5)  # samples don't see each other
+    assert not torch.allclose(logits[0], logits[1], atol=1e-4)
+
+
+@every_model
+def test_autocast_bfloat16(name):
+    model = small(name, drop_path_rate=0.0).train()
+    images, noise = batch(model)
+    wanted, _ = train_step(model, images, noise)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, gradients = train_step(model, images, noise)
+    assert got.dtype == torch.bfloat16
+    assert (got - wanted).abs().max() <= 0.03 * wanted.abs().max()
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients.values())
+
+
+@every_model
+def test_compiles_to_one_graph(name):
+    torch._dynamo.reset()
+    model = small(name).train()
+    images, noise = batch(model)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    got, wanted = train_step(compiled, images, noise), train_step(model, images, noise)
+    got = got[0], {key.removeprefix("_orig_mod."): value for key, value in got[1].items()}
+    assert_same_step(got, wanted, tolerance=1e-5)
+
+
+def test_inductor_agrees():
+    if not shutil.which("g++"):
+        missing("torch.compile with inductor left out: no C++ compiler (g++) here")
+    torch._dynamo.reset()
+    model = small("nest_micro").train()
+    images, noise = batch(model)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
+    got, wanted = train_step(compiled, images, noise), train_step(model, images, noise)
+    got = got[0], {key.removeprefix("_orig_mod."): value for key, value in got[1].items()}
+    assert_same_step(got, wanted, tolerance=1e-4)
+
+
+@every_model
+@pytest.mark.parametrize("handed", [True, False])
+def test_activation_checkpointing_changes_nothing(name, handed):
+    model = small(name).train()
+    images, noise = batch(model)
+    steps = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(2)
+        steps.append(train_step(model, images, noise if handed else None))
+    assert_same_step(steps[1], steps[0], tolerance=0.0)
+
+
+@every_model
+def test_drop_path_rates_rise_linearly(name):
+    with torch.device("meta"):
+        model = create_model(name, drop_path_rate=0.3)
+    rates = torch.tensor([m.rate for m in model.modules() if isinstance(m, DropPath)], dtype=torch.float64)
+    assert torch.equal(rates[::2], rates[1::2])  # both branches of a layer
+    torch.testing.assert_close(rates[::2], torch.linspace(0, 0.3, len(rates) // 2, dtype=torch.float64))
+    assert rates[0] == 0.0
+    own = model_info(name).config["drop_path_rate"]
+    with torch.device("meta"):
+        assert max(m.rate for m in create_model(name).modules() if isinstance(m, DropPath)) == pytest.approx(own)
+
+
+@every_model
+def test_weights_survive_safetensors_and_deepcopy(name):
+    model = small(name).eval()
+    images, _ = batch(model)
+    with torch.no_grad():
+        expected = model(images)
+        twin = copy.deepcopy(model)
+        stored = load(save(model.state_dict()))
+        assert all(torch.equal(stored[key], value) for key, value in model.state_dict().items())
+        for param in model.parameters():
+            param.zero_()
+        assert torch.equal(twin(images), expected)
+        model.load_state_dict(stored)
+        assert torch.equal(model(images), expected)
+
+
+@every_model
+def test_no_weight_decay_names_parameters(name):
+    with torch.device("meta"):
+        model = create_model(name)
+    assert model.no_weight_decay() <= dict(model.named_parameters()).keys()

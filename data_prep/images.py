@@ -96,7 +96,7 @@ def _decode(data: bytes) -> Image.Image:
     except (UnusableImage, MemoryError):
         raise
     except Exception as error:  # the decoders raise nearly every type on damaged bytes
-        reason = "truncated" if "truncated" in str(error) else "damaged"
+        reason = "truncated" if "truncated" in str(error).lower() else "damaged"
         raise UnusableImage(f"{reason}: {error or type(error).__name__}") from error
     return image
 

@@ -14,6 +14,7 @@ from data_prep.plan import Plan, make_plan
 from data_prep.progress import Progress, SilentProgress
 from data_prep.sources import open_source
 from data_prep.sources.base import Listing, Source
+from data_prep.sources.folder import FolderSource
 from data_prep.state import Record, SplitState, writing
 from data_prep.workers import build_shards, usable_cores
 
@@ -60,12 +61,8 @@ def prepare_splits(
     if options.format not in WRITERS:
         raise UserError(f"--format {options.format}: no such format; there is {', '.join(WRITERS)}")
     opened = open_source(source, options) if isinstance(source, str | Path) else source
-    if (
-        isinstance(source, str | Path)
-        and Path(source).is_dir()
-        and Path(out).resolve().is_relative_to(Path(source).resolve())
-    ):
-        raise UserError(f"{out}: lies inside the source {source}, which would list its own shards; choose another OUT")
+    if opened.kind == FolderSource.kind and Path(out).resolve().is_relative_to(opened.path.resolve()):
+        raise UserError(f"{out}: lies inside the class folders of {opened.path}; choose an OUT outside")
     listings = {}
     for split in splits or opened.splits():
         listings[split] = _list(opened, split, progress)
@@ -83,7 +80,7 @@ def _list(source: Source, split: str, progress: Progress) -> Listing:
         raise UserError(
             f"--split {split!r}: it names a folder below OUT, so it can't hold {os.sep} or start with a dot"
         )
-    progress.say(f"{split}: listing {source.kind} {source.name}")
+    progress.say(f"{split}: listing {source.name} ({source.kind})")
     listing = source.listing(split if split in offered else offered[0])
     if not len(listing):
         raise UserError(f"{source.name}: no images in the split {split}")
@@ -130,14 +127,19 @@ def _build_missing(
     progress: Progress,
 ) -> None:
     builder = ShardBuilder(state, plan.fingerprint, listing.reader, options.format, options.resize, options.quality)
-    tasks = [ShardTask(files[number], listing.items(plan.shards[number])) for number in missing]
+
+    def task_of(number: int) -> ShardTask:
+        return ShardTask(files[number], listing.items(plan.shards[number]))
 
     def keep(record: Record) -> None:
         records[record.shard.file] = record
 
-    left = sum(len(task.items) for task in tasks)
-    with progress.task(plan.description["split"], len(listing), len(listing) - left) as advance:
-        build_shards(builder, tasks, options.workers or usable_cores(), advance, keep)
+    left = sum(len(plan.shards[number]) for number in missing)
+    try:
+        with progress.task(plan.description["split"], len(listing), len(listing) - left) as advance:
+            build_shards(builder, missing, task_of, options.workers or usable_cores(), advance, keep)
+    finally:
+        state.empty_scratch()
 
 
 def _manifest(plan: Plan, listing: Listing, records: list[Record]) -> Manifest:

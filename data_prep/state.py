@@ -91,8 +91,7 @@ class SplitState:
             (self.directory / MANIFEST_NAME).unlink(missing_ok=True)
             content = {"fingerprint": plan.fingerprint, **plan.description}
             write_atomic(plan_path, json.dumps(content, indent=1, sort_keys=True).encode())
-        shutil.rmtree(self.scratch, ignore_errors=True)
-        self.scratch.mkdir()
+        self.empty_scratch()
         with ThreadPoolExecutor(HASH_THREADS) as threads:
             records = threads.map(lambda file: self._record(file, plan.fingerprint, check_hashes), files)
             finished = {record.shard.file: record for record in records if record is not None}
@@ -117,7 +116,7 @@ class SplitState:
 
     def _clean(self, finished: set[str], split: str) -> None:
         """Remove shards without a valid record, and records without their shard."""
-        ours = re.compile(rf"({re.escape(split)}-\d{{6}})(\.tar|\.idx\.npy)")
+        ours = re.compile(rf"({re.escape(split)}-\d{{6,}})(\.tar|\.idx\.npy)")
         stems = {Path(file).stem for file in finished}
         for path in self.directory.iterdir():
             match = ours.fullmatch(path.name)
@@ -146,6 +145,11 @@ class SplitState:
         if check_hashes and (file_sha256(tar) != shard.sha256 or file_sha256(index) != shard.index_sha256):
             return None
         return record
+
+    def empty_scratch(self) -> None:
+        """Remove shards that were being written when their worker ended."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir()
 
     def publish(self, record: Record, tar: Path, index: Path) -> None:
         """Move a written shard to its place, then write its record: the order a kill at any moment asks for."""

@@ -135,7 +135,7 @@ def _disagreement(directory: Path, shard: Shard, classes: int) -> str | None:
         wrong = np.flatnonzero(found[column] != index[column])
         if len(wrong):
             row = wrong[0]
-            return f"row {row}: {column} is {index[column][row]!r}, in the tar it is {found[column][row]!r}"
+            return f"row {row}: {column} is {index[column][row].item()}, in the tar it is {found[column][row].item()}"
     if len(index) and not 0 <= index["label"].min() <= index["label"].max() < classes:
         return f"labels from {index['label'].min()} to {index['label'].max()}, but there are {classes} classes"
     if len(np.unique(index["key"])) != len(index):

@@ -10,7 +10,9 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
@@ -32,25 +34,30 @@ def usable_cores() -> int:
 
 def build_shards(
     builder: ShardBuilder,
-    tasks: Sequence[ShardTask],
+    shards: Sequence[int],
+    task_of: Callable[[int], ShardTask],
     workers: int,
     on_images: Advance,
     on_record: Callable[[Record], None],
 ) -> None:
-    """Build every task's shard, each in one of `workers` processes (in this one if that is 1), in any order.
+    """Build these shards, each in one of `workers` processes (in this one if that is 1), in any order.
+
+    `task_of` is asked for a shard's task when its turn comes: the items of a large split together are large.
 
     Raises:
         UserError: a shard could not be built; the others that were being built are given up.
     """
-    if min(workers, len(tasks)) <= 1:
-        for task in tasks:
-            on_record(builder.build(task, on_images))
+    if min(workers, len(shards)) <= 1:
+        for shard in shards:
+            on_record(builder.build(task_of(shard), on_images))
         return
-    crew = [_Worker(builder) for _ in range(min(workers, len(tasks)))]
-    waiting = deque(tasks)
+    crew: list[_Worker] = []
+    waiting = deque(shards)
     try:
+        with _interrupts_held():
+            crew += [_Worker(builder) for _ in range(min(workers, len(shards)))]
         for worker in crew:
-            worker.give(waiting.popleft())
+            worker.give(task_of(waiting.popleft()))
         while busy := {worker.connection: worker for worker in crew if worker.task is not None}:
             for connection in wait(list(busy)):
                 worker = busy[connection]  # type: ignore[index]
@@ -61,10 +68,21 @@ def build_shards(
                 on_record(answer)
                 worker.task = None
                 if waiting:
-                    worker.give(waiting.popleft())
+                    worker.give(task_of(waiting.popleft()))
     finally:
         for worker in crew:
             worker.end()
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait. Processes started meanwhile never see it: it reaches the whole group, but the parent decides."""
+    resource_tracker.ensure_running()  # else the first start does it, and lets interrupts through again
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 class _Worker:
@@ -114,7 +132,6 @@ class _Worker:
 
 def _work(connection: Connection, builder: ShardBuilder, parent: int) -> None:
     """The life of a worker process: one task after the other until the parent kills it or dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     _die_with(parent)
     while True:
         try:

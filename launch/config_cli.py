@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 
-
 def config(
     recipe: Annotated[Path | None, typer.Argument(help="recipe to print, bases and overrides applied")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,

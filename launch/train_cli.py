@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 
-
 def train(
     config: Annotated[Path, typer.Argument(help="recipe, such as configs/demo.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value ..., such as train.epochs=100")] = None,

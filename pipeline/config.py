@@ -7,18 +7,36 @@ is filled in by `pipeline.resolve`; the filled-in config is saved with the run a
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.data.augment.settings import AugmentConfig, EvalTransformConfig, MixConfig
-from pipeline.durations import DurationField, EpochsField
+from pipeline.durations import Duration, Epochs, Interval
+from pipeline.errors import UserError
+
+_RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+def _home(path: str) -> str:
+    # The shell leaves the ~ of `data.train=~/shards` alone.
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def _empty_for_null(value: Any) -> Any:
+    return {} if value is None else value
+
+
+Directory = Annotated[str, Field(min_length=1), AfterValidator(_home)]
 
 
 class Section(BaseModel):
-    """Base of every part of the tree: frozen, no unknown keys, defaults checked."""
+    """Base of every part of the tree: frozen, no unknown keys, no infinite numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -29,7 +47,17 @@ class ModelConfig(Section):
     img_size: int | None = Field(None, ge=1, description="image side in pixels; null: the model's own")
     in_chans: Literal[1, 3] = Field(3, description="image channels")
     drop_path_rate: float | None = Field(None, ge=0, lt=1, description="stochastic depth; null: the model's own")
-    options: dict[str, Any] = Field(default_factory=dict, description="other arguments of create_model")
+    options: Annotated[dict[str, Any], BeforeValidator(_empty_for_null)] = Field(
+        default_factory=dict, description="other arguments of the model; null drops those of a base"
+    )
+
+    @field_validator("options")
+    @classmethod
+    def _has_no_field(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for key in options:
+            if key in cls.model_fields:
+                raise ValueError(f"{key} is a key of its own: set model.{key} instead")
+        return options
 
     def overrides(self) -> dict[str, Any]:
         """Keyword arguments for `pipeline.models.create_model`."""
@@ -40,8 +68,8 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where the shards are and in which order their samples come; see docs/data_order.md."""
 
-    train: str = Field(description="directory of the training split (holds manifest.json)")
-    val: str | None = Field(None, description="directory of the evaluation split; null: no evaluation")
+    train: Directory = Field(description="directory of the training split (holds manifest.json)")
+    val: Directory | None = Field(None, description="directory of the evaluation split; null: no evaluation")
     lanes: int | None = Field(
         None, ge=1, description="parallel streams of an epoch; a world size must divide it; null: from the batch size"
     )
@@ -58,7 +86,7 @@ class DataConfig(Section):
 class ScheduleConfig(Section):
     """Learning rate over a run: linear warm-up, then half a cosine, both counted in samples."""
 
-    warmup: DurationField = Field("0ep", description="length of the linear warm-up from 0")  # type: ignore[assignment]
+    warmup: Duration = Field(Duration(0, "ep"), description="length of the linear warm-up from 0")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end")
 
 
@@ -74,7 +102,7 @@ class OptimConfig(Section):
     decay: Literal["all", "matrices"] = Field(
         "all", description="all: every parameter but the model's no_weight_decay(); matrices: 1-D ones excluded as well"
     )
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     schedule: ScheduleConfig = ScheduleConfig()
 
@@ -86,8 +114,8 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """The training itself."""
 
-    epochs: EpochsField = Field(description="length of the run; the schedule spans it")
-    stop_after: DurationField | None = Field(None, description="end earlier than `epochs`, the schedule unchanged")
+    epochs: Epochs = Field(description="length of the run; the schedule spans it")
+    stop_after: Epochs | None = Field(None, description="end earlier than `epochs`, the schedule unchanged")
     global_batch_size: int = Field(ge=1, description="samples per optimizer step, over all processes")
     accumulate: int = Field(1, ge=1, description="micro-batches that each process splits its part of a step into")
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="autocast type; weights stay fp32")
@@ -97,13 +125,13 @@ class TrainConfig(Section):
     ema_decay: float | None = Field(None, gt=0, lt=1, description="exponential moving average of the weights, per step")
     max_bad_steps: int = Field(10, ge=0, description="steps skipped for a NaN or Inf before the run stops")
     deterministic: bool = Field(True, description="deterministic kernels only")
-    log_every: DurationField = Field("20steps", description="how often metrics are logged")  # type: ignore[assignment]
+    log_every: Interval = Field(Duration(20, "steps"), description="how often metrics are logged")
 
 
 class EvalConfig(Section):
     """Evaluation on the whole of `data.val`."""
 
-    every: DurationField = Field("1ep", description="how often; the end is always evaluated")  # type: ignore[assignment]
+    every: Interval = Field(Duration(1, "ep"), description="how often; the end is always evaluated")
     batch_size: int = Field(64, ge=1, description="samples per process and forward")
     weights: Literal["model", "ema"] = Field("model", description="which weights are evaluated and exported")
 
@@ -111,7 +139,7 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     """What is kept of a run's state."""
 
-    every: DurationField = Field("1ep", description="how often; the end is always saved")  # type: ignore[assignment]
+    every: Interval = Field(Duration(1, "ep"), description="how often; the end is always saved")
     keep_last: int = Field(2, ge=1, description="newest complete checkpoints that stay")
 
 
@@ -133,8 +161,8 @@ class EngineConfig(Section):
 class RunConfig(Section):
     """A whole run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(description="run directory's name")
-    out: str = Field("runs", description="parent of the run directory")
+    name: str = Field(max_length=200, description="name of the run directory", json_schema_extra={"pattern": _RUN_NAME})
+    out: Directory = Field("runs", description="parent of the run directory")
     seed: int = Field(0, ge=0, lt=2**31)
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: continue the newest complete checkpoint of the run directory"
@@ -153,17 +181,36 @@ class RunConfig(Section):
 
     @field_validator("name", mode="before")
     @classmethod
-    def _name_is_text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, int | float) else value
+    def _name_may_be_a_number(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_file_name(cls, value: str) -> str:
+        if not re.fullmatch(_RUN_NAME, value):
+            raise ValueError("a name has letters, digits, '.', '_' and '-', and starts with a letter or digit")
+        return value
 
     @model_validator(mode="after")
-    def _conflicts(self) -> RunConfig:
+    def _check(self) -> Self:
+        conflicts = list(self._conflicts())
+        if conflicts:
+            raise ValueError("\n".join(conflicts))
+        return self
+
+    def _conflicts(self) -> Iterator[str]:
         batch, lanes = self.train.global_batch_size, self.data.lanes
         if lanes is not None and batch % lanes:
-            raise ValueError(
+            yield (
                 f"data.lanes={lanes} does not divide train.global_batch_size={batch}; "
                 f"set data.lanes to a divisor of {batch} (or leave it out)"
             )
         if self.eval.weights == "ema" and self.train.ema_decay is None:
-            raise ValueError("eval.weights=ema needs an average to evaluate: set train.ema_decay (0.9999, say)")
-        return self
+            yield "eval.weights=ema needs an average to evaluate: set train.ema_decay (0.9999, say)"
+        peak, floor = self.optim.peak_lr(batch), self.optim.schedule.min_lr
+        if floor > peak:
+            yield f"optim.schedule.min_lr={floor:g} is above the peak learning rate {peak:g}; lower it"
+        try:
+            self.augment.mean_std(self.model.in_chans)
+        except UserError as error:
+            yield str(error)

@@ -1,158 +1,204 @@
-"""Reading a config: YAML with `base:` inheritance, dotted overrides, errors that say which key and what to write."""
+"""Reading a config: YAML with `base:` inheritance and dotted overrides, and writing it back."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from pipeline.config import RunConfig
+from pipeline.config_errors import explain
 from pipeline.errors import UserError
+
+# Where a key, as the tuple of names that leads to it, was written.
+Places = dict[tuple[str | int, ...], str]
+
+_MAX_DEPTH = 20
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a recipe and apply `key.path=value` overrides (values are YAML).
 
-    Without a `name`, the run is named after the file.
+    Overrides change a recipe as a recipe changes its `base:`: sections are merged key by key, anything else is
+    replaced, and a section whose `kind` changes starts anew. Without a `name` of its own, the run is named after the
+    file: `configs/demo.yaml` is `demo`, `configs/nest/tiny_cifar10.yaml` is `nest_tiny_cifar10`.
 
     Raises:
         UserError: unreadable file, unknown key (with the nearest known one), a value or combination that can't be.
     """
     path = Path(path)
-    tree = _read_with_base(path, ())
+    tree, places = _read_with_base(path, ())
     for override in overrides:
-        _apply(tree, override)
-    tree.setdefault("name", path.stem)
-    return parse_tree(tree, str(path))
+        changed, where = _parse_override(override)
+        tree, places = _merge(tree, changed), places | where
+    tree.setdefault("name", _default_name(path))
+    return parse_tree(tree, str(path), places)
 
 
-def parse_tree(tree: dict[str, Any], origin: str) -> RunConfig:
-    """Validate a plain tree; `origin` names it in errors."""
+def parse_tree(
+    tree: dict[str, Any], origin: str, places: Mapping[tuple[str | int, ...], str] | None = None
+) -> RunConfig:
+    """Validate a plain tree.
+
+    Args:
+        tree: the values.
+        origin: where it comes from, for messages.
+        places: where each key was written, where that is known better.
+
+    Raises:
+        UserError: the tree is no config; the message lists every mistake.
+    """
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors(include_url=False)]
-        raise UserError(f"{origin}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])) from error
+        raise UserError(explain(error, tree, origin, places or {})) from error
 
 
 def dump_config(config: RunConfig) -> str:
     """The config as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` to `{"a.b": 1}`; lists stay values."""
+    """`{"a": {"b": 1}}` to `{"a.b": 1}`; lists stay values, and so do empty sections."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key may stand only once: the second would silently win otherwise."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    """Safe YAML that reads 1e-3 as the number it is; YAML 1.1 takes it for text."""
 
 
-def _read_with_base(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+class _Dumper(yaml.SafeDumper):
+    """Its counterpart, which puts text that looks like such a number in quotes."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+
+
+def _read_with_base(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Places]:
     if path.resolve() in chain:
         raise UserError(f"{path}: `base:` leads back to itself ({' -> '.join(p.name for p in chain)})")
-    tree = _read_yaml(path, chain)
+    tree, places = _read_yaml(path, chain)
     base = tree.pop("base", None)
     if base is None:
-        return tree
+        return tree, places
     if not isinstance(base, str):
-        raise UserError(f"{path}: `base:` must be the path of one YAML file, relative to this one")
-    return _merge(_read_with_base(path.parent / base, (*chain, path.resolve())), tree)
+        raise UserError(f"{places['base',]}: `base:` must be the path of one YAML file, relative to this one")
+    inherited, base_places = _read_with_base(path.parent / base, (*chain, path.resolve()))
+    # A name belongs to one recipe: two that share it would share a run directory.
+    inherited.pop("name", None)
+    return _merge(inherited, tree), base_places | places
 
 
-def _read_yaml(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+def _read_yaml(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Places]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         asked_by = f" (named as `base:` in {chain[-1]})" if chain else ""
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=3)
-        hint = f"; did you mean {' or '.join(str(path.parent / n) for n in near)}?" if near else ""
-        raise UserError(f"{path}: no such config{asked_by}{hint}") from error
+        raise UserError(f"{path}: no such config{asked_by}{_nearest_file(path)}") from error
+    except IsADirectoryError as error:
+        recipes = ", ".join(sorted(p.name for p in path.glob("[!_]*.yaml"))) or "none"
+        raise UserError(f"{path}: a folder; name one of the recipes in it: {recipes}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't read this config: {error}") from error
-    try:
-        tree = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
+    tree, places = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a mapping of keys to values, this file holds {type(tree).__name__}")
-    return tree
+    return tree, places
+
+
+def _nearest_file(path: Path) -> str:
+    beside = [*path.parent.glob("*.yaml"), *path.parent.glob("*/*.yaml")]
+    near = [str(p) for p in beside if p.name == path.name]
+    near = near or difflib.get_close_matches(str(path), [str(p) for p in beside], n=3, cutoff=0.7)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _parse_yaml(text: str, origin: str) -> tuple[Any, Places]:
+    """The value of a YAML document, and the line of each of its keys."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None, {}
+        places = dict(_places(node, origin))
+        return loader.construct_document(node), places
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f"{origin}:{mark.line + 1}" if mark else origin
+        snippet = f"\n{mark.get_snippet()}" if mark and mark.buffer else ""
+        raise UserError(f"{line}: not valid YAML: {error.problem or error.context}{snippet}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{origin}: not valid YAML: {error}") from error
+    finally:
+        loader.dispose()
+
+
+def _places(node: yaml.Node, origin: str, parents: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Line of every key below a node.
+
+    Raises:
+        UserError: a key that is no plain text or stands twice (the second would silently win), or endless nesting.
+    """
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise UserError(f"{origin}:{line}: a key must be plain text, without brackets or braces")
+        if key.value in lines:
+            twice = ".".join((*parents, key.value))
+            raise UserError(f"{origin}:{line}: {twice} stands twice, first on line {lines[key.value]}; keep one")
+        if len(parents) == _MAX_DEPTH:
+            raise UserError(f"{origin}:{line}: nested too deep")
+        lines[key.value] = line
+        path = (*parents, key.value)
+        yield path, f"{origin}:{line}"
+        yield from _places(value, origin, path)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         known = merged.get(key)
-        merged[key] = _merge(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+        same_thing = isinstance(known, dict) and isinstance(value, dict) and not _other_kind(known, value)
+        merged[key] = _merge(known, value) if same_thing else value
     return merged
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, sign, text = override.partition("=")
-    if not sign or not key:
-        raise UserError(f"{override!r}: an override is written key=value, such as train.epochs=100")
-    try:
-        value = yaml.load(text, _Loader) if text else None
-    except yaml.YAMLError as error:
-        raise UserError(f"{override!r}: the value is not valid YAML: {error}") from error
-    *parents, leaf = key.strip().split(".")
-    for parent in parents:
-        child = tree.setdefault(parent, {})
-        if not isinstance(child, dict):
-            child = tree[parent] = {}
-        tree = child
-    tree[leaf] = value
+def _other_kind(known: dict[str, Any], value: dict[str, Any]) -> bool:
+    return "kind" in known and "kind" in value and known["kind"] != value["kind"]
 
 
-def _explain(detail: Any) -> str:
-    location = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        return f"unknown key {location!r}{_did_you_mean(location)}"
-    if detail["type"] == "missing":
-        return f"{location} is missing; add it to the config or pass {location}=VALUE"
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "value_error" and not location:
-        return message
-    return f"{location}={detail['input']!r}: {message}"
+def _parse_override(override: str) -> tuple[dict[str, Any], Places]:
+    dotted, sign, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not sign or not all(keys):
+        raise UserError(f"override {override!r}: write key=value, such as train.epochs=100")
+    # A name such as 007 or 1e5 is meant as it is written.
+    value = text if keys == ["name"] else _parse_yaml(text, f"override {override!r}")[0]
+    for key in reversed(keys):
+        value = {key: value}
+    return value, {tuple(keys): "override"}
 
 
-def _did_you_mean(location: str) -> str:
-    known = list(_known_keys(RunConfig))
-    # The same last word somewhere else in the tree is the likelier slip than a spelling error.
-    leaf = location.rsplit(".", 1)[-1]
-    same_leaf = [key for key in known if key.rsplit(".", 1)[-1] == leaf]
-    near = same_leaf or difflib.get_close_matches(location, known, n=3, cutoff=0.6)
-    if not near:
-        leaves = {key.rsplit(".", 1)[-1]: key for key in known}
-        near = [leaves[match] for match in difflib.get_close_matches(leaf, leaves, n=3, cutoff=0.7)]
-    return f"; did you mean {' or '.join(near)}?" if near else "; `rookery config` lists every key"
-
-
-def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, info in model.model_fields.items():
-        yield prefix + name
-        for part in (info.annotation, *get_args(info.annotation)):
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                yield from _known_keys(part, f"{prefix}{name}.")
+def _default_name(path: Path) -> str:
+    path = Path(os.path.abspath(path))
+    parts = [path.parent.name, path.stem] if path.parent.parent.name == "configs" else [path.stem]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts)).lstrip("._-")

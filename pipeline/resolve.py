@@ -10,13 +10,13 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import nn
 
 from data_prep.manifest import Manifest
 from pipeline.config import RunConfig
 from pipeline.data.order import DataOrder, default_lanes
+from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
-from pipeline.models import create_model, num_drop_paths
+from pipeline.models import ImageModel, create_model, num_drop_paths
 from pipeline.models.facts import count_macs
 from pipeline.train.plan import Plan
 from pipeline.train.schedule import CosineSchedule
@@ -61,8 +61,8 @@ def resolve(config: RunConfig, world_size: int) -> Resolved:
     Raises:
         UserError: data, model, batch and processes do not fit together; the message names the key to change.
     """
-    train = Manifest.load(config.data.train)
-    val = None if config.data.val is None else Manifest.load(config.data.val)
+    train = ShardSet(config.data.train).manifest
+    val = None if config.data.val is None else ShardSet(config.data.val).manifest
     lanes = config.data.lanes or default_lanes(config.train.global_batch_size)
     classes = config.model.num_classes or train.num_classes
     config = _update(config, model={"num_classes": classes}, data={"lanes": lanes})
@@ -86,7 +86,7 @@ def resolve(config: RunConfig, world_size: int) -> Resolved:
     return Resolved(config, plan, order, train, val, params, num_drop_paths(model), macs)
 
 
-def build_model(config: RunConfig, device: str | torch.device) -> nn.Module:
+def build_model(config: RunConfig, device: str | torch.device) -> ImageModel:
     """The model of a config; the caller seeds torch.
 
     Raises:

@@ -34,11 +34,10 @@ def open_source(where: str | Path, options: PrepOptions | None = None) -> Source
     path = Path(where)
     if options.kind is not None and options.kind not in SOURCES:
         raise UserError(f"--kind {options.kind}: no such kind of source; there are\n{UNDERSTOOD}")
-    with reading(path):
+    with reading(path):  # looking around may already be forbidden
         if not DigitsSource.matches(path) and options.kind != DigitsSource.kind and not path.exists():
             raise UserError(f"{where}: no such file or folder; a source is one of\n{UNDERSTOOD}")
-    kinds = [SOURCES[options.kind]] if options.kind else list(SOURCES.values())
-    for kind in kinds:
-        if options.kind or kind.matches(path):
-            return kind(path, options)
+        for kind in [SOURCES[options.kind]] if options.kind else SOURCES.values():
+            if options.kind or kind.matches(path):
+                return kind(path, options)
     raise UserError(f"{where}: not a source that is understood; those are\n{UNDERSTOOD}")

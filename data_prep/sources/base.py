@@ -102,11 +102,13 @@ class Source(Protocol):
     Attributes:
         kind: its kind, as `--kind` takes it.
         name: its name in the manifest.
+        path: where it lies.
         unnamed: it holds one split and doesn't say which, so the user may name it.
     """
 
     kind: str
     name: str
+    path: Path
     unnamed: bool
 
     def splits(self) -> list[str]:

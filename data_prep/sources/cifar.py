@@ -7,6 +7,7 @@ bytes. Pixels are channel-first, 3 x 32 x 32.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
 import pickle
@@ -155,13 +156,15 @@ def _parse(path: Path, name: str, data: bytes, layout: Layout, coarse: bool) -> 
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Builds NumPy arrays and nothing else: a pickle from the network may otherwise run any code."""
+    """Builds NumPy arrays and bytes, nothing else: a pickle from the network may otherwise run any code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
             return np.empty(0).__reduce__()[0]
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
+            return codecs.encode
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 

@@ -23,7 +23,7 @@ class DigitsSource:
     unnamed = False
 
     def __init__(self, path: Path, options: PrepOptions) -> None:
-        del path, options  # embedded: there is nothing to locate or choose
+        self.path = path
 
     @classmethod
     def matches(cls, path: Path) -> bool:

@@ -37,6 +37,7 @@ class IlsvrcSource:
     unnamed = False
 
     def __init__(self, path: Path, options: PrepOptions) -> None:
+        self.path = path
         self.name = path.resolve().name
         if path.is_dir():
             found = {"train": path / TRAIN_TAR, "val": path / VAL_TAR}

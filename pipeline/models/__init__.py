@@ -5,6 +5,7 @@
 
 from pipeline.models import nest as nest
 from pipeline.models import nest_official as nest_official
+from pipeline.models.base import ImageModel
 from pipeline.models.drop_path import num_drop_paths, set_drop_path_noise
 from pipeline.models.errors import ModelError
 from pipeline.models.official import load_official
@@ -13,6 +14,7 @@ from pipeline.models.registry import ModelInfo, create_model, list_models, model
 from pipeline.models.timm_registry import register_with_timm
 
 __all__ = [
+    "ImageModel",
     "ModelError",
     "ModelInfo",
     "create_model",

@@ -11,6 +11,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.models.base import ImageModel
 from pipeline.models.registry import create_model
 
 
@@ -27,14 +28,14 @@ def count_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def count_macs(model: nn.Module) -> int:
+def count_macs(model: ImageModel) -> int:
     """Multiply-adds of the forward pass for one image of the model's size.
 
     Counts convolutions, matrix products and attention (queries times keys, weights times values), as the papers do; not
     norms, activations or pooling. The count runs on the meta device; the model itself stays where and as it is.
     """
     tensors = {name: t.to("meta") for name, t in chain(model.named_parameters(), model.named_buffers())}
-    image = torch.empty(1, model.in_chans, model.img_size, model.img_size, device="meta")  # type: ignore[call-overload]
+    image = torch.empty(1, model.in_chans, model.img_size, model.img_size, device="meta")
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -101,7 +101,7 @@ class EncoderLayer(nn.Module):
 
 
 def run_layers(layers: Iterable[nn.Module], x: Tensor, grad_checkpointing: bool) -> Tensor:
-    """Apply `layers` in turn; with `grad_checkpointing` each keeps only its input and recomputes the rest in backward."""
+    """Apply `layers` in turn; with `grad_checkpointing` each keeps only its input and recomputes the rest later."""
     recompute = grad_checkpointing and torch.is_grad_enabled()
     for layer in layers:
         x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
@@ -112,8 +112,8 @@ def run_layers(layers: Iterable[nn.Module], x: Tensor, grad_checkpointing: bool)
 def truncated_normal_(param: Tensor, std: float) -> None:
     """Fill with a normal distribution of `std` cut at two standard deviations (the result's own is 0.88 `std`).
 
-    Drawn by inverting the distribution function, as JAX does. PyTorch's `trunc_normal_` redraws whole tensors until every
-    element is inside the cut, which took five times as long for the weights of NesT-T on one core.
+    Drawn by inverting the distribution function, as JAX does. PyTorch's `trunc_normal_` redraws whole tensors until
+    every element is inside the cut, which took five times as long for the weights of NesT-T on one core.
     """
     inside = math.erf(math.sqrt(2.0))
     param.uniform_(-inside, inside).erfinv_().mul_(math.sqrt(2.0) * std).clamp_(-2 * std, 2 * std)

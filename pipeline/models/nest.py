@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.models.base import ImageModel
 from pipeline.models.blocks import blockify, unblockify
 from pipeline.models.drop_path import drop_path_rates
 from pipeline.models.errors import ModelError, check_choice
@@ -76,7 +77,7 @@ class NestLevel(nn.Module):
         return unblockify(run_layers(self.layers, x, grad_checkpointing))
 
 
-class Nest(nn.Module):
+class Nest(ImageModel):
     """NesT for square images: (B, in_chans, img_size, img_size) -> logits (B, num_classes).
 
     The block side follows from the sizes: img_size / (patch_size · 2^(num_levels-1)) tokens, the same at every level,
@@ -123,15 +124,13 @@ class Nest(nn.Module):
         pool_pad: PoolPad = "same",
         init: Init = "official",
     ) -> None:
-        super().__init__()
+        super().__init__(img_size, in_chans, num_classes)
         check_choice("attention", attention, AttentionKind)
         check_choice("gelu", gelu, Gelu)
         check_choice("pool_pad", pool_pad, PoolPad)
         check_choice("init", init, Init)
-        self.img_size, self.in_chans, self.num_classes = img_size, in_chans, num_classes
         self.block_size = _block_size(img_size, patch_size, num_levels)
         self.attention = attention
-        self.grad_checkpointing = False
         self.num_heads = _per_level("num_heads", num_heads, num_levels)
         dims = _per_level("embed_dims", embed_dims, num_levels)
         layer_counts = _per_level("depths", depths, num_levels, minimum=0)
@@ -167,10 +166,6 @@ class Nest(nn.Module):
         """Parameters the official recipe doesn't decay: the position embeddings. Biases and LayerNorms are decayed."""
         return {f"levels.{i}.pos_embed" for i in range(len(self.levels))}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the input of each encoder layer for the backward pass and recompute the rest."""
-        self.grad_checkpointing = enable
-
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, in_chans, img_size, img_size) -> normalised tokens of the last level in raster order, (B, n, C)."""
         expected = (self.in_chans, self.img_size, self.img_size)
@@ -185,10 +180,6 @@ class Nest(nn.Module):
         """Mean over the tokens, then the classifier (left out with `pre_logits`): (B, n, C) -> (B, num_classes)."""
         x = x.mean(dim=1)
         return x if pre_logits else self.head(x)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, in_chans, img_size, img_size) -> logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(images))
 
 
 def _block_size(img_size: int, patch_size: int, num_levels: int) -> int:

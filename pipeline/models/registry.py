@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
+from pipeline.models.base import ImageModel
 from pipeline.models.errors import ModelError
 
 
@@ -31,7 +30,7 @@ class ModelInfo:
 
     name: str
     family: str
-    build: Callable[..., nn.Module]
+    build: Callable[..., ImageModel]
     config: Mapping[str, Any]
     paper: str
     source: str = ""
@@ -70,7 +69,7 @@ def model_info(name: str) -> ModelInfo:
     return _MODELS[name]
 
 
-def create_model(name: str, **overrides: Any) -> nn.Module:
+def create_model(name: str, **overrides: Any) -> ImageModel:
     """Build a registered architecture with fresh weights.
 
     Args:

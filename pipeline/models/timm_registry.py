@@ -9,8 +9,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-from torch import nn
-
+from pipeline.models.base import ImageModel
 from pipeline.models.errors import ModelError
 from pipeline.models.registry import create_model, list_models
 
@@ -58,14 +57,14 @@ def _register_all() -> None:
         register_model(_entrypoint(name))
 
 
-def _entrypoint(name: str) -> Callable[..., nn.Module]:
+def _entrypoint(name: str) -> Callable[..., ImageModel]:
     def build(
         pretrained: bool = False,
         pretrained_cfg: Any = None,
         pretrained_cfg_overlay: Any = None,
         cache_dir: Any = None,
         **overrides: Any,
-    ) -> nn.Module:
+    ) -> ImageModel:
         """What `timm.create_model` calls; the arguments about downloads have no meaning here."""
         if pretrained:
             raise ModelError(f"{PREFIX}{name} has no weights to download: use pipeline.models.load_official")

@@ -137,6 +137,7 @@ class _Child:
         self._parent = os.getppid()
         self._inbox: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._starting = True
+        self._told: set[str] = set()
         self._failed_at: float | None = None
         self._warned_at = -_REMIND
         threading.Thread(target=self._listen, daemon=True).start()
@@ -172,7 +173,9 @@ class _Child:
             self._starting = False
             os.nice(19)
         for notice in report.notices:
-            self._notify({"warn": notice})
+            if notice not in self._told:
+                self._told.add(notice)
+                self._notify({"warn": notice})
         if self._failed_at is not None:
             self._notify({"warn": f"MLflow at {report.uri} works again; all is uploaded"})
             self._failed_at, self._warned_at = None, -_REMIND

@@ -94,7 +94,7 @@ def sparkline(values: Sequence[float], low: float, high: float, width: int = _CU
         values = [values[round(i * (len(values) - 1) / (width - 1))] for i in range(width)]
     span = high - low
     levels = [(value - low) / span if span > 0 else 1.0 for value in values]
-    return "".join(_BARS[min(len(_BARS) - 1, max(0, int(level * len(_BARS))))] for level in levels)
+    return "".join(_BARS[round(level * (len(_BARS) - 1))] for level in levels)
 
 
 def to_json(runs: Sequence[RunSummary]) -> str:

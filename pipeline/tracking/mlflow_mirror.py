@@ -264,7 +264,14 @@ class Mirror:
         for file in run_files(self.run):
             digest = file_sha256(file)
             if state.artifacts.get(file.name) != digest:
-                self._client.log_artifact(state.run_id, str(file))
+                try:
+                    self._client.log_artifact(state.run_id, str(file))
+                except Exception as error:
+                    # The artifact store is another service than the server; metrics must not wait for it.
+                    if _unreachable(error):
+                        raise
+                    report.notices.append(f"the run's files stay in {self.run} only: MLflow {_reason(error)}")
+                    return
                 state.artifacts[file.name] = digest
                 state.save(self.run, self.uri)
                 report.artifacts += 1
@@ -289,10 +296,15 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(fd)
 
 
+def _unreachable(error: Exception) -> bool:
+    signs = ("Max retries exceeded", "Connection refused", "Connection aborted", "timed out")
+    return any(sign in str(error) for sign in signs)
+
+
 def _reason(error: Exception) -> str:
     """One line about why an upload failed."""
     text = str(error)
-    if any(sign in text for sign in ("Max retries exceeded", "Connection refused", "Connection aborted", "timed out")):
+    if _unreachable(error):
         causes = ("refused", "timed out", "resolve", "unreachable", "reset", "aborted")
         cause = next((word for word in causes if word in text), "")
         return f"can't be reached{f' ({cause})' if cause else ''}"

@@ -53,31 +53,43 @@ class CheckpointStore:
         self.directory = directory
         self.keep_last = keep_last
 
-    def save(self, step: int, progress: dict[str, Any], write: Callable[[Path], None], world: World) -> Path:
-        """Write and commit a checkpoint; every process calls this.
+    def save(self, step: int, progress: dict[str, Any], write: Callable[[Path], None], world: World) -> Path | None:
+        """Write and commit a checkpoint; collective.
+
+        A store that can't be written, or is full, costs a warning and this checkpoint: the earlier ones stay.
 
         Args:
             step: global steps done.
             progress: JSON state of the loop.
             write: called on every process with the directory to write the engine's files into.
+
+        Returns:
+            The checkpoint's directory, None if it could not be written.
         """
         final = self.directory / f"step-{step:08d}"
         part = self.directory / f".part-{step:08d}"
-        if world.is_main:
+
+        def prepare() -> None:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-        world.barrier()
-        write(part)
-        world.barrier()
-        if world.is_main:
+
+        def commit() -> None:
             (part / PROGRESS).write_text(json.dumps(progress, indent=1))
             _commit(part, step)
-            if final.exists():  # an uncommitted or damaged one of the same step
+            if final.exists():  # a damaged one of the same step
                 shutil.rmtree(final)
             part.rename(final)
             _fsync(self.directory)
             self._retire()
-        world.barrier()
+
+        for stage, alone in ((prepare, True), (lambda: write(part), False), (commit, True)):
+            fault = _attempt(stage) if world.is_main or not alone else None
+            if world.any(fault is not None):
+                if fault is not None:
+                    log.warning("checkpoint of step %d is not saved: %s; training goes on", step, fault)
+                if world.is_main:
+                    shutil.rmtree(part, ignore_errors=True)
+                return None
         return final
 
     def newest(self) -> Checkpoint | None:
@@ -99,6 +111,15 @@ class CheckpointStore:
             # Without its commit a half-removed checkpoint is never mistaken for a whole one.
             (path / COMMIT).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _attempt(stage: Callable[[], None]) -> str | None:
+    """Why a stage of a save failed, None if it did not. torch reports a full disk as a RuntimeError."""
+    try:
+        stage()
+    except (OSError, RuntimeError) as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 def _commit(directory: Path, step: int) -> None:

@@ -47,6 +47,12 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process; collective."""
+        if self.size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
+
     def on_main(self, work: Callable[[], T]) -> T:
         """Do something on rank 0 and hand its (picklable) result to every process; collective.
 

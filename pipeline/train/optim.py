@@ -6,18 +6,20 @@ import torch
 from torch import nn
 
 from pipeline.config import OptimConfig
+from pipeline.models import ImageModel
 
 
 def decay_groups(model: nn.Module, decay: str) -> tuple[list[str], list[str]]:
     """Names of the parameters with and without weight decay.
 
     Args:
-        model: may offer `no_weight_decay()`, a set of parameter names.
+        model: one of `pipeline.models` names the parameters its paper exempts in `no_weight_decay()`.
         decay: `all` decays everything else (NesT's official code: biases and LayerNorm scales too); `matrices` excludes
             parameters of one dimension as well (timm, hence DeiT, HVT and Refiner).
     """
-    exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
-    with_decay, without = [], []
+    exempt = model.no_weight_decay() if isinstance(model, ImageModel) else set()
+    with_decay: list[str] = []
+    without: list[str] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             free = name in exempt or (decay == "matrices" and (parameter.ndim <= 1 or name.endswith(".bias")))

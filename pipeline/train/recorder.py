@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ class Recorder:
             **{k: v for k, v in (state.last or {}).items() if k != "step"},
             "step": state.step,
             "samples": state.step * self.run.order.batch,
-            "best": state.best,
+            **({} if state.best is None else {"best": state.best}),
             "params": self.run.params,
             "skipped": state.skipped,
             "wall_seconds": state.seconds,
@@ -143,9 +144,9 @@ def _open(run: Resolved) -> Iterator[Recorder]:
     tree = config.model_dump(mode="json")
     with ExitStack() as stack:
         run_dir = stack.enter_context(RunDir.open(Path(config.out) / config.name, tree, facts(run)))
-        mirror = _start_mirror(run, run_dir, tree)
+        mirror = _start_mirror(run, run_dir)
         metrics = MetricsLog(run_dir.path)
-        sampler = SystemSampler(lambda figures: metrics.log("system", **figures), config.tracking.system_seconds)
+        sampler = SystemSampler(partial(_log_system, metrics), config.tracking.system_seconds)
         recorder = Recorder(run, run_dir, metrics)
         status: EndStatus = "failed"
         try:
@@ -160,6 +161,10 @@ def _open(run: Resolved) -> Iterator[Recorder]:
             metrics.close()
             if mirror is not None:
                 mirror.close(status)
+
+
+def _log_system(metrics: MetricsLog, figures: dict[str, Any]) -> None:
+    metrics.log("system", **figures)
 
 
 def facts(run: Resolved) -> dict[str, Any]:
@@ -222,7 +227,7 @@ def _check_same_data(path: Path, run: Resolved) -> None:
             )
 
 
-def _start_mirror(run: Resolved, run_dir: RunDir, tree: dict[str, Any]) -> BackgroundMirror | None:
+def _start_mirror(run: Resolved, run_dir: RunDir) -> BackgroundMirror | None:
     tracking = run.config.tracking
     if not tracking.mlflow:
         return None
@@ -231,4 +236,4 @@ def _start_mirror(run: Resolved, run_dir: RunDir, tree: dict[str, Any]) -> Backg
         "dataset": run.config.data.train,
         "dataset_fingerprint": run.train.fingerprint()[:16],
     }
-    return BackgroundMirror(run_dir.path, tracking.uri, tracking.experiment, run.config.name, tags, tree)
+    return BackgroundMirror(run_dir.path, tracking.uri, tracking.experiment, run.config.name, tags)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import nn
 
@@ -42,7 +44,7 @@ def train_batches(run: Resolved, shards: ShardSet, world: World, start: int) -> 
         world.size,
     )
     steps = range(start, run.plan.end_step)
-    return Batches(dataset, steps, config.data.workers, config.data.prefetch, world.device)
+    return Batches(dataset, steps, loader_workers(config), config.data.prefetch, world.device)
 
 
 def eval_batches(config: RunConfig, world: World) -> Batches:
@@ -53,4 +55,10 @@ def eval_batches(config: RunConfig, world: World) -> Batches:
     dataset = EvalDataset(
         ShardSet(config.data.val), transform, channels, config.eval.batch_size, world.rank, world.size
     )
-    return Batches(dataset, range(len(dataset)), config.data.workers, config.data.prefetch, world.device)
+    return Batches(dataset, range(len(dataset)), loader_workers(config), config.data.prefetch, world.device)
+
+
+def loader_workers(config: RunConfig) -> int:
+    """`data.workers`, but no more than this process's share of the usable cores; the data do not depend on it."""
+    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(config.data.workers, max(1, share))

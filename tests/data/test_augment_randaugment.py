@@ -186,8 +186,8 @@ def ref_posterize(image: np.ndarray, level: float, sign: int) -> np.ndarray:
 
 
 Reference = Callable[[np.ndarray, float, int], np.ndarray]
-# Largest difference of a value in grey levels, and the part of the values that may differ more. PIL turns positions into
-# fixed-point numbers, so where a position lies half-way between two pixels it may take the other one.
+# Largest difference of a value in grey levels, and the part of the values that may differ more. PIL makes positions
+# fixed-point numbers, so where one lies half-way between two pixels it may take the other one.
 NEST_REFERENCES: dict[str, tuple[Reference, int, float]] = {
     "AutoContrast": (ref_autocontrast, 1, 0.0),
     "Equalize": (ref_equalize, 0, 0.0),
@@ -266,9 +266,9 @@ def test_frequencies(policy: Any) -> None:
 def test_magnitude_and_sign() -> None:
     """Level ~ N(0.9, 0.05) clipped at 1, which 2.3 % reach; half the signs negative."""
     config = RandAugmentConfig(policy="nest", layers=1, prob=1.0)
-    degrees = np.array([ops[0].arg for ops in draw_many(config, 30_000) if ops[0].name == "Rotate"])
+    degrees = np.array([ops[0].arg for ops in draw_many(config, 20_000) if ops[0].name == "Rotate"])
     levels, n = np.abs(degrees) / 30, len(degrees)
-    assert n > 1500
+    assert n > 1000
     assert abs(levels.mean() - 0.8996) < 4 * 0.05 / math.sqrt(n)
     assert levels.std() == pytest.approx(0.0486, rel=0.08)
     assert abs((levels == 1).mean() - 0.0228) < 4 * math.sqrt(0.0228 / n)
@@ -279,7 +279,7 @@ def test_posterize_bits_at_magnitude_9() -> None:
     """nest keeps int(4 level) bits: 3, seldom 4. timm-inc keeps 4 minus that: 1, seldom 0 (black)."""
     for policy, name, usual, seldom in (("nest", "Posterize", 3, 4), ("timm-inc", "PosterizeIncreasing", 1, 0)):
         config = RandAugmentConfig.model_validate({"policy": policy, "layers": 1, "prob": 1.0})
-        bits = Counter(ops[0].arg for ops in draw_many(config, 20_000) if ops[0].name == name)
+        bits = Counter(ops[0].arg for ops in draw_many(config, 12_000) if ops[0].name == name)
         assert set(bits) <= {usual, seldom, usual + (usual - seldom)}
         assert 0.008 < bits[seldom] / sum(bits.values()) < 0.045
 

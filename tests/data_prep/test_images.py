@@ -13,6 +13,9 @@ from PIL import Image
 from data_prep.images import UnusableImage, encode_png, make_usable
 from tests.data_prep.helpers import TEXT, decoded, encoded, pixels
 
+# Pillow's remarks on odd files; the builder silences them.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
+
 RGB = pixels(1)
 GREY = pixels(2, channels=1)
 

@@ -21,12 +21,14 @@ def micro(**overrides) -> nn.Module:
 def test_keeps_by_sample_and_divides(dtype):
     layer = DropPath(0.25).train()
     set_drop_path_noise(layer, torch.tensor([[0.0], [0.2499], [0.25], [0.99]]))
-    x = torch.randn(4, 3, 2, 5, dtype=dtype)
+    x = torch.randn(4, 3, 2, 500, generator=torch.Generator().manual_seed(0), dtype=dtype)
     out = layer(x)
     assert out.dtype == dtype
     assert not out[:2].any()
-    assert torch.equal(out[2:], (x[2:].double() / 0.75).to(dtype)) or dtype is torch.float32
-    torch.testing.assert_close(out[2:], x[2:] / 0.75)
+    exact = x[2:].double() / 0.75
+    # Rounded once, to the dtype of the input; a scale of 1 / 0.75 in bfloat16 would add 0.2 % to every element.
+    bound = 0.51 if dtype is torch.bfloat16 else 1.0
+    assert ((out[2:].double() - exact) / exact).abs().max() <= bound * torch.finfo(dtype).eps
     assert layer.eval()(x) is x
 
 

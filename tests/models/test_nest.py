@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import nn
 
-from pipeline.models import ModelError, create_model, list_models
+from pipeline.models import (
+    ModelError,
+    create_model,
+    list_models,
+    model_info,
+    num_drop_paths,
+    set_drop_path_noise,
+)
 from pipeline.models.blocks import blockify, unblockify
 from pipeline.models.facts import count_macs, count_params, model_facts
 from pipeline.models.layers import Attention
@@ -62,18 +69,38 @@ def test_parameters_of_each_part(name):
     ) == PARTS[name]
 
 
-def test_macs_by_hand():
-    """The sum of every product of the micro model, written out."""
-    model = create_model("nest_micro")
-    tokens, n = 16 * 16, 16
-    macs = tokens * 3 * 32
-    for level, (dim, wider) in enumerate([(32, 64), (64, 96), (96, None)]):
-        here = tokens // 4**level
-        macs += 2 * here * (12 * dim**2 + 2 * n * dim)
-        macs += here * 9 * dim * wider if wider else 0
-    macs += 96 * 10
-    assert count_macs(model.train()) == macs
-    assert all(module.training for module in model.modules())
+def macs_by_hand(config: dict) -> int:
+    """Every product of the forward pass, summed from the variant's table row."""
+    levels, patch = config["num_levels"], config["patch_size"]
+    dims, depths, heads = (
+        (value,) * levels if isinstance(value, int) else value
+        for value in (config["embed_dims"], config["depths"], config["num_heads"])
+    )
+    tokens = (config["img_size"] // patch) ** 2
+    n = tokens // 4 ** (levels - 1)
+    macs = tokens * 3 * patch**2 * dims[0]
+    for i, (d, depth, h) in enumerate(zip(dims, depths, heads, strict=True)):
+        kv = d // h if config.get("attention") == "mqa" else d
+        macs += depth * tokens * (d * (d + 2 * kv) + d * d + 8 * d * d + 2 * n * d)
+        if i + 1 < levels:
+            macs += tokens * 9 * d * dims[i + 1]
+            tokens //= 4
+    return macs + dims[-1] * config["num_classes"]
+
+
+@pytest.mark.parametrize("name", list_models("nest_*"))
+def test_macs_to_the_last_one(name):
+    assert model_facts(name).macs == macs_by_hand(dict(model_info(name).config))
+
+
+def test_counting_leaves_the_model_as_it_was():
+    model = create_model("nest_micro").train()
+    model.levels[0].eval()
+    set_drop_path_noise(model, torch.rand(2, num_drop_paths(model)))
+    before = {name: module.training for name, module in model.named_modules()}
+    assert count_macs(model) == model_facts("nest_micro").macs
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert all(p.device.type == "cpu" for p in model.parameters())
 
 
 def test_decayed_parameters_are_all_but_the_position_embeddings():

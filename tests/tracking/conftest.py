@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.tracking import mlflow_mirror
 from pipeline.tracking.metrics import MetricsLog, read_metrics
 from pipeline.tracking.run_dir import RunDir
 from tests.conftest import missing
@@ -67,7 +69,10 @@ def make_run(
 
 
 def logged_points(run: Path) -> list[tuple[str, int, int, str]]:
-    """What MLflow must hold: (key, step, milliseconds, value) of every number in metrics.jsonl."""
+    """What MLflow must hold: (key, step, milliseconds, value) of every number in metrics.jsonl.
+
+    Two lines of one step and millisecond give the same epoch twice; MLflow keeps equal points once.
+    """
     prefixes = {"train": "train/", "eval": "eval/", "system": "sys/"}
     points = []
     for line in read_metrics(run):
@@ -78,7 +83,7 @@ def logged_points(run: Path) -> list[tuple[str, int, int, str]]:
             points.append(
                 (prefixes[line["kind"]] + key, line["step"], int(line["time"] * 1000), repr(float(line[key])))
             )
-    return sorted(points)
+    return sorted(set(points))
 
 
 def stored_points(client: Any, run_id: str) -> list[tuple[str, int, int, str]]:
@@ -189,13 +194,16 @@ class SlowProxy:
 @pytest.fixture(scope="session")
 def sqlite_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """One SQLite file for all tests: making its tables takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+    mlflow_mirror._client(uri).search_experiments()
+    return uri
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    """A server that isn't running yet."""
+def server(tmp_path_factory: pytest.TempPathFactory, sqlite_uri: str) -> Iterator[MlflowServer]:
+    """A server that isn't running yet, on a copy of the tables."""
     server = MlflowServer(tmp_path_factory.mktemp("server"))
+    shutil.copy(sqlite_uri.removeprefix("sqlite:///"), server.folder / "mlflow.db")
     yield server
     server.stop()
 

@@ -48,10 +48,11 @@ def apply_color_jitter(image: torch.Tensor, jitter: ColorJitter) -> torch.Tensor
         elif name == "contrast":
             image = adjust_contrast(image, amount)
         elif image.shape[0] == 3:
-            image = adjust_saturation(image, amount) if name == "saturation" else tvf.adjust_hue(image, amount)
+            image = adjust_saturation(image, amount) if name == "saturation" else adjust_hue(image, amount)
     if jitter.gray and image.shape[0] == 3:
         image = tvf.rgb_to_grayscale(image, num_output_channels=3)
-    return image
+    # torchvision's grey picture is one channel, seen three times.
+    return image.contiguous()
 
 
 def adjust_contrast(image: torch.Tensor, factor: float) -> torch.Tensor:
@@ -68,3 +69,17 @@ def adjust_saturation(image: torch.Tensor, factor: float) -> torch.Tensor:
     value, low = image.amax(dim=-3, keepdim=True), image.amin(dim=-3, keepdim=True)
     largest = value / (value - low).clamp_min(torch.finfo(image.dtype).tiny)
     return (value - (value - image) * largest.clamp_max(factor)).clamp_(0, 1)
+
+
+def adjust_hue(image: torch.Tensor, turns: float) -> torch.Tensor:
+    """H of HSV turned by `turns`, 1 being the whole circle. (torchvision's takes five times as long.)"""
+    red, green, blue = image.unbind(-3)
+    value, chroma = image.amax(-3), image.amax(-3) - image.amin(-3)
+    divisor = chroma.clamp_min(torch.finfo(image.dtype).tiny)
+    of_blue = torch.where(value == green, (blue - red) / divisor + 2, (red - green) / divisor + 4)
+    hue = torch.where(value == red, (green - blue) / divisor, of_blue)
+    # On the circle of six, red falls away from V around hue 3, green around 5 and blue around 1.
+    around = torch.tensor([5.0, 3.0, 1.0], device=image.device).view(3, 1, 1) + 6 * turns
+    place = (hue.unsqueeze(-3) + around).remainder_(6)
+    fall = torch.minimum(place, 4 - place).clamp_(0, 1)
+    return value.unsqueeze(-3) - chroma.unsqueeze(-3) * fall

@@ -45,6 +45,7 @@ class DdpEngine(Engine):
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
             self.model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+            self._settle_buckets(config)
 
     def autocast(self) -> AbstractContextManager[None]:
         if self.dtype is None:
@@ -62,7 +63,7 @@ class DdpEngine(Engine):
             group["lr"] = lr
         self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.plain.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
         skipped = (~torch.isfinite(norm)).float()
         if self.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm, foreach=True)
@@ -100,6 +101,23 @@ class DdpEngine(Engine):
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+
+    def _settle_buckets(self, config: RunConfig) -> None:
+        """One throw-away backward, after which DDP arranges its buckets in the order in which gradients come.
+
+        It would do so after the first step otherwise. Buckets decide in which order three or more processes add up a
+        gradient, so the first step of a resumed run would round differently from that of an uninterrupted one.
+        """
+        micro_batch = config.train.global_batch_size // self.world.size // config.train.accumulate
+        size = config.model.img_size
+        assert size is not None, "resolve fills in the image size"
+        buffers = [buffer.clone() for buffer in self.plain.buffers()]
+        with self.autocast():
+            logits = self.model(torch.zeros(micro_batch, config.model.in_chans, size, size, device=self.world.device))
+        logits.float().sum().backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in zip(self.plain.buffers(), buffers, strict=True):
+            buffer.copy_(before)
 
     def _averaged(self) -> AveragedModel:
         assert self.ema is not None, "the config checks that eval.weights=ema comes with train.ema_decay"

@@ -1,0 +1,40 @@
+# `make demo` and `make test` set up everything they need, then do their job. Calling them again is quick.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+SEED ?= 0
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: .venv/.ready  ## create .venv with everything the project needs
+
+.venv/.ready: pyproject.toml constraints.txt .ci/system-packages
+	@bash .ci/system-packages
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
+	  { echo "Python 3.11 or 3.12 is needed, $(PYTHON) is $$($(PYTHON) -V); try: make PYTHON=python3.11" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	@echo "installing packages (about 6 GB the first time) ..."
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup  ## shard the digits, train a small NesT with two processes, evaluate and track it (SEED=n)
+	@$(BIN)/rookery prep digits shards/digits
+	@echo "the run will be in MLflow too: $(BIN)/mlflow ui"
+	@$(BIN)/rookery train configs/demo.yaml seed=$(SEED) name=demo-seed$(SEED) --nproc 2
+
+test: setup lint  ## run all tests
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --diff . ; exit 1; }
+	@$(BIN)/mypy
+
+clean:  ## remove the environment and caches, keep shards and runs
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -1,0 +1,148 @@
+"""What is wrong with a config, in the words of its author: which file and line, which key, what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.config_schema import config_keys, sections
+
+KeyPath = tuple[str | int, ...]
+_SECTION_EXPECTED = ("model_type", "dict_type", "model_attributes_type", "union_tag_not_found")
+
+
+def explain(error: ValidationError, tree: dict[str, Any], origin: str, places: Mapping[KeyPath, str]) -> str:
+    """One line per mistake.
+
+    Args:
+        error: what pydantic found.
+        tree: the values it looked at.
+        origin: where the tree comes from.
+        places: where each key of the tree was written.
+    """
+    lines = [f"{_place(path, origin, places)}: {text}" for path, text in _mistakes(error, tree)]
+    return lines[0] if len(lines) == 1 else "\n  ".join([f"{origin}: {len(lines)} mistakes", *lines])
+
+
+def _mistakes(error: ValidationError, tree: dict[str, Any]) -> list[tuple[KeyPath, str]]:
+    found: dict[KeyPath, list[Any]] = {}
+    for detail in error.errors(include_url=False):
+        found.setdefault(_path(detail, tree), []).append(detail)
+    mistakes: list[tuple[KeyPath, str]] = []
+    for path, details in found.items():
+        # A value of a type with alternatives fails once for each: what was meant is the one that got furthest.
+        if any(other[: len(path)] == path for other in found if len(other) > len(path)):
+            continue
+        meant = [detail for detail in details if detail["type"] not in _SECTION_EXPECTED] or details
+        mistakes += [(path, line) for detail in meant for line in _describe(detail, path, tree).splitlines()]
+    return mistakes
+
+
+def _path(detail: Any, tree: dict[str, Any]) -> KeyPath:
+    """Keys from the root to the mistake; pydantic puts the names of alternatives between them."""
+    path: list[str | int] = []
+    node: Any = tree
+    for part in detail["loc"]:
+        is_key = part in node if isinstance(node, dict) else isinstance(node, list) and part in range(len(node))
+        if is_key:
+            path.append(part)
+            node = node[part]
+    if detail["type"] == "missing" and isinstance(detail["loc"][-1], str):
+        path.append(detail["loc"][-1])
+    return tuple(path)
+
+
+def _place(path: KeyPath, origin: str, places: Mapping[KeyPath, str]) -> str:
+    for end in range(len(path), 0, -1):
+        if path[:end] in places:
+            return places[path[:end]]
+    return origin
+
+
+def _describe(detail: Any, path: KeyPath, tree: dict[str, Any]) -> str:
+    key, kind = _dotted(path), detail["type"]
+    value = _value_at(path, tree)
+    if kind == "extra_forbidden":
+        return _unknown(key, path, tree)
+    if kind == "missing" and isinstance(detail["loc"][-1], str):
+        return _missing(key)
+    if kind == "invalid_key":
+        return f"{key or 'top level'}: the key {detail['loc'][-1]!r} is no text; write it in quotes"
+    if kind in _SECTION_EXPECTED:
+        return _no_section(key, value)
+    message = detail["msg"].removeprefix("Value error, ").replace("Input should ", "should ")
+    if kind == "union_tag_invalid":
+        key, value = f"{key}.{detail['ctx']['discriminator'].strip(chr(39))}", detail["ctx"]["tag"]
+        message = f"should be one of {detail['ctx']['expected_tags']}"
+    elif kind == "missing":
+        message = "too few values"
+    if not key:
+        return message
+    return f"{key}: {message}" if isinstance(value, dict) else f"{key}={_shown(value)}: {message}"
+
+
+def _unknown(key: str, path: KeyPath, tree: dict[str, Any]) -> str:
+    known = {name for name, _ in config_keys()}
+    if key in known:
+        section = _dotted(path[:-1])
+        return f"{key}: not a key of {section}.kind={_value_at(path[:-1], tree).get('kind')}"
+    near = _nearest(key, known)
+    return f"unknown key {key}; " + (
+        f"did you mean {' or '.join(near)}?" if near else "`rookery config` lists every key"
+    )
+
+
+def _missing(key: str) -> str:
+    within = (field for section in _sections_of(key) for field in config_keys(section, f"{key}."))
+    of_section = [name for name, info in within if info.is_required()]
+    if of_section:
+        return f"{key} is missing; it needs {' and '.join(of_section)}"
+    return f"{key} is missing; add it to the config or pass {key}=VALUE"
+
+
+def _no_section(key: str, value: Any) -> str:
+    names = list(dict.fromkeys(name for section in _sections_of(key) for name in section.model_fields))
+    if value is None:
+        return f"{key} is empty; leave it out or give it some of its keys: {', '.join(names)}"
+    if isinstance(value, str) and "name" in names:
+        return f"{key}={_shown(value)}: {key} is a section; did you mean {key}.name={_shown(value)}?"
+    return f"{key}={_shown(value)}: {key} is a section; its keys are {', '.join(names)}"
+
+
+def _nearest(key: str, known: set[str]) -> list[str]:
+    """Up to three known keys: what counts most is the last word, which may stand in another section."""
+    key = key.replace("-", "_")
+
+    def likeness(candidate: str) -> float:
+        word, other = key.rsplit(".", 1)[-1], candidate.rsplit(".", 1)[-1]
+        contained = len(word) > 2 and len(other) > 2 and (word in other or other in word)
+        by_word = max(0.85 * contained, difflib.SequenceMatcher(None, word, other).ratio())
+        return by_word + 0.3 * difflib.SequenceMatcher(None, key, candidate).ratio()
+
+    scores = {candidate: likeness(candidate) for candidate in known}
+    best = max(scores.values())
+    near = [candidate for candidate, score in scores.items() if score > max(0.85, best - 0.25)]
+    return sorted(near, key=lambda candidate: (-scores[candidate], candidate))[:3]
+
+
+def _sections_of(key: str) -> list[Any]:
+    return [section for name, info in config_keys() if name == key for section in sections(info.annotation)]
+
+
+def _value_at(path: KeyPath, tree: Any) -> Any:
+    for part in path:
+        tree = tree.get(part) if isinstance(tree, dict) else tree[part]
+    return tree
+
+
+def _dotted(path: KeyPath) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) and value else json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,59 @@
+"""The keys of a config, for messages, listings and editors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from pipeline.config import RunConfig
+
+
+def config_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key that a config can hold as `section.key`, sections before their keys.
+
+    A key that several kinds of a section share comes once for each of them.
+    """
+    for name, info in model.model_fields.items():
+        yield prefix + name, info
+        for section in sections(info.annotation):
+            yield from config_keys(section, f"{prefix}{name}.")
+
+
+def sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field of this type can hold; none for a plain value."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in sections(part)]
+
+
+def file_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe file.
+
+    A file need not be a whole run: it may name a `base`, be one, or be completed on the command line. So nothing is
+    required in it.
+    """
+    schema = _of_a_part(RunConfig.model_json_schema())
+    base = {"description": "recipe that this one changes; a path relative to this file", "type": "string"}
+    schema["properties"] = {"base": base} | schema["properties"]
+    return {"title": "Rookery recipe"} | schema
+
+
+def _of_a_part(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_of_a_part(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    part = {key: _of_a_part(value) for key, value in node.items() if key != "required" and not _is_made_up(key, value)}
+    if "discriminator" in part:
+        # Without the required `kind` the alternatives overlap; and a section that needs no more may be its kind alone.
+        kinds = list(part.pop("discriminator")["mapping"])
+        part["anyOf"] = [{"enum": kinds}, *part.pop("oneOf")]
+    return part
+
+
+def _is_made_up(key: str, value: Any) -> bool:
+    # pydantic makes titles of the names, which say nothing new.
+    return key == "title" and isinstance(value, str)

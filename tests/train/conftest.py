@@ -1,0 +1,96 @@
+"""Shards and configs that the training tests share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_prep.options import PrepOptions
+from data_prep.prepare import prepare_splits
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of scikit-learn's digits: `train` (1,437 samples) and `test` (360)."""
+    out = tmp_path_factory.mktemp("digits")
+    prepare_splits("digits", out, PrepOptions(workers=1))
+    return out
+
+
+@pytest.fixture
+def recipe(digits: Path, tmp_path: Path) -> Path:
+    """A run of 24 steps on the digits that uses about every part of the recipe language."""
+    tree = {
+        "name": "run",
+        "out": str(tmp_path / "runs"),
+        "model": {"name": "nest_micro", "in_chans": 1, "drop_path_rate": 0.2},
+        "data": {
+            "train": str(digits / "train"),
+            "val": str(digits / "test"),
+            "lanes": 12,
+            "workers": 0,
+            "trace": True,
+        },
+        "augment": {
+            "resize": 16,
+            "crop": "none",
+            "hflip": 0,
+            "affine": {"degrees": 10, "translate": 0.08},
+            "rand_augment": {"policy": "nest"},
+            "random_erasing": {"prob": 0.25},
+            "normalize": "half",
+        },
+        "eval_transform": {"resize": "resize_only"},
+        "mix": {"mode": "sample", "beta": "nest_approx"},
+        "train": {
+            "epochs": "24steps",
+            "global_batch_size": 48,
+            "precision": "fp32",
+            "ema_decay": 0.9,
+            "clip_grad_norm": 5.0,
+            "log_every": "1steps",
+        },
+        "optim": {"lr": 1e-3, "schedule": {"warmup": "4steps"}},
+        "eval": {"every": "10steps", "batch_size": 50},
+        "checkpoint": {"every": "5steps"},
+        "tracking": {"mlflow": False},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+Rookery = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def rookery(tmp_path: Path) -> Rookery:
+    """Runs the command line: `rookery("train", recipe, "--nproc", 2)`."""
+
+    def call(*args: object, check: int | None = 0, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            command(*args), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=timeout
+        )
+        if check is not None:
+            assert done.returncode == check, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return call
+
+
+def command(*args: object) -> list[str]:
+    return [sys.executable, "-c", "from launch.cli import app; app()", *map(str, args)]
+
+
+def environment() -> dict[str, str]:
+    """The environment of a fresh shell, with one thread per process."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "WORLD_SIZE", "RANK")}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

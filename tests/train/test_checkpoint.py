@@ -1,0 +1,96 @@
+"""A checkpoint is used whole or not at all."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.train.checkpoint import CheckpointStore
+from pipeline.train.distributed import World
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+
+def save(store: CheckpointStore, step: int) -> Path | None:
+    return store.save(
+        step, {"step": step}, lambda path: torch.save({"w": torch.full((64,), step)}, path / "s.pt"), ALONE
+    )
+
+
+def test_the_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=2)
+    assert store.newest() is None
+    for step in (5, 10, 100):
+        save(store, step)
+    newest = store.newest()
+    assert newest is not None and newest.step == 100 and newest.progress() == {"step": 100}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
+@pytest.mark.parametrize("seed", range(17))
+def test_a_damaged_one_is_passed_over_for_the_one_before(
+    tmp_path: Path, damage: str, seed: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+    last = save(store, 2)
+    assert last is not None
+    chance = random.Random(seed)
+    victim = chance.choice(sorted(last.iterdir()))
+    content = bytearray(victim.read_bytes())
+    at = chance.randrange(len(content))
+    if damage == "cut":
+        victim.write_bytes(content[:at])
+    elif damage == "flip":
+        content[at] ^= 1 << chance.randrange(8)
+        victim.write_bytes(content)
+    else:
+        victim.unlink()
+    newest = store.newest()
+    if newest is not None and newest.step == 2:
+        # A flipped bit in white space or in a key's spelling of the commit itself may leave its meaning whole.
+        assert victim.name == "commit.json" and damage == "flip"
+    else:
+        assert newest is not None and newest.step == 1
+        assert "step-00000002" in caplog.text and victim.name in caplog.text
+
+
+@pytest.mark.chaos
+def test_killed_while_saving(tmp_path: Path) -> None:
+    program = textwrap.dedent(
+        """
+        import sys, torch
+        from pathlib import Path
+        from pipeline.train.checkpoint import CheckpointStore
+        from tests.train.test_checkpoint import ALONE
+        store = CheckpointStore(Path(sys.argv[1]))
+        print("ready", flush=True)
+        for step in range(1, 10**6):
+            big = {"w": torch.full((200_000,), float(step))}
+            store.save(step, {"step": step}, lambda path: torch.save(big, path / "s.pt"), ALONE)
+        """
+    )
+    chance = random.Random(7)
+    last = 0
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        time.sleep(chance.uniform(0.05, 0.4))
+        process.kill()
+        process.wait()
+        store = CheckpointStore(tmp_path)
+        newest = store.newest()
+        assert newest is not None
+        assert torch.load(newest.path / "s.pt")["w"].eq(newest.step).all() and newest.progress()["step"] == newest.step
+        last = max(last, newest.step)
+    store.clear_parts()
+    assert not list(tmp_path.glob(".part-*"))
+    assert last > 1

@@ -1,0 +1,94 @@
+"""What a user can get wrong: one clear message, exit status 2, no traceback, nothing overwritten."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.train.conftest import Rookery
+
+CASES = {
+    "no such recipe": (["missing.yaml"], ["missing.yaml", "no such config"]),
+    "typo in a key": (["{recipe}", "train.epoch=3"], ["train.epoch", "train.epochs"]),
+    "no override": (["{recipe}", "train.epochs"], ["key=value"]),
+    "no shards": (["{recipe}", "data.train=nowhere"], ["nowhere", "rookery prep"]),
+    "parent of the splits": (["{recipe}", "data.train={digits}"], ["test, train"]),
+    "unknown model": (["{recipe}", "model.name=nest_tny"], ["nest_tny", "nest_tiny"]),
+    "unknown model option": (["{recipe}", "model.options={depth: 3}"], ["depth"]),
+    "image size the model can't take": (["{recipe}", "model.img_size=30"], ["30"]),
+    "classes": (["{recipe}", "model.num_classes=7"], ["model.num_classes=7", "10 classes"]),
+    "lanes": (["{recipe}", "data.lanes=7"], ["data.lanes=7", "train.global_batch_size=48"]),
+    "processes": (["{recipe}", "--nproc", "5"], ["5 processes", "multiple of 5"]),
+    "accumulate": (["{recipe}", "train.accumulate=7"], ["train.accumulate=7", "48"]),
+    "batch above the data": (["{recipe}", "train.global_batch_size=4800"], ["train.global_batch_size", "1437"]),
+    "no partner to mix with": (["{recipe}", "data.lanes=48"], ["data.lanes", "mix.prob=0"]),
+    "ema weights without ema": (["{recipe}", "train.ema_decay=null", "eval.weights=ema"], ["train.ema_decay"]),
+    "warm-up as long as the run": (["{recipe}", "optim.schedule.warmup=30steps"], ["optim.schedule.warmup"]),
+    "channels": (["{recipe}", "augment.normalize=cifar10"], ["augment.normalize"]),
+    "several nodes without a meeting point": (["{recipe}", "--nodes", "2"], ["--rendezvous"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_message_and_status(case: str, recipe: Path, digits: Path, rookery: Rookery, tmp_path: Path) -> None:
+    arguments, expected = CASES[case]
+    done = rookery("train", *(a.format(recipe=recipe, digits=digits) for a in arguments), check=2)
+    assert "Traceback" not in done.stdout + done.stderr
+    for text in expected:
+        assert text in done.stderr, done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+SHORT = ("train.epochs=4steps", "optim.schedule.warmup=1steps", "checkpoint.every=2steps")
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [("optim.lr=0.5", "optim.lr"), ("seed=9", "seed"), ("resume=never", "resume=never")],
+)
+def test_another_run_in_the_directory_is_left_alone(
+    override: str, expected: str, recipe: Path, rookery: Rookery, tmp_path: Path
+) -> None:
+    rookery("train", recipe, *SHORT)
+    before = snapshot(tmp_path / "runs")
+    done = rookery("train", recipe, *SHORT, override, check=2)
+    assert expected in done.stderr and "name=" in done.stderr
+    assert snapshot(tmp_path / "runs") == before
+
+
+def test_other_data_under_the_same_path(recipe: Path, rookery: Rookery, tmp_path: Path, digits: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(digits / "train", data)
+    rookery("train", recipe, *SHORT, f"data.train={data}")
+    shutil.rmtree(data)
+    shutil.copytree(digits / "test", data)
+    done = rookery("train", recipe, *SHORT, f"data.train={data}", check=2)
+    assert "other shards" in done.stderr
+
+
+def test_a_shard_that_disappeared(recipe: Path, rookery: Rookery, tmp_path: Path, digits: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(digits / "train", data)
+    victim = sorted(data.glob("*.tar"))[3]
+    victim.unlink()
+    done = rookery("train", recipe, *SHORT, f"data.train={data}", "--nproc", 2, check=2)
+    assert victim.name in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.count(victim.name) == 1
+
+
+def test_two_runs_in_one_directory(recipe: Path, rookery: Rookery, tmp_path: Path) -> None:
+    import fcntl
+
+    rookery("train", recipe, *SHORT, "train.stop_after=2steps")
+    before = snapshot(tmp_path / "runs")
+    with open(tmp_path / "runs" / "run" / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = rookery("train", recipe, *SHORT, "--nproc", 2, check=2)
+    assert "another run is writing" in done.stderr and "Traceback" not in done.stderr
+    assert snapshot(tmp_path / "runs") == before

@@ -1,0 +1,100 @@
+"""Killed at any moment and started again, a run ends with the same bits and has used the same samples."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from data_prep.manifest import Manifest, load_index
+from pipeline.tracking.metrics import read_metrics
+from pipeline.train.export import WEIGHTS
+from pipeline.train.trace import read_trace
+from tests.train.conftest import Rookery, command, environment
+
+
+def kill_after(seconds: float, run: Path, log: Path, *args: object) -> bool:
+    """Start a training, SIGKILL its whole process group after its first step plus `seconds`; whether it was alive."""
+    with open(log, "a") as out:
+        process = subprocess.Popen(
+            command("train", *args), stdout=out, stderr=out, env=environment(), cwd=log.parent, start_new_session=True
+        )
+        lines = len((run / "metrics.jsonl").read_text().splitlines()) if (run / "metrics.jsonl").exists() else 0
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            path = run / "metrics.jsonl"
+            if path.exists() and len(path.read_text().splitlines()) != lines:
+                break
+            time.sleep(0.02)
+        time.sleep(seconds)
+        alive = process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return alive
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize(("nproc", "kills"), [(1, 2), (2, 3), (3, 1)])
+def test_kill_and_resume_is_bit_identical(
+    recipe: Path, rookery: Rookery, tmp_path: Path, nproc: int, kills: int
+) -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"kill moments from seed {seed}")
+    moments = random.Random(seed)
+    options = (recipe, "--nproc", nproc, "--threads", 1)
+    rookery("train", *options, "name=whole")
+    whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
+    for _ in range(kills):
+        kill_after(moments.uniform(0, 1.2), cut, tmp_path / "log", *options, "name=cut")
+    rookery("train", *options, "name=cut")
+
+    for weights in ("final", "best"):
+        assert (cut / weights / WEIGHTS).read_bytes() == (whole / weights / WEIGHTS).read_bytes()
+    assert read_trace(cut) == read_trace(whole)
+    assert losses(cut) == losses(whole)
+    of_cut, of_whole = (json.loads((run / "result.json").read_text()) for run in (cut, whole))
+    assert of_cut.pop("wall_seconds") > 0 and of_whole.pop("wall_seconds") > 0
+    assert of_cut == of_whole
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_metrics(run) if line["kind"] == "train"]
+
+
+def test_an_epoch_uses_every_sample_once(recipe: Path, rookery: Rookery, tmp_path: Path, digits: Path) -> None:
+    rookery("train", recipe, "train.epochs=2ep", "eval.every=2ep", "--nproc", 2)
+    trace = read_trace(tmp_path / "runs" / "run")
+    manifest = Manifest.load(digits / "train")
+    every = [key.decode() for shard in manifest.shards for key in load_index(digits / "train", shard)["key"]]
+    steps = len(every) // 48
+    assert sorted(trace) == list(range(2 * steps))
+    for epoch in (0, 1):
+        used = Counter(key for step in range(epoch * steps, (epoch + 1) * steps) for key in trace[step])
+        assert set(used.values()) == {1} and len(used) == steps * 48 and used.keys() <= set(every)
+
+
+def test_another_world_size_uses_the_same_samples_and_losses(recipe: Path, rookery: Rookery, tmp_path: Path) -> None:
+    rookery("train", recipe, "name=one")
+    for nproc, stop in ((2, 8), (1, 12), (3, 17), (2, 24)):
+        rookery("train", recipe, "name=many", f"train.stop_after={stop}steps", "--nproc", nproc)
+    one, many = tmp_path / "runs" / "one", tmp_path / "runs" / "many"
+    assert read_trace(many) == read_trace(one)
+    assert [step for step, _ in losses(many)] == [step for step, _ in losses(one)]
+    for (_, a), (_, b) in zip(losses(many), losses(one), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_a_finished_run_is_not_run_again(recipe: Path, rookery: Rookery, tmp_path: Path) -> None:
+    first = rookery("train", recipe, "train.epochs=4steps", "optim.schedule.warmup=1steps")
+    weights = (tmp_path / "runs" / "run" / "final" / WEIGHTS).read_bytes()
+    again = rookery("train", recipe, "train.epochs=4steps", "optim.schedule.warmup=1steps")
+    assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
+    assert (tmp_path / "runs" / "run" / "final" / WEIGHTS).read_bytes() == weights
+    assert "step 4/4" not in again.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.build import WRITERS, ShardBuilder, ShardTask
@@ -63,13 +64,12 @@ def prepare_splits(
     opened = open_source(source, options) if isinstance(source, str | Path) else source
     if opened.kind == FolderSource.kind and Path(out).resolve().is_relative_to(opened.path.resolve()):
         raise UserError(f"{out}: lies inside the class folders of {opened.path}; choose an OUT outside")
-    listings = {}
-    for split in splits or opened.splits():
-        listings[split] = _list(opened, split, progress)
-    return {
-        split: _prepare_split(opened, split, listing, Path(out), options, progress)
-        for split, listing in listings.items()
-    }
+    jobs = {}
+    for split in splits or opened.splits():  # all of them are listed before any work: a bad one shows at once
+        listing = _list(opened, split, progress)
+        plan = make_plan(listing, opened.kind, opened.name, split, options)
+        jobs[split] = _SplitJob(split, listing, plan, SplitState(Path(out) / split), options, progress)
+    return {split: job.run() for split, job in jobs.items()}
 
 
 def _list(source: Source, split: str, progress: Progress) -> Listing:
@@ -87,71 +87,91 @@ def _list(source: Source, split: str, progress: Progress) -> Listing:
     return listing
 
 
-def _prepare_split(
-    source: Source, split: str, listing: Listing, out: Path, options: PrepOptions, progress: Progress
-) -> Manifest:
-    plan = make_plan(listing, source.kind, source.name, split, options)
-    suffix = WRITERS[options.format].suffix
-    files = [f"{split}-{number:06d}{suffix}" for number in range(len(plan.shards))]
-    state = SplitState(out / split)
-    with state.locked() as exclusive, writing(state.directory):
-        if not exclusive:
-            progress.say(f"{state.directory}: this file system has no locks; let no other prep write here meanwhile")
-        records = state.begin(plan, files, options.overwrite, options.repair)
-        current = _current_manifest(state.directory)
-        missing = [number for number, file in enumerate(files) if file not in records]
-        if missing:
-            progress.say(
-                f"{split}: {len(listing):,} images, {len(listing.classes):,} classes, {len(files):,} shards"
-                + (f", of which {len(records):,} are finished" if records else "")
-            )
-            _build_missing(state, plan, listing, files, missing, records, options, progress)
-        manifest = _manifest(plan, listing, [records[file] for file in files])
-        if manifest == current:
-            done = "mended" if missing else "complete already, nothing to do"
-            progress.say(f"{split}: {done} ({manifest.num_samples:,} samples in {len(manifest.shards):,} shards)")
+@dataclass(frozen=True)
+class _SplitJob:
+    """The preparation of one split."""
+
+    split: str
+    listing: Listing
+    plan: Plan
+    state: SplitState
+    options: PrepOptions
+    progress: Progress
+
+    def run(self) -> Manifest:
+        """Make what is missing, and the manifest if it is not what the shards say."""
+        with self.state.locked() as exclusive, writing(self.state.directory):
+            if not exclusive:
+                self._say("this file system has no locks; let no other prep write here meanwhile")
+            files = self._files()
+            records = self.state.begin(self.plan, files, self.options.overwrite, self.options.repair)
+            current = _current_manifest(self.state.directory)
+            missing = [number for number, file in enumerate(files) if file not in records]
+            if missing:
+                self._build(missing, records)
+            manifest = self._manifest([records[file] for file in files])
+            if manifest == current:
+                done = "mended" if missing else "complete already, nothing to do"
+                self._say(f"{done} ({manifest.num_samples:,} samples in {len(manifest.shards):,} shards)")
+                return manifest
+            self._check_bad(manifest)
+            manifest.save(self.state.directory)
             return manifest
-        _check_bad(state.directory, split, manifest, len(listing), options)
-        manifest.save(state.directory)
-    return manifest
 
+    def _say(self, text: str) -> None:
+        self.progress.say(f"{self.split}: {text}")
 
-def _build_missing(
-    state: SplitState,
-    plan: Plan,
-    listing: Listing,
-    files: list[str],
-    missing: list[int],
-    records: dict[str, Record],
-    options: PrepOptions,
-    progress: Progress,
-) -> None:
-    builder = ShardBuilder(state, plan.fingerprint, listing.reader, options.format, options.resize, options.quality)
+    def _files(self) -> list[str]:
+        suffix = WRITERS[self.options.format].suffix
+        return [f"{self.split}-{number:06d}{suffix}" for number in range(len(self.plan.shards))]
 
-    def task_of(number: int) -> ShardTask:
-        return ShardTask(files[number], listing.items(plan.shards[number]))
+    def _build(self, missing: list[int], records: dict[str, Record]) -> None:
+        """Build the missing shards and add their records to `records`."""
+        options, files, images = self.options, self._files(), len(self.listing)
+        finished = f", of which {len(records):,} are finished" if records else ""
+        self._say(f"{images:,} images, {len(self.listing.classes):,} classes, {len(files):,} shards{finished}")
+        builder = ShardBuilder(
+            self.state, self.plan.fingerprint, self.listing.reader, options.format, options.resize, options.quality
+        )
 
-    def keep(record: Record) -> None:
-        records[record.shard.file] = record
+        def task_of(number: int) -> ShardTask:
+            return ShardTask(files[number], self.listing.items(self.plan.shards[number]))
 
-    left = sum(len(plan.shards[number]) for number in missing)
-    try:
-        with progress.task(plan.description["split"], len(listing), len(listing) - left) as advance:
-            build_shards(builder, missing, task_of, options.workers or usable_cores(), advance, keep)
-    finally:
-        state.empty_scratch()
+        def keep(record: Record) -> None:
+            records[record.shard.file] = record
 
+        left = sum(len(self.plan.shards[number]) for number in missing)
+        try:
+            with self.progress.task(self.split, images, images - left) as advance:
+                build_shards(builder, missing, task_of, options.workers or usable_cores(), advance, keep)
+        finally:
+            self.state.empty_scratch()
 
-def _manifest(plan: Plan, listing: Listing, records: list[Record]) -> Manifest:
-    return Manifest(
-        format=plan.description["format"],
-        split=plan.description["split"],
-        classes=listing.classes,
-        shards=[record.shard for record in records if record.shard.samples],
-        options=plan.description["options"],
-        source=plan.description["source"],
-        quarantine=[*listing.rejected, *(bad for record in records for bad in record.quarantine)],
-    )
+    def _manifest(self, records: list[Record]) -> Manifest:
+        return Manifest(
+            format=self.options.format,
+            split=self.split,
+            classes=self.listing.classes,
+            shards=[record.shard for record in records if record.shard.samples],
+            options=self.plan.description["options"],
+            source=self.plan.description["source"],
+            quarantine=[*self.listing.rejected, *(bad for record in records for bad in record.quarantine)],
+        )
+
+    def _check_bad(self, manifest: Manifest) -> None:
+        images = len(self.listing)
+        bad = [image for image in manifest.quarantine if image.action == "dropped"]
+        tolerated = self.options.tolerated(images)
+        if len(bad) <= tolerated and manifest.shards:
+            return
+        (self.state.directory / MANIFEST_NAME).unlink(missing_ok=True)
+        listed = describe_quarantine(bad)
+        if not manifest.shards:
+            raise UserError(f"{self.split}: none of the {images:,} images is usable\n{listed}")
+        raise UserError(
+            f"{self.split}: {len(bad):,} of {images:,} images are bad, {tolerated:,} are tolerated\n{listed}\n"
+            f"mend the source, or leave them out: the same command with --max-bad {len(bad)} (no shard is made again)"
+        )
 
 
 def _current_manifest(directory: Path) -> Manifest | None:
@@ -159,21 +179,6 @@ def _current_manifest(directory: Path) -> Manifest | None:
         return Manifest.load(directory)
     except UserError:
         return None  # missing or damaged: the records know better
-
-
-def _check_bad(directory: Path, split: str, manifest: Manifest, images: int, options: PrepOptions) -> None:
-    bad = [image for image in manifest.quarantine if image.action == "dropped"]
-    tolerated = options.tolerated(images)
-    if len(bad) <= tolerated and manifest.shards:
-        return
-    (directory / MANIFEST_NAME).unlink(missing_ok=True)
-    listed = describe_quarantine(bad)
-    if not manifest.shards:
-        raise UserError(f"{split}: none of the {images:,} images is usable\n{listed}")
-    raise UserError(
-        f"{split}: {len(bad):,} of {images:,} images are bad, {tolerated:,} are tolerated\n{listed}\n"
-        f"mend the source, or leave them out: the same command with --max-bad {len(bad)} (no shard is made again)"
-    )
 
 
 def describe_quarantine(bad: Sequence[BadImage]) -> str:

@@ -55,7 +55,8 @@ def build_shards(
     waiting = deque(shards)
     try:
         with _interrupts_held():
-            crew += [_Worker(builder) for _ in range(min(workers, len(shards)))]
+            for _ in range(min(workers, len(shards))):
+                crew.append(_Worker(builder))
         for worker in crew:
             worker.give(task_of(waiting.popleft()))
         while busy := {worker.connection: worker for worker in crew if worker.task is not None}:

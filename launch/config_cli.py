@@ -1,4 +1,4 @@
-"""`rookery config`: look at the config tree without running anything."""
+"""`rookery config`: look at a recipe, or at every key there is, without running anything."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ import typer
 def config(
     recipe: Annotated[Path | None, typer.Argument(help="recipe to print, bases and overrides applied")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
-    schema: Annotated[bool, typer.Option(help="print the JSON Schema of all keys, for editors")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="print the JSON Schema of recipes, for editors")] = False,
 ) -> None:
-    """Print a recipe as it would run, or the JSON Schema of every key."""
-    from pipeline.config import RunConfig
-    from pipeline.config_load import dump_config, load_config
+    """Print a recipe as it would run; without one, every key with its default and meaning.
 
-    if schema or recipe is None:
-        typer.echo(json.dumps(RunConfig.model_json_schema(), indent=1))
-    else:
+    Exit status: 0, or 2 for a mistake in the recipe.
+    """
+    from pipeline.config_load import dump_config, load_config
+    from pipeline.config_schema import describe_keys, file_schema
+
+    if schema:
+        typer.echo(json.dumps(file_schema(), indent=1))
+    elif recipe is not None:
         typer.echo(dump_config(load_config(recipe, overrides or [])), nl=False)
+    else:
+        for key, default, about, is_section in describe_keys():
+            typer.echo(f"\n{key}  {default}  {about}" if is_section else f"  {key:<36} {default:<14} {about}")

@@ -40,7 +40,7 @@ def evaluate(
         data, precision = data or config.data.val, precision or config.train.precision
         directory = run / weights
         if not (directory / MODEL_CONFIG).is_file():
-            present = [name for name in ("final", "best") if (run / name / MODEL_CONFIG).is_file()]
+            present = [name for name in ("best", "final") if (run / name / MODEL_CONFIG).is_file()]
             raise UserError(
                 f"{directory}: no such weights; the run has {' and '.join(present) or 'none yet'}"
                 + (f", choose with --weights {present[0]}" if present else ", train it to its end first")

@@ -23,13 +23,14 @@ _RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 def _home(path: str) -> str:
     # The shell leaves the ~ of `data.train=~/shards` alone.
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+    return str(Path(path).expanduser()) if path.startswith("~/") else path
 
 
 def _empty_for_null(value: Any) -> Any:
     return {} if value is None else value
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Directory = Annotated[str, Field(min_length=1), AfterValidator(_home)]
 
 
@@ -77,7 +78,7 @@ class DataConfig(Section):
         "window", description="window: shards permuted, samples permuted in windows of a lane; full: one permutation"
     )
     window: int = Field(8192, ge=1, description="samples per shuffle window of a lane")
-    repeats: int = Field(1, ge=1, description="repeated augmentation: copies of a sample in one batch")
+    repeats: int = Field(1, ge=1, description="repeated augmentation: copies of each sample, next to each other")
     workers: int = Field(2, ge=0, description="loader processes per training process; 0 loads in the process itself")
     prefetch: int = Field(4, ge=1, description="batches that each loader process prepares ahead")
     trace: bool = Field(False, description="write the keys of the samples of every step to <run>/trace/")
@@ -98,12 +99,12 @@ class OptimConfig(Section):
     lr_batch: int | None = Field(
         None, ge=1, description="peak lr = lr * global_batch_size / lr_batch; null: lr is the peak"
     )
-    weight_decay: float = Field(0.05, ge=0)
+    weight_decay: float = Field(0.05, ge=0, description="decoupled, times the learning rate")
     decay: Literal["all", "matrices"] = Field(
         "all", description="all: every parameter but the model's no_weight_decay(); matrices: 1-D ones excluded as well"
     )
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decay of the averages of gradients and squares")
+    eps: float = Field(1e-8, gt=0, description="added to the denominator")
     schedule: ScheduleConfig = ScheduleConfig()
 
     def peak_lr(self, global_batch_size: int) -> float:
@@ -146,8 +147,8 @@ class CheckpointConfig(Section):
 class TrackingConfig(Section):
     """MLflow mirror of the run's metrics.jsonl."""
 
-    mlflow: bool = True
-    experiment: str = "rookery"
+    mlflow: bool = Field(True, description="mirror to MLflow at all")
+    experiment: str = Field("rookery", description="MLflow experiment of the run")
     uri: str | None = Field(None, description="MLflow server; null: MLFLOW_TRACKING_URI or sqlite:///mlflow.db")
     system_seconds: float = Field(15, gt=0, description="interval of system metrics")
 
@@ -163,7 +164,7 @@ class RunConfig(Section):
 
     name: str = Field(max_length=200, description="name of the run directory", json_schema_extra={"pattern": _RUN_NAME})
     out: Directory = Field("runs", description="parent of the run directory")
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(0, ge=0, lt=2**31, description="of weights, data order and augmentation")
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: continue the newest complete checkpoint of the run directory"
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
+from difflib import SequenceMatcher
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,6 +12,15 @@ from pydantic import ValidationError
 from pipeline.config_schema import config_keys, sections
 
 KeyPath = tuple[str | int, ...]
+# Flags of timm's train.py whose likeness to our keys shows to people only.
+_TIMM = {
+    "aa": "augment.rand_augment",
+    "amp": "train.precision",
+    "opt": "optim.name",
+    "reprob": "augment.random_erasing.prob",
+    "sched": "optim.schedule",
+    "wd": "optim.weight_decay",
+}
 _SECTION_EXPECTED = ("model_type", "dict_type", "model_attributes_type", "union_tag_not_found")
 
 
@@ -70,8 +79,8 @@ def _describe(detail: Any, path: KeyPath, tree: dict[str, Any]) -> str:
         return _unknown(key, path, tree)
     if kind == "missing" and isinstance(detail["loc"][-1], str):
         return _missing(key)
-    if kind == "invalid_key":
-        return f"{key or 'top level'}: the key {detail['loc'][-1]!r} is no text; write it in quotes"
+    if kind == "invalid_key" or detail["loc"][-1:] == ("[key]",):
+        return f"the key {key or detail['loc'][-1]} is no text; write it in quotes"
     if kind in _SECTION_EXPECTED:
         return _no_section(key, value)
     message = detail["msg"].removeprefix("Value error, ").replace("Input should ", "should ")
@@ -90,6 +99,8 @@ def _unknown(key: str, path: KeyPath, tree: dict[str, Any]) -> str:
     if key in known:
         section = _dotted(path[:-1])
         return f"{key}: not a key of {section}.kind={_value_at(path[:-1], tree).get('kind')}"
+    if isinstance(_value_at(path, tree), dict):
+        known = {name for name in known if _sections_of(name)}
     near = _nearest(key, known)
     return f"unknown key {key}; " + (
         f"did you mean {' or '.join(near)}?" if near else "`rookery config` lists every key"
@@ -116,16 +127,20 @@ def _no_section(key: str, value: Any) -> str:
 def _nearest(key: str, known: set[str]) -> list[str]:
     """Up to three known keys: what counts most is the last word, which may stand in another section."""
     key = key.replace("-", "_")
+    section, _, word = key.rpartition(".")
+    if word in _TIMM:
+        return [_TIMM[word]]
 
     def likeness(candidate: str) -> float:
-        word, other = key.rsplit(".", 1)[-1], candidate.rsplit(".", 1)[-1]
-        contained = len(word) > 2 and len(other) > 2 and (word in other or other in word)
-        by_word = max(0.85 * contained, difflib.SequenceMatcher(None, word, other).ratio())
-        return by_word + 0.3 * difflib.SequenceMatcher(None, key, candidate).ratio()
+        its_section, _, its_word = candidate.rpartition(".")
+        shorter, longer = sorted((word, its_word), key=len)
+        is_part = len(shorter) > 2 and f"_{shorter}" in f"_{longer}"
+        by_word = max(0.85 * is_part, SequenceMatcher(None, word, its_word).ratio())
+        return by_word + 0.3 * SequenceMatcher(None, key, candidate).ratio() + 0.15 * (section == its_section)
 
     scores = {candidate: likeness(candidate) for candidate in known}
-    best = max(scores.values())
-    near = [candidate for candidate, score in scores.items() if score > max(0.85, best - 0.25)]
+    least = max(0.95, max(scores.values()) - 0.25)
+    near = [candidate for candidate, score in scores.items() if score > least]
     return sorted(near, key=lambda candidate: (-scores[candidate], candidate))[:3]
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config import RunConfig
-from pipeline.config_errors import explain
+from pipeline.config_errors import KeyPath, explain
 from pipeline.errors import UserError
 
-# Where a key, as the tuple of names that leads to it, was written.
-Places = dict[tuple[str | int, ...], str]
+# Where each key was written.
+Places = dict[KeyPath, str]
 
 _MAX_DEPTH = 20
 
@@ -34,16 +33,17 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """
     path = Path(path)
     tree, places = _read_with_base(path, ())
+    overriding: dict[str, Any] = {}
     for override in overrides:
-        changed, where = _parse_override(override)
-        tree, places = _merge(tree, changed), places | where
+        keys, value = _parse_override(override)
+        overriding = _merge(overriding, _nested(keys, value))
+        places = dict.fromkeys(_prefixes(keys), "override") | places | {keys: "override"}
+    tree = _merge(tree, overriding)
     tree.setdefault("name", _default_name(path))
     return parse_tree(tree, str(path), places)
 
 
-def parse_tree(
-    tree: dict[str, Any], origin: str, places: Mapping[tuple[str | int, ...], str] | None = None
-) -> RunConfig:
+def parse_tree(tree: dict[str, Any], origin: str, places: Mapping[KeyPath, str] | None = None) -> RunConfig:
     """Validate a plain tree.
 
     Args:
@@ -116,41 +116,46 @@ def _read_yaml(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Pla
         raise UserError(f"{path}: a folder; name one of the recipes in it: {recipes}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't read this config: {error}") from error
-    tree, places = _parse_yaml(text, str(path))
+    tree, places = _parse_yaml(text, lambda line: f"{path}:{line}")
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a mapping of keys to values, this file holds {type(tree).__name__}")
     return tree, places
 
 
 def _nearest_file(path: Path) -> str:
-    beside = [*path.parent.glob("*.yaml"), *path.parent.glob("*/*.yaml")]
-    near = [str(p) for p in beside if p.name == path.name]
-    near = near or difflib.get_close_matches(str(path), [str(p) for p in beside], n=3, cutoff=0.7)
+    recipes = {p.name: str(p) for pattern in ("*/*.yaml", "*.yaml") for p in path.parent.glob(pattern)}
+    near = [recipes[name] for name in difflib.get_close_matches(path.name, recipes, n=3, cutoff=0.7)]
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def _parse_yaml(text: str, origin: str) -> tuple[Any, Places]:
-    """The value of a YAML document, and the line of each of its keys."""
+def _parse_yaml(text: str, place: Callable[[int], str]) -> tuple[Any, Places]:
+    """The value of a YAML document, and the place of each of its keys; `place` makes a place of a line number."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None, {}
-        places = dict(_places(node, origin))
+        places = dict(_places(node, place))
         return loader.construct_document(node), places
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = f"{origin}:{mark.line + 1}" if mark else origin
-        snippet = f"\n{mark.get_snippet()}" if mark and mark.buffer else ""
-        raise UserError(f"{line}: not valid YAML: {error.problem or error.context}{snippet}") from error
+        snippet = mark.get_snippet() if mark else None
+        problem = f"{error.problem or error.context}{_advice(str(error.problem))}" + (f"\n{snippet}" if snippet else "")
+        raise UserError(f"{place(mark.line + 1 if mark else 1)}: not valid YAML: {problem}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{origin}: not valid YAML: {error}") from error
+        raise UserError(f"{place(1)}: not valid YAML: {error}") from error
     finally:
         loader.dispose()
 
 
-def _places(node: yaml.Node, origin: str, parents: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Line of every key below a node.
+def _advice(problem: str) -> str:
+    if "cannot start any token" not in problem:
+        return ""
+    return "; indent with spaces" if "\\t" in problem else "; put the text in quotes"
+
+
+def _places(node: yaml.Node, place: Callable[[int], str], parents: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
+    """Place of every key below a node.
 
     Raises:
         UserError: a key that is no plain text or stands twice (the second would silently win), or endless nesting.
@@ -161,44 +166,54 @@ def _places(node: yaml.Node, origin: str, parents: tuple[str, ...] = ()) -> Iter
     for key, value in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
-            raise UserError(f"{origin}:{line}: a key must be plain text, without brackets or braces")
-        if key.value in lines:
-            twice = ".".join((*parents, key.value))
-            raise UserError(f"{origin}:{line}: {twice} stands twice, first on line {lines[key.value]}; keep one")
-        if len(parents) == _MAX_DEPTH:
-            raise UserError(f"{origin}:{line}: nested too deep")
-        lines[key.value] = line
+            raise UserError(f"{place(line)}: a key must be plain text, without brackets or braces")
         path = (*parents, key.value)
-        yield path, f"{origin}:{line}"
-        yield from _places(value, origin, path)
+        if key.value in lines:
+            raise UserError(
+                f"{place(line)}: {'.'.join(map(str, path))} stands twice, first on line {lines[key.value]}; keep one"
+            )
+        if len(path) > _MAX_DEPTH:
+            raise UserError(f"{place(line)}: nested too deep")
+        lines[key.value] = line
+        yield path, place(line)
+        yield from _places(value, place, path)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         known = merged.get(key)
-        same_thing = isinstance(known, dict) and isinstance(value, dict) and not _other_kind(known, value)
-        merged[key] = _merge(known, value) if same_thing else value
+        if isinstance(known, dict) and isinstance(value, dict) and _same_kind(known, value):
+            value = _merge(known, value)
+        merged[key] = value
     return merged
 
 
-def _other_kind(known: dict[str, Any], value: dict[str, Any]) -> bool:
-    return "kind" in known and "kind" in value and known["kind"] != value["kind"]
+def _same_kind(known: dict[str, Any], value: dict[str, Any]) -> bool:
+    return "kind" not in known or "kind" not in value or known["kind"] == value["kind"]
 
 
-def _parse_override(override: str) -> tuple[dict[str, Any], Places]:
-    dotted, sign, text = override.partition("=")
-    keys = dotted.strip().split(".")
+def _parse_override(override: str) -> tuple[tuple[str, ...], Any]:
+    key, sign, text = override.partition("=")
+    keys = tuple(key.strip().split("."))
     if not sign or not all(keys):
         raise UserError(f"override {override!r}: write key=value, such as train.epochs=100")
     # A name such as 007 or 1e5 is meant as it is written.
-    value = text if keys == ["name"] else _parse_yaml(text, f"override {override!r}")[0]
+    value = text if keys == ("name",) else _parse_yaml(text, lambda _: f"override {override!r}")[0]
+    return keys, value
+
+
+def _nested(keys: tuple[str, ...], value: Any) -> dict[str, Any]:
     for key in reversed(keys):
         value = {key: value}
-    return value, {tuple(keys): "override"}
+    return value
+
+
+def _prefixes(keys: tuple[str, ...]) -> list[KeyPath]:
+    return [keys[:end] for end in range(1, len(keys))]
 
 
 def _default_name(path: Path) -> str:
-    path = Path(os.path.abspath(path))
-    parts = [path.parent.name, path.stem] if path.parent.parent.name == "configs" else [path.stem]
+    folder = path.parent.resolve()
+    parts = [folder.name, path.stem] if folder.parent.name == "configs" else [path.stem]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts)).lstrip("._-")

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
+import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipeline.config import RunConfig
+from pipeline.durations import Duration
+
+
+class KeyDescription(NamedTuple):
+    """A key as a person reads it.
+
+    Attributes:
+        key: `section.key`.
+        default: as a recipe would hold it; `required` without one; empty for a section that is always there.
+        about: the values to choose from, and what they mean.
+        is_section: the key has keys below it.
+    """
+
+    key: str
+    default: str
+    about: str
+    is_section: bool
 
 
 def config_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -29,6 +48,18 @@ def sections(annotation: Any) -> list[type[BaseModel]]:
     return [section for part in get_args(annotation) for section in sections(part)]
 
 
+def describe_keys() -> list[KeyDescription]:
+    """Every key once, in the order of the tree."""
+    described: dict[str, KeyDescription] = {}
+    for key, info in config_keys():
+        within = sections(info.annotation)
+        about = info.description or (inspect.getdoc(within[0]) if within else "") or ""
+        choices = "" if within else " | ".join(_choices(info.annotation))
+        about = "; ".join(text for text in (choices, about) if text)
+        described.setdefault(key, KeyDescription(key, _default(info), about, bool(within)))
+    return list(described.values())
+
+
 def file_schema() -> dict[str, Any]:
     """JSON Schema of a recipe file.
 
@@ -39,6 +70,24 @@ def file_schema() -> dict[str, Any]:
     base = {"description": "recipe that this one changes; a path relative to this file", "type": "string"}
     schema["properties"] = {"base": base} | schema["properties"]
     return {"title": "Rookery recipe"} | schema
+
+
+def _choices(annotation: Any) -> list[str]:
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    return [choice for part in get_args(annotation) for choice in _choices(part)]
+
+
+def _default(info: FieldInfo) -> str:
+    if info.is_required():
+        return "" if sections(info.annotation) else "required"
+    value = info.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return ""
+    if isinstance(value, tuple) and not isinstance(value, Duration):
+        value = list(value)
+    plain = str(value) if isinstance(value, Duration) else value
+    return yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("...\n").strip()
 
 
 def _of_a_part(node: Any) -> Any:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import io
 import math
 import multiprocessing
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,7 +51,7 @@ class EvalBatch(NamedTuple):
     """One process's part of an evaluation step.
 
     Attributes:
-        images: (b, C, H, W) float32.
+        images: (b, C, H, W) float32, 0 in the padding.
         labels: (b,) int64, 0 in the padding.
         real: (b,) bool, False in the padding that makes all batches equal.
     """
@@ -64,20 +67,28 @@ class _Failed(NamedTuple):
     message: str
 
 
-def decode(sample: Sample, in_chans: int, shards: ShardSet) -> Image.Image:
-    """The image of a sample, RGB or greyscale.
+def decode(data: bytes, in_chans: int) -> Image.Image:
+    """The image of an encoded sample, RGB or greyscale; an alpha channel is dropped.
 
     Raises:
         UserError: the bytes are no image any more.
     """
     try:
-        with Image.open(io.BytesIO(sample.data)) as image:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             return image.convert("L" if in_chans == 1 else "RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{shards.directory}: sample {sample.key!r} can't be decoded ({error}); "
-            f"run `rookery verify {shards.directory}`"
-        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # the decoders raise nearly every type on damaged bytes
+        raise UserError(f"can't be decoded ({error}); check the shards with `rookery verify`") from error
+
+
+@contextmanager
+def _naming(sample: Sample, shards: ShardSet) -> Iterator[None]:
+    """Say which sample a mistake is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{shards.directory}: sample {sample.key}: {error}") from error
 
 
 class StepDataset(Dataset):
@@ -91,6 +102,10 @@ class StepDataset(Dataset):
         img_size: side of the images that `transform` returns.
         in_chans: image channels.
         drop_paths: stochastic-depth branches of the model.
+        rank, world_size: this process among those that share the steps.
+
+    Raises:
+        UserError: `world_size` does not divide the lanes.
     """
 
     def __init__(
@@ -105,6 +120,7 @@ class StepDataset(Dataset):
         rank: int,
         world_size: int,
     ) -> None:
+        order.check_world_size(world_size)
         self.shards, self.order, self.transform, self.mix = shards, order, transform, mix
         self.img_size, self.in_chans, self.drop_paths = img_size, in_chans, drop_paths
         self.rank, self.world_size = rank, world_size
@@ -122,7 +138,9 @@ class StepDataset(Dataset):
         ids = chosen.samples + chosen.copies * order.num_samples
         images, labels = [], []
         for sample, index in zip(self.shards.read(chosen.samples), ids, strict=True):
-            images.append(self.transform(decode(sample, self.in_chans, self.shards), seed, chosen.epoch, int(index)))
+            with _naming(sample, self.shards):
+                image = decode(sample.data, self.in_chans)
+                images.append(self.transform(image, seed, chosen.epoch, int(index)))
             labels.append(sample.label)
         branches = np.arange(self.drop_paths)
         return TrainBatch(
@@ -153,21 +171,30 @@ class EvalDataset(Dataset):
         return math.ceil(len(self.shards) / (self.batch_size * self.world_size))
 
     def __getitem__(self, i: int) -> EvalBatch | _Failed:
-        start = (i * self.world_size + self.rank) * self.batch_size
-        samples = range(min(start, len(self.shards)), min(start + self.batch_size, len(self.shards)))
-        # A process whose share is all padding still needs an image of the right shape.
-        padded = [*samples, *[0] * (self.batch_size - len(samples))]
         try:
-            read = list(self.shards.read(padded))
-            images = torch.stack([self.transform(decode(sample, self.in_chans, self.shards)) for sample in read])
+            return self._batch(i)
         except UserError as error:
             return _Failed(str(error))
-        real = torch.arange(self.batch_size) < len(samples)
-        return EvalBatch(images, torch.tensor([s.label for s in read]) * real, real)
+
+    def _batch(self, i: int) -> EvalBatch:
+        start = (i * self.world_size + self.rank) * self.batch_size
+        samples = range(start, min(start + self.batch_size, len(self.shards)))
+        images, labels = [], []
+        # A process whose share is all padding looks at some image to learn its shape.
+        for sample in self.shards.read(samples or range(1)):
+            with _naming(sample, self.shards):
+                images.append(self.transform(decode(sample.data, self.in_chans)))
+            labels.append(sample.label)
+        real, missing = len(samples), self.batch_size - len(samples)
+        return EvalBatch(
+            torch.stack(images[:real] + [torch.zeros_like(images[0])] * missing),
+            torch.tensor(labels[:real] + [0] * missing),
+            torch.arange(self.batch_size) < real,
+        )
 
 
 class Batches:
-    """Iterates a dataset of batches over a range, through loader processes.
+    """Iterates a dataset of batches over a range, through loader processes; can be iterated again.
 
     Args:
         dataset: maps a position to a batch.
@@ -181,25 +208,44 @@ class Batches:
         options: dict[str, Any] = {}
         if workers:
             # A fork would copy the locks of this process's other threads (tracking, gloo, CUDA) in whatever state they
-            # are; the fork server has no other threads, and has the imports done once.
+            # are; the fork server has no other threads.
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__])
-            options = {"prefetch_factor": prefetch, "worker_init_fn": _one_thread, "multiprocessing_context": context}
+            context.set_forkserver_preload(_preload())
+            forkserver.ensure_running()
+            options = {"prefetch_factor": prefetch, "multiprocessing_context": context}
         self._loader = DataLoader(
             dataset,
             batch_size=None,
             sampler=positions,
             num_workers=workers,
             pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # the default one belongs to the training step
             **options,
         )
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self._loader:
-            if isinstance(batch, _Failed):
-                raise UserError(batch.message)
-            yield batch
+        """The batches in order.
+
+        Raises:
+            UserError: a sample can't be used, or a loader process died.
+        """
+        try:
+            for batch in self._loader:
+                if isinstance(batch, _Failed):
+                    raise UserError(batch.message)
+                yield batch
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker (pid"):
+                raise
+            raise UserError(
+                f"a loader process died, most likely for want of memory ({error}); lower data.workers or "
+                "data.prefetch, or give the job more memory (in a container also more /dev/shm)"
+            ) from error
 
 
-def _one_thread(_worker: int) -> None:
-    torch.set_num_threads(1)
+def _preload() -> list[str]:
+    """What each loader process would import for seconds: the server that they are forked from does it once."""
+    modules = [__name__, "pipeline.data.augment.transforms"]
+    main = sys.modules["__main__"].__spec__
+    # Started with `python -m`, this process's main module is imported as well (a package's __main__ is not).
+    return modules if main is None or main.name.endswith("__main__") else [*modules, main.name]

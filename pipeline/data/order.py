@@ -6,20 +6,20 @@ offset, its tail cut so that whole batches remain. The line is cut into V equal 
 lane samples are permuted in windows, so that reading stays local and a remote shard can be streamed.
 
 So a step has the same samples whatever W is, and any step can be computed without those before it: the position in the
-data is the number of steps done, and nothing else needs to be saved.
+data is the number of steps done, and nothing else needs to be saved. docs/data_order.md draws it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.hashing import permutation, seed64
+from pipeline.hashing import hash64, permutation, seed64
 
 # Streams of the counter-based generator (see pipeline.hashing): one per kind of decision.
 _SHARDS, _OFFSET, _WINDOW, _FULL = range(4)
@@ -62,11 +62,11 @@ class DataOrder:
         lanes: V, a divisor of `batch`.
         shuffle: `window` (shards, then windows within a lane), `full` (one permutation of everything), `none`.
         window: samples per window.
-        repeats: copies of a sample in a step (repeated augmentation, Hoffer et al. 2020); an epoch then sees
-            1/repeats of the samples, as in DeiT's RASampler.
+        repeats: copies of a sample, which follow each other in its lane (repeated augmentation, Hoffer et al. 2020); an
+            epoch then has 1/repeats of the samples, as in DeiT's RASampler.
 
     Raises:
-        UserError: the epoch is smaller than a batch, or the batch can't be cut into the lanes or copies.
+        UserError: the epoch is smaller than a batch, or the batch can't be cut into the lanes.
     """
 
     shard_samples: Sequence[int]
@@ -76,16 +76,12 @@ class DataOrder:
     shuffle: str = "window"
     window: int = 8192
     repeats: int = 1
-    _lane_cache: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False, compare=False)
-    _line_cache: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.batch % self.lanes:
-            raise UserError(f"data.lanes={self.lanes} does not divide train.global_batch_size={self.batch}")
-        if self.chunk % self.repeats:
             raise UserError(
-                f"data.repeats={self.repeats} does not divide the {self.chunk} samples that a step takes of each of "
-                f"{self.lanes} lanes; set data.lanes so that global_batch_size / lanes is a multiple of {self.repeats}"
+                f"data.lanes={self.lanes} does not divide train.global_batch_size={self.batch}; "
+                f"set data.lanes to a divisor of {self.batch} (or leave it out)"
             )
         if self.steps_per_epoch == 0:
             raise UserError(
@@ -93,7 +89,7 @@ class DataOrder:
                 "set a smaller batch"
             )
 
-    @property
+    @cached_property
     def num_samples(self) -> int:
         return sum(self.shard_samples)
 
@@ -107,74 +103,93 @@ class DataOrder:
         """Whole batches in an epoch; the remainder, below one batch, is another one every epoch."""
         return self.num_samples // self.batch
 
+    def check_world_size(self, world_size: int) -> None:
+        """Make sure that the processes can share the lanes evenly.
+
+        Raises:
+            UserError: `world_size` does not divide the lanes.
+        """
+        if self.lanes % world_size == 0:
+            return
+        message = f"{world_size} processes can't share data.lanes={self.lanes} evenly; "
+        smaller = [w for w in range(1, self.lanes + 1) if self.lanes % w == 0]
+        lanes = next((v for v in range(world_size, self.batch + 1, world_size) if self.batch % v == 0), None)
+        if lanes is None:
+            raise UserError(
+                message + f"use {_either(smaller)} processes, or start a new run with train.global_batch_size a "
+                f"multiple of {world_size}, which {self.batch} is not"
+            )
+        raise UserError(
+            message + f"use {_either(smaller)} processes, or start a new run with data.lanes={lanes} "
+            "(lanes are part of the data order)"
+        )
+
     def step(self, step: int, rank: int = 0, world_size: int = 1) -> StepSamples:
         """Samples of process `rank` in global step `step` (counted from 0).
 
         Raises:
             UserError: `world_size` does not divide the lanes.
         """
-        if self.lanes % world_size:
-            raise UserError(_bad_world(self.lanes, self.batch, world_size))
+        self.check_world_size(world_size)
         epoch, position = divmod(step, self.steps_per_epoch)
+        places = position * self.chunk + self._chunk_places
+        samples = self._lanes_of(epoch, rank, world_size)[:, places // self.repeats]
         lanes = np.arange(rank, self.lanes, world_size)
-        distinct = self.chunk // self.repeats
-        take = slice(position * distinct, (position + 1) * distinct)
-        samples = np.concatenate([self._lane(epoch, int(lane))[take] for lane in lanes])
-        copies = np.tile(np.arange(self.repeats), len(samples))
-        return StepSamples(epoch, np.repeat(samples, self.repeats), copies, lanes)
+        return StepSamples(epoch, samples.reshape(-1), np.tile(places % self.repeats, len(lanes)), lanes)
 
-    def _lane(self, epoch: int, lane: int) -> np.ndarray:
-        cached = self._lane_cache.get((epoch, lane))
-        if cached is None:
-            # Loader processes walk forward, so only the lanes of the epoch at hand are worth their memory.
-            for key in [k for k in self._lane_cache if k[0] != epoch]:
-                del self._lane_cache[key]
-            cached = self._lane_cache[epoch, lane] = self._make_lane(epoch, lane)
-        return cached
+    def __getstate__(self) -> dict[str, object]:
+        # A loader process soon has its own; its copy of these megabytes would be for nothing.
+        return {name: value for name, value in self.__dict__.items() if name != "_cache"}
 
-    def _make_lane(self, epoch: int, lane: int) -> np.ndarray:
-        length = self.steps_per_epoch * (self.chunk // self.repeats)
-        positions = np.arange(lane * length, (lane + 1) * length)
-        if self.shuffle == "window":
-            starts = range(0, length, self.window)
-            windows = [positions[start : start + self.window] for start in starts]
-            positions = np.concatenate(
-                [w[permutation(len(w), self.seed, _WINDOW, epoch, lane, i)] for i, w in enumerate(windows)]
-            )
-        return self._samples_at(epoch, positions)
+    @cached_property
+    def _cache(self) -> dict[tuple[int, int, int], np.ndarray]:
+        return {}
 
-    def _samples_at(self, epoch: int, positions: np.ndarray) -> np.ndarray:
-        """Samples at positions of the epoch's line."""
+    @cached_property
+    def _chunk_places(self) -> np.ndarray:
+        """(chunk,) places of a chunk's samples among those that its lane has next.
+
+        With repeats the second half runs backwards: mixing pairs the first with the last, the second with the last but
+        one, and so no sample with its own copy (up to chunk / 2 copies).
+        """
+        places = np.arange(self.chunk)
+        if self.repeats > 1:
+            places[self.chunk // 2 :] = places[self.chunk // 2 :][::-1].copy()
+        return places
+
+    def _lanes_of(self, epoch: int, rank: int, world_size: int) -> np.ndarray:
+        """(lanes of the process, distinct samples of a lane) samples of an epoch."""
+        key = (epoch, rank, world_size)
+        if key not in self._cache:
+            # Steps are asked for in order, so that only the epoch at hand is worth its memory.
+            self._cache.clear()
+            self._cache[key] = self._make_lanes(epoch, np.arange(rank, self.lanes, world_size))
+        return self._cache[key]
+
+    def _make_lanes(self, epoch: int, lanes: np.ndarray) -> np.ndarray:
+        length = -(-self.steps_per_epoch * self.chunk // self.repeats)  # rounded up
+        positions = lanes[:, None] * length + np.arange(length)
         if self.shuffle == "none":
             return positions
-        if epoch not in self._line_cache:
-            self._line_cache.clear()
-            make = self._permuted_samples if self.shuffle == "full" else self._permuted_shards
-            self._line_cache[epoch] = make(epoch)
         if self.shuffle == "full":
-            return self._line_cache[epoch][positions]
-        first_sample, line_start, offset = self._line_cache[epoch]
-        # Turning the line moves the cut tail, so that which samples an epoch leaves out is random too.
-        turned = (positions + offset) % self.num_samples
-        shard = np.searchsorted(line_start, turned, side="right") - 1
-        return first_sample[shard] + turned - line_start[shard]
+            return permutation(self.num_samples, self.seed, _FULL, epoch)[positions]
+        for i, start in enumerate(range(0, length, self.window)):
+            window = positions[:, start : start + self.window]
+            keys = hash64(self.seed, _WINDOW, epoch, lanes[:, None], i, np.arange(window.shape[1]))
+            window[:] = np.take_along_axis(window, np.argsort(keys, axis=1, kind="stable"), axis=1)
+        return self._on_permuted_shards(epoch, positions)
 
-    def _permuted_samples(self, epoch: int) -> np.ndarray:
-        return permutation(self.num_samples, self.seed, _FULL, epoch)
-
-    def _permuted_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
+    def _on_permuted_shards(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """Samples at positions of the epoch's line."""
         sizes = np.asarray(self.shard_samples, dtype=np.int64)
         order = permutation(len(sizes), self.seed, _SHARDS, epoch)
         first_sample = (np.cumsum(sizes) - sizes)[order]
         line_start = np.cumsum(sizes[order]) - sizes[order]
-        return first_sample, line_start, seed64(self.seed, _OFFSET, epoch) % self.num_samples
+        # Turning the line moves the cut tail, so that which samples an epoch leaves out is random too.
+        turned = (positions + seed64(self.seed, _OFFSET, epoch) % self.num_samples) % self.num_samples
+        shard = np.searchsorted(line_start, turned, side="right") - 1
+        return first_sample[shard] + turned - line_start[shard]
 
 
-def _bad_world(lanes: int, batch: int, world_size: int) -> str:
-    fitting = [v for v in range(world_size, batch + 1, world_size) if batch % v == 0]
-    if fitting:
-        return (
-            f"{world_size} processes can't share data.lanes={lanes} evenly; use a number of processes that divides "
-            f"{lanes}, or start a new run with data.lanes={fitting[0]} (lanes are part of the data order)"
-        )
-    return f"{world_size} processes can't share train.global_batch_size={batch} evenly; set a multiple of {world_size}"
+def _either(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:-1])) + (" or " if len(numbers) > 1 else "") + str(numbers[-1])

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from data_prep.manifest import Manifest, load_index
 from pipeline.errors import UserError
+
+# An open shard holds two file descriptors, of which a process often has no more than 1,024.
+MAX_OPEN = 256
 
 
 @dataclass(frozen=True)
@@ -23,13 +28,19 @@ class Sample:
     label: int
 
 
+class _OpenShard(NamedTuple):
+    file: BinaryIO
+    rows: np.ndarray
+
+
 class ShardSet:
     """All samples of one split, numbered through its shards in the manifest's order.
 
-    Reads are positioned (`pread`), so one open file per shard serves any access pattern.
+    Reads are positioned (`pread`), so one open file per shard serves any access pattern. The `MAX_OPEN` shards that
+    were used last stay open.
 
     Raises:
-        UserError: no manifest, a shard missing or of another size, an unreadable index.
+        UserError: no manifest, or a shard that is missing or of another size.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -41,8 +52,8 @@ class ShardSet:
             )
         self._check_files()
         self._starts = np.cumsum([0, *(shard.samples for shard in self.manifest.shards)])
-        self._indexes: dict[int, np.ndarray] = {}
-        self._files: dict[int, int] = {}
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._checked: set[int] = set()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -51,34 +62,29 @@ class ShardSet:
         """The given samples, in the given order.
 
         Raises:
-            UserError: a shard can't be read, or ends before the sample does.
+            UserError: a shard can't be read or ends before the sample does, or its index was changed.
         """
         for sample in samples:
-            shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-            row = self._index(shard)[int(sample) - int(self._starts[shard])]
+            shard, row = self._find(sample)
             data = self._pread(shard, int(row["size"]), int(row["offset"]))
             yield Sample(row["key"].decode(), data, int(row["label"]))
 
     def keys(self, samples: Iterable[int]) -> list[str]:
         """Keys of the given samples, without reading them."""
-        found = []
-        for sample in samples:
-            shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-            found.append(self._index(shard)[int(sample) - int(self._starts[shard])]["key"].decode())
-        return found
+        return [self._find(sample)[1]["key"].decode() for sample in samples]
+
+    def close(self) -> None:
+        """Close all files; reading opens them again."""
+        while self._open:
+            self._open.popitem()[1].file.close()
 
     def __getstate__(self) -> dict[str, Any]:
         # A loader process opens the files itself.
-        return self.__dict__ | {"_indexes": {}, "_files": {}}
-
-    def close(self) -> None:
-        for file in self._files.values():
-            os.close(file)
-        self._files.clear()
+        return self.__dict__ | {"_open": OrderedDict()}
 
     def _check_files(self) -> None:
         # One stat per shard, so that a lost or cut file is reported before the first step rather than in hour nine.
-        advice = "restore it, or rebuild it with `rookery prep`; `rookery verify` lists all damage"
+        advice = "restore it, or rebuild it with `rookery prep --repair`; `rookery verify` lists all damage"
         for shard in self.manifest.shards:
             path = self.directory / shard.file
             try:
@@ -88,19 +94,52 @@ class ShardSet:
             if size != shard.bytes:
                 raise UserError(f"{path}: {size} bytes, the manifest says {shard.bytes}; {advice}")
 
-    def _index(self, shard: int) -> np.ndarray:
-        if shard not in self._indexes:
-            self._indexes[shard] = load_index(self.directory, self.manifest.shards[shard])
-        return self._indexes[shard]
+    def _find(self, sample: int) -> tuple[int, Any]:
+        """Shard and index row of a sample."""
+        if not 0 <= sample < len(self):
+            raise IndexError(f"sample {sample} of {len(self)}")
+        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        return shard, self._opened(shard).rows[int(sample) - int(self._starts[shard])]
+
+    def _opened(self, shard: int) -> _OpenShard:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        while len(self._open) >= MAX_OPEN:
+            self._open.popitem(last=False)[1].file.close()
+        path = self.directory / self.manifest.shards[shard].file
+        index = self._checked_index(shard)
+        try:
+            file = open(path, "rb", buffering=0)  # noqa: SIM115  (closed when another shard takes its place)
+        except OSError as error:
+            raise self._unreadable(path, error) from error
+        self._open[shard] = _OpenShard(file, index)
+        return self._open[shard]
+
+    def _checked_index(self, shard: int) -> np.ndarray:
+        described = self.manifest.shards[shard]
+        index = load_index(self.directory, described)
+        if shard not in self._checked:
+            # A flipped label would poison the training silently; to hash the small index once costs next to nothing.
+            path = self.directory / described.index_file
+            if hashlib.sha256(path.read_bytes()).hexdigest() != described.index_sha256:
+                raise UserError(
+                    f"{path}: not the index that the manifest describes; rebuild it with `rookery prep --repair`"
+                )
+            self._checked.add(shard)
+        return index
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
         path = self.directory / self.manifest.shards[shard].file
         try:
-            if shard not in self._files:
-                self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            data = os.pread(self._files[shard], size, offset)
+            data = os.pread(self._opened(shard).file.fileno(), size, offset)
         except OSError as error:
-            raise UserError(f"{path}: can't be read ({error}); `rookery verify {self.directory}` checks it") from error
+            raise self._unreadable(path, error) from error
         if len(data) != size:
-            raise UserError(f"{path}: ends inside a sample (byte {offset + len(data)}); rebuild it with `rookery prep`")
+            raise UserError(
+                f"{path}: ends inside a sample (byte {offset + len(data)}); rebuild it with `rookery prep --repair`"
+            )
         return data
+
+    def _unreadable(self, path: Path, error: OSError) -> UserError:
+        return UserError(f"{path}: can't be read ({error}); `rookery verify {self.directory}` checks it")

@@ -3,7 +3,7 @@
 ::
 
     <run>/checkpoints/step-00000600/
-        commit.json     step, and size and SHA-256 of every other file; written last
+        commit.json     step, size and SHA-256 of every other file, and a SHA-256 of all that; written last
         progress.json   what the loop needs: step, samples, best result
         ...             what the engine wrote
 
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.tracking.files import file_sha256
 from pipeline.train.distributed import World
 
 log = logging.getLogger("rookery")
@@ -126,9 +127,10 @@ def _commit(directory: Path, step: int) -> None:
     files = {}
     for path in sorted(directory.iterdir()):
         _fsync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     commit = directory / COMMIT
-    commit.write_text(json.dumps({"step": step, "files": files}, indent=1))
+    content = {"step": step, "files": files}
+    commit.write_text(json.dumps({"content": content, "sha256": _digest(content)}, indent=1))
     _fsync(commit)
     _fsync(directory)
 
@@ -136,12 +138,14 @@ def _commit(directory: Path, step: int) -> None:
 def _fault(directory: Path) -> str | None:
     """What is wrong with a checkpoint directory, or None."""
     try:
-        files = json.loads((directory / COMMIT).read_text())["files"]
-        for name, expected in files.items():
+        commit = json.loads((directory / COMMIT).read_text())
+        if _digest(commit["content"]) != commit["sha256"]:
+            return f"{COMMIT} has changed since it was written (SHA-256 differs)"
+        for name, expected in commit["content"]["files"].items():
             path = directory / name
             if path.stat().st_size != expected["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes, {expected['bytes']} were written"
-            if sha256_of(path) != expected["sha256"]:
+            if file_sha256(path) != expected["sha256"]:
                 return f"{name} has changed since it was written (SHA-256 differs)"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -150,9 +154,8 @@ def _fault(directory: Path) -> str | None:
     return None
 
 
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _fsync(path: Path) -> None:

@@ -118,6 +118,35 @@ def test_mean_area(sampler: Any, mean: float, variance: float) -> None:
     assert areas.var() == pytest.approx(variance, rel=0.1)
 
 
+@pytest.mark.parametrize("size", SHAPES)
+def test_side_sampler_is_tensorflows(size: tuple[int, int]) -> None:
+    """The rules of sample_distorted_bounding_box, step by step: limits of the height, leeway of a pixel, place."""
+    config, (width, height) = RandomResizedCrop(scale=(0.05, 1.0), ratio=(0.75, 1.33), sampler="side"), size
+    for i in range(300):
+        box, u = draw_resized_crop(config, width, height, draws(i)), draws(i)
+        expected = Box(0, 0, height, width)
+        for attempt in range(10):
+            v = u[4 * attempt :]
+            ratio = 0.75 + (1.33 - 0.75) * v[0]
+            smallest, largest = 0.05 * width * height, 1.0 * width * height
+            low, high = round((smallest / ratio) ** 0.5), round((largest / ratio) ** 0.5)
+            if round(high * ratio) > width:
+                high = int((width + 0.4999999) / ratio)
+            high = min(high, height)
+            h = min(low, high)
+            h += int(v[1] * (high - h + 1))
+            if round(h * ratio) * h < smallest:
+                h += 1
+            if round(h * ratio) * h > largest:
+                h -= 1
+            w = round(h * ratio)
+            if w <= width and h <= height and smallest <= w * h <= largest:
+                top, left = int(v[2] * (height - h)), int(v[3] * (width - w))
+                expected = Box(top, left, h, w)
+                break
+        assert box == expected
+
+
 def test_side_sampler_has_uniform_heights_and_ratios() -> None:
     """TensorFlow: the ratio is uniform, then the height between its limits (not the area)."""
     config = RandomResizedCrop(scale=(0.05, 1.0), ratio=(0.75, 1.33), sampler="side")

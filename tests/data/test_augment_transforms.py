@@ -168,6 +168,18 @@ def test_order_of_the_steps() -> None:
     assert seen >= 3
 
 
+def test_random_interpolation_is_drawn_for_every_sample() -> None:
+    either = [build_train_transform(recipe("refiner", interpolation=name), 64) for name in ("bilinear", "bicubic")]
+    transform = build_train_transform(recipe("refiner"), 64)
+    taken = []
+    for i in range(40):
+        key = sample_key(0, 0, i)
+        matches = [transform.crop(photo(), key).tobytes() == t.crop(photo(), key).tobytes() for t in either]
+        assert sum(matches) == 1
+        taken.append(matches[0])
+    assert 8 < sum(taken) < 32
+
+
 def test_digits_are_never_mirrored_and_stay_on_black() -> None:
     transform = build_train_transform(recipe("digits"), 16, 1)
     upright = build_train_transform(recipe("digits", affine=None), 16, 1)(digit(), 0, 0, 0)

@@ -283,7 +283,8 @@ def test_loss() -> None:
     torch.testing.assert_close(soft_target_cross_entropy(logits, smooth_one_hot(labels, K, 0.1)), smoothed)
     targets = torch.softmax(torch.randn(16, K, generator=torch.Generator().manual_seed(1)), dim=1)
     torch.testing.assert_close(soft_target_cross_entropy(logits, targets), SoftTargetCrossEntropy()(logits, targets))
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = soft_target_cross_entropy(logits.bfloat16(), targets)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, SoftTargetCrossEntropy()(logits.bfloat16().float(), targets))
+    for autocast in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = soft_target_cross_entropy(logits.bfloat16(), targets)
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, SoftTargetCrossEntropy()(logits.bfloat16().float(), targets))

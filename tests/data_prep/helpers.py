@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_prep.options import PrepOptions
+
 TEXT = b"this is not an image\n"
+
+
+def options(**changes: Any) -> PrepOptions:
+    """Small shards, made in this process unless the test says otherwise."""
+    return PrepOptions(**{"workers": 1, "shard_samples": 4, **changes})
 
 
 def pixels(seed: int, width: int = 40, height: int = 30, channels: int = 3) -> np.ndarray:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from data_prep.errors import UserError
 from data_prep.options import PrepOptions
 from data_prep.sources import open_source
 from tests.data_prep.helpers import TEXT
-
-pa = pytest.importorskip("pyarrow")
 
 
 def write(

@@ -49,7 +49,7 @@ def recipe(digits: Path, tmp_path: Path) -> Path:
             "normalize": "half",
         },
         "eval_transform": {"resize": "resize_only"},
-        "mix": {"mode": "sample", "beta": "nest_approx"},
+        "mix": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "mode": "sample", "beta": "nest_approx"},
         "train": {
             "epochs": "24steps",
             "global_batch_size": 48,

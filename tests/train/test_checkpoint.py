@@ -56,8 +56,9 @@ def test_a_damaged_one_is_passed_over_for_the_one_before(
         victim.unlink()
     newest = store.newest()
     if newest is not None and newest.step == 2:
-        # A flipped bit in white space or in a key's spelling of the commit itself may leave its meaning whole.
+        # A bit flipped in the white space of the commit leaves its meaning whole.
         assert victim.name == "commit.json" and damage == "flip"
+        assert torch.load(newest.path / "s.pt")["w"].eq(2).all()
     else:
         assert newest is not None and newest.step == 1
         assert "step-00000002" in caplog.text and victim.name in caplog.text

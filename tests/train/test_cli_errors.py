@@ -16,7 +16,7 @@ CASES = {
     "no shards": (["{recipe}", "data.train=nowhere"], ["nowhere", "rookery prep"]),
     "parent of the splits": (["{recipe}", "data.train={digits}"], ["test, train"]),
     "unknown model": (["{recipe}", "model.name=nest_tny"], ["nest_tny", "nest_tiny"]),
-    "unknown model option": (["{recipe}", "model.options={depth: 3}"], ["depth"]),
+    "unknown model option": (["{recipe}", "model.options.depth=3"], ["depth"]),
     "image size the model can't take": (["{recipe}", "model.img_size=30"], ["30"]),
     "classes": (["{recipe}", "model.num_classes=7"], ["model.num_classes=7", "10 classes"]),
     "lanes": (["{recipe}", "data.lanes=7"], ["data.lanes=7", "train.global_batch_size=48"]),

@@ -89,7 +89,7 @@ def _draw_by_side(config: RandomResizedCrop, width: int, height: int, u: Sequenc
     w = round(h * ratio)
     if not min_area <= w * h <= max_area or w > width or h > height:
         return None
-    return Box(0, int(u[3] * (width - w)), h, w)
+    return Box(int(u[2] * (height - h)), int(u[3] * (width - w)), h, w)
 
 
 def _central_box(ratio: tuple[float, float], width: int, height: int) -> Box:

@@ -1,0 +1,57 @@
+"""Commands printed in README.md and docs/ exist as printed: command, options, recipe, override keys."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from pipeline.config_load import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(r"^(?:\.venv/bin/)?rookery .*$", re.MULTILINE)
+
+
+def printed() -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```(?:bash|sh|console)\n(.*?)```", page.read_text(), re.DOTALL):
+            joined = block.replace("\\\n", " ")
+            found += [(page.name, line.split("   #")[0].strip()) for line in COMMAND.findall(joined)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def commands() -> dict[str, object]:
+    from launch.cli import _commands
+
+    group = get_command(_commands)
+    return dict(group.commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("page", "line"), printed())
+def test_command_exists_as_printed(page: str, line: str, commands: dict[str, object]) -> None:
+    _, name, *arguments = shlex.split(line)
+    assert name in commands, f"{page}: {line}"
+    command = commands[name]
+    context = command.make_context(name, list(arguments), resilient_parsing=False)  # type: ignore[attr-defined]
+    recipe = context.params.get("config") or context.params.get("recipe")
+    if recipe is not None and str(recipe).startswith("configs/"):
+        load_config(ROOT / recipe, context.params.get("overrides") or [])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_every_command_is_in_the_readme(commands: dict[str, object]) -> None:
+    text = (ROOT / "README.md").read_text()
+    missing = [name for name in commands if f"`rookery {name}" not in text]
+    assert not missing

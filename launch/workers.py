@@ -37,7 +37,7 @@ def start_workers(module: str, payload: str, nodes: Nodes, threads: int | None =
     A job of one process runs inside this one. Workers print their own messages; nothing is added to them here.
 
     Args:
-        module: has `run(payload, threads) -> status`, and calls it with its first argument when run as a program.
+        module: has `run(payload, threads) -> status`.
         payload: what to do, whole, so that workers read nothing again.
         nodes: how many processes and where.
         threads: CPU threads of each process; None shares the usable cores among them.
@@ -50,7 +50,9 @@ def start_workers(module: str, payload: str, nodes: Nodes, threads: int | None =
         return importlib.import_module(module).run(payload, threads)
     if nodes.nodes > 1 and nodes.rendezvous is None:
         raise UserError("a job of several nodes needs --rendezvous HOST:PORT, the same on every node")
-    return _torchrun([sys.executable, "-m", module, payload], nodes, threads)
+    # Not `python -m module`: the loader processes would import the main module, and with it all of training, once more.
+    program = f"import sys; from {module} import run; sys.exit(run(sys.argv[1]))"
+    return _torchrun([sys.executable, "-c", program, payload], nodes, threads)
 
 
 def _torchrun(command: list[str], nodes: Nodes, threads: int) -> int:

@@ -1,9 +1,8 @@
-"""One evaluating process; torchrun starts it as `python -m pipeline.train.eval_worker JOB_JSON`."""
+"""One evaluating process."""
 
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,7 +88,3 @@ def run(text: str, threads: int | None = None) -> int:
     """Run the job that a JSON text describes; returns the exit status."""
     job = EvalJob(**json.loads(text))
     return run_process(lambda world: run_job(job, world), threads)
-
-
-if __name__ == "__main__":
-    sys.exit(run(sys.argv[1]))

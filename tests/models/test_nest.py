@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.models import (
     ModelError,
@@ -157,6 +158,21 @@ def test_attention_is_softmax_attention(multi_query, lead):
         heads.append((q @ k.mT / 4**0.5).softmax(-1) @ v)
     expected = F.linear(torch.cat(heads, -1), attn.proj.weight, attn.proj.bias)
     torch.testing.assert_close(attn(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("multi_query", [False, True])
+def test_attention_takes_the_fused_kernel(multi_query):
+    called = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        Attention(12, 3, multi_query=multi_query)(torch.randn(2, 3, 5, 12))
+    assert any("_scaled_dot_product_flash_attention" in name for name in called)
+    assert not any("softmax" in name for name in called)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import uuid
 from dataclasses import dataclass
 
 from pipeline.errors import UserError
+from pipeline.train.process import AGENT_PID
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def _torchrun(command: list[str], nodes: Nodes, threads: int) -> int:
 
     # The agent's own log repeats what the workers say.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ |= {"OMP_NUM_THREADS": str(threads), AGENT_PID: str(os.getpid())}
     launch = LaunchConfig(
         min_nodes=nodes.nodes,
         max_nodes=nodes.nodes,

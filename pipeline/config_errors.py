@@ -79,8 +79,6 @@ def _describe(detail: Any, path: KeyPath, tree: dict[str, Any]) -> str:
         return _unknown(key, path, tree)
     if kind == "missing" and isinstance(detail["loc"][-1], str):
         return _missing(key)
-    if kind == "invalid_key" or detail["loc"][-1:] == ("[key]",):
-        return f"the key {key or detail['loc'][-1]} is no text; write it in quotes"
     if kind in _SECTION_EXPECTED:
         return _no_section(key, value)
     message = detail["msg"].removeprefix("Value error, ").replace("Input should ", "should ")

@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 Places = dict[KeyPath, str]
 
 _MAX_DEPTH = 20
+_KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -130,8 +131,8 @@ def _nearest_file(path: Path) -> str:
 
 def _parse_yaml(text: str, place: Callable[[int], str]) -> tuple[Any, Places]:
     """The value of a YAML document, and the place of each of its keys; `place` makes a place of a line number."""
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None, {}
@@ -144,8 +145,6 @@ def _parse_yaml(text: str, place: Callable[[int], str]) -> tuple[Any, Places]:
         raise UserError(f"{place(mark.line + 1 if mark else 1)}: not valid YAML: {problem}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{place(1)}: not valid YAML: {error}") from error
-    finally:
-        loader.dispose()
 
 
 def _advice(problem: str) -> str:
@@ -167,6 +166,8 @@ def _places(node: yaml.Node, place: Callable[[int], str], parents: KeyPath = ())
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
             raise UserError(f"{place(line)}: a key must be plain text, without brackets or braces")
+        if key.tag not in _KEY_TAGS:
+            raise UserError(f"{place(line)}: the key {key.value} is no text in YAML; put it in quotes")
         path = (*parents, key.value)
         if key.value in lines:
             raise UserError(

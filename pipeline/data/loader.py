@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import math
 import multiprocessing
-import sys
+import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
@@ -20,6 +21,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from pipeline.data.augment.lazy import TIMM, TORCHVISION
 from pipeline.data.augment.mixing import MixConfig, MixParams, draw_mix
 from pipeline.data.order import DataOrder
 from pipeline.data.shards import Sample, ShardSet
@@ -27,6 +29,13 @@ from pipeline.errors import UserError
 from pipeline.hashing import uniform
 
 _DROP_PATH_STREAM = 101
+# What every loader process would import for seconds: the server that they are forked from does it once.
+_PRELOAD = [
+    __name__,
+    "pipeline.data.augment.transforms",
+    "torchvision.transforms.functional",
+    "timm.data.auto_augment",
+]
 
 
 class TrainBatch(NamedTuple):
@@ -210,9 +219,13 @@ class Batches:
             # A fork would copy the locks of this process's other threads (tracking, gloo, CUDA) in whatever state they
             # are; the fork server has no other threads.
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(_preload())
-            forkserver.ensure_running()
-            options = {"prefetch_factor": prefetch, "multiprocessing_context": context}
+            context.set_forkserver_preload(_PRELOAD)
+            forkserver.ensure_running()  # its imports go on while the caller sets up the rest
+            options = {
+                "prefetch_factor": prefetch,
+                "multiprocessing_context": context,
+                "worker_init_fn": _end_with_the_trainer,
+            }
         self._loader = DataLoader(
             dataset,
             batch_size=None,
@@ -243,9 +256,16 @@ class Batches:
             ) from error
 
 
-def _preload() -> list[str]:
-    """What each loader process would import for seconds: the server that they are forked from does it once."""
-    modules = [__name__, "pipeline.data.augment.transforms"]
-    main = sys.modules["__main__"].__spec__
-    # Started with `python -m`, this process's main module is imported as well (a package's __main__ is not).
-    return modules if main is None or main.name.endswith("__main__") else [*modules, main.name]
+def _end_with_the_trainer(_worker: int) -> None:
+    """Make a loader process end when the process it loads for is killed.
+
+    torch's own watch looks at the parent, which here is the fork server, and that waits for its children.
+    """
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None, "called in a loader process"
+
+    def follow() -> None:
+        trainer.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

@@ -111,17 +111,17 @@ class DataOrder:
         """
         if self.lanes % world_size == 0:
             return
-        message = f"{world_size} processes can't share data.lanes={self.lanes} evenly; "
-        smaller = [w for w in range(1, self.lanes + 1) if self.lanes % w == 0]
+        fitting = [str(w) for w in range(1, self.lanes + 1) if self.lanes % w == 0]
+        fewer = " or ".join(filter(None, (", ".join(fitting[:-1]), fitting[-1])))
         lanes = next((v for v in range(world_size, self.batch + 1, world_size) if self.batch % v == 0), None)
-        if lanes is None:
-            raise UserError(
-                message + f"use {_either(smaller)} processes, or start a new run with train.global_batch_size a "
-                f"multiple of {world_size}, which {self.batch} is not"
-            )
+        change = (
+            f"train.global_batch_size a multiple of {world_size}, which {self.batch} is not"
+            if lanes is None
+            else f"data.lanes={lanes} (lanes are part of the data order)"
+        )
         raise UserError(
-            message + f"use {_either(smaller)} processes, or start a new run with data.lanes={lanes} "
-            "(lanes are part of the data order)"
+            f"{world_size} processes can't share data.lanes={self.lanes} evenly; "
+            f"use {fewer}, or start a new run with {change}"
         )
 
     def step(self, step: int, rank: int = 0, world_size: int = 1) -> StepSamples:
@@ -189,7 +189,3 @@ class DataOrder:
         turned = (positions + seed64(self.seed, _OFFSET, epoch) % self.num_samples) % self.num_samples
         shard = np.searchsorted(line_start, turned, side="right") - 1
         return first_sample[shard] + turned - line_start[shard]
-
-
-def _either(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers[:-1])) + (" or " if len(numbers) > 1 else "") + str(numbers[-1])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -10,6 +13,9 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.train.distributed import PeerError, World, open_world
+
+AGENT_PID = "ROOKERY_AGENT_PID"
+"""Environment variable by which `launch` tells its workers who started them."""
 
 
 def run_process(job: Callable[[World], object], threads: int | None = None) -> int:
@@ -19,6 +25,7 @@ def run_process(job: Callable[[World], object], threads: int | None = None) -> i
         job: gets this process's place in the world.
         threads: CPU threads of torch; None leaves torch's default (OMP_NUM_THREADS).
     """
+    _die_with_parent()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if threads is not None:
         torch.set_num_threads(threads)
@@ -31,3 +38,18 @@ def run_process(job: Callable[[World], object], threads: int | None = None) -> i
         print(f"rookery: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when the agent that started it is killed.
+
+    torchrun puts workers into sessions of their own, so a kill of the agent's process group does not reach them; they
+    would go on as orphans, and keep the run directory locked.
+    """
+    agent = os.environ.get(AGENT_PID)
+    if agent is None or not sys.platform.startswith("linux"):
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != int(agent):  # it died before the call
+        os.kill(os.getpid(), signal.SIGKILL)

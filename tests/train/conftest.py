@@ -31,7 +31,12 @@ def recipe(digits: Path, tmp_path: Path) -> Path:
     tree = {
         "name": "run",
         "out": str(tmp_path / "runs"),
-        "model": {"name": "nest_micro", "in_chans": 1, "drop_path_rate": 0.2},
+        "model": {
+            "name": "nest_micro",
+            "in_chans": 1,
+            "drop_path_rate": 0.2,
+            "options": {"depths": 1, "embed_dims": [16, 32, 48], "num_heads": [1, 2, 3]},
+        },
         "data": {
             "train": str(digits / "train"),
             "val": str(digits / "test"),

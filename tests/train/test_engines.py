@@ -23,7 +23,7 @@ STEPS = 20
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
-def reference_losses(recipe: Path, precision: str) -> list[float]:
+def reference_losses(recipe: Path, precision: str, lr_scale: float = 1.0) -> list[float]:
     """Losses of the run by a plain loop: whole batches, torch's own AdamW and clipping, data as the run has them."""
     run = resolve(load_config(recipe), 1)
     model = initial_model(run.config, ALONE)
@@ -38,7 +38,7 @@ def reference_losses(recipe: Path, precision: str) -> list[float]:
         if step == STEPS:
             break
         for group in optimizer.param_groups:
-            group["lr"] = run.schedule.lr(step)
+            group["lr"] = run.schedule.lr(step) * lr_scale
         images, targets = apply_mix(batch.images, batch.labels, batch.mix, 10)
         set_drop_path_noise(model, batch.drop_path)
         with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
@@ -53,7 +53,7 @@ def reference_losses(recipe: Path, precision: str) -> list[float]:
 
 
 @pytest.mark.parametrize("engine", ["ddp"])
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 5e-3)])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_two_processes_train_as_one(
     engine: str, precision: str, tolerance: float, accumulate: int, recipe: Path, rookery: Rookery, tmp_path: Path
@@ -64,7 +64,9 @@ def test_two_processes_train_as_one(
     expected = reference_losses(recipe, precision)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["loss"] for line in lines] == pytest.approx(expected, rel=tolerance)
-    assert expected[-1] < expected[0]
+    # The comparison means something only if the updates change the losses by far more than the tolerance.
+    untrained = reference_losses(recipe, precision, lr_scale=0.0)
+    assert max(abs(a - b) / b for a, b in zip(expected, untrained, strict=True)) > 3 * tolerance
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -60,7 +60,7 @@ def test_cifar10_test_split_at_1_2_and_3_processes(
 ) -> None:
     shards = tmp_path / "cifar10"
     prepare_splits(str(real_data / "cifar10" / "test.parquet"), shards, PrepOptions(workers=2))
-    model = ("model.in_chans=3", "model.options={img_size: 32, num_levels: 4, depths: 1, embed_dims: 32, num_heads: 1}")
+    model = ("model.in_chans=3", "model.img_size=32")
     rest = ("augment.resize=null", "augment.normalize=cifar10", "eval_transform.resize=none")
     split = next(shards.iterdir())
     data = (f"data.train={split}", f"data.val={split}")

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from itertools import permutations
 
 import torch
-from torchvision.transforms import functional as tvf
 
+from pipeline.data.augment.lazy import TORCHVISION, LazyModule
 from pipeline.data.augment.settings import ColorJitterConfig
+
+tvf = LazyModule(TORCHVISION)
 
 COLOR_JITTER_DRAWS = 7
 _ORDERS = list(permutations(("brightness", "contrast", "saturation", "hue")))

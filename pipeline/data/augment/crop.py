@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps
-from torchvision.transforms import functional as tvf
 
+from pipeline.data.augment.lazy import TORCHVISION, LazyModule
 from pipeline.data.augment.settings import AffineConfig, Interpolation, PadCrop, RandomResizedCrop
 from pipeline.errors import UserError
+
+tvf = LazyModule(TORCHVISION)
 
 # torchvision and timm try 10 times. TensorFlow tries 100 times, but hardly ever needs a second attempt.
 _ATTEMPTS = 10

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms import functional as tvf
 
 from pipeline.data.augment.crop import require_side
+from pipeline.data.augment.lazy import TORCHVISION, LazyModule
 from pipeline.data.augment.settings import EvalTransformConfig
+
+tvf = LazyModule(TORCHVISION)
 
 
 def to_mode(image: Image.Image, in_chans: int) -> Image.Image:

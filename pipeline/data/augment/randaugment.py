@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any
 
 from PIL import Image
-from timm.data import auto_augment as ops
 
 from pipeline.data.augment.crop import pick_resample
+from pipeline.data.augment.lazy import TIMM, lazy_function
 from pipeline.data.augment.settings import Interpolation, RandAugmentConfig
 
 Fill = int | tuple[int, ...]
@@ -71,6 +71,9 @@ def nest_translate_pixels(side: int) -> int:
     return {224: 100, 128: 40, 96: 30, 32: 10}.get(side, int(0.3 * side))
 
 
+_timm = partial(lazy_function, TIMM)
+
+
 def _plain(function: Callable[..., Image.Image]) -> Callable[..., Image.Image]:
     return lambda image, arg, resample, fill: function(image) if arg is None else function(image, arg)
 
@@ -83,6 +86,10 @@ def _signed(scale: float, level: float, sign: int, side: int) -> float:
     return sign * scale * level
 
 
+def _nest_shift(level: float, sign: int, side: int) -> float:
+    return sign * level * nest_translate_pixels(side)
+
+
 def _enhance(level: float, sign: int, side: int) -> float:
     return 1.8 * level + 0.1
 
@@ -92,41 +99,45 @@ def _enhance_increasing(level: float, sign: int, side: int) -> float:
 
 
 _COMMON = {
-    "AutoContrast": Op(_plain(ops.auto_contrast)),
-    "Equalize": Op(_plain(ops.equalize)),
-    "Invert": Op(_plain(ops.invert)),
-    "Rotate": Op(_warp(ops.rotate), partial(_signed, 30.0)),
-    "SolarizeAdd": Op(_plain(ops.solarize_add), lambda level, sign, side: int(110 * level)),
+    "AutoContrast": Op(_plain(_timm("auto_contrast"))),
+    "Equalize": Op(_plain(_timm("equalize"))),
+    "Invert": Op(_plain(_timm("invert"))),
+    "Rotate": Op(_warp(_timm("rotate")), partial(_signed, 30.0)),
+    "SolarizeAdd": Op(_plain(_timm("solarize_add")), lambda level, sign, side: int(110 * level)),
 }
 
 # augment/rand_augment.py and augment/augment_ops.py of google-research/nested-transformer. All enhancements go one way;
 # the threshold of solarize is an 8-bit number, so that level 1 still inverts the value 255.
 _NEST = _COMMON | {
     "Posterize": Op(_plain(posterize), lambda level, sign, side: int(4 * level)),
-    "Solarize": Op(_plain(ops.solarize), lambda level, sign, side: min(255, int(256 * level))),
-    "Color": Op(_plain(ops.color), _enhance),
-    "Contrast": Op(_plain(ops.contrast), _enhance),
-    "Brightness": Op(_plain(ops.brightness), _enhance),
-    "Sharpness": Op(_plain(ops.sharpness), _enhance),
+    "Solarize": Op(_plain(_timm("solarize")), lambda level, sign, side: min(255, int(256 * level))),
+    "Color": Op(_plain(_timm("color")), _enhance),
+    "Contrast": Op(_plain(_timm("contrast")), _enhance),
+    "Brightness": Op(_plain(_timm("brightness")), _enhance),
+    "Sharpness": Op(_plain(_timm("sharpness")), _enhance),
     "ShearX": Op(nest_shear_x, partial(_signed, 0.3)),
     "ShearY": Op(nest_shear_y, partial(_signed, 0.3)),
-    "TranslateX": Op(_warp(ops.translate_x_abs), lambda level, sign, side: sign * level * nest_translate_pixels(side)),
-    "TranslateY": Op(_warp(ops.translate_y_abs), lambda level, sign, side: sign * level * nest_translate_pixels(side)),
+    "TranslateX": Op(
+        _warp(_timm("translate_x_abs")), lambda level, sign, side: sign * level * nest_translate_pixels(side)
+    ),
+    "TranslateY": Op(
+        _warp(_timm("translate_y_abs")), lambda level, sign, side: sign * level * nest_translate_pixels(side)
+    ),
     "Identity": Op(_plain(lambda image: image)),
 }
 
 # timm.data.auto_augment, `rand-...-inc1`: every operation grows stronger with the level.
 _TIMM_INC = _COMMON | {
     "PosterizeIncreasing": Op(_plain(posterize), lambda level, sign, side: 4 - int(4 * level)),
-    "SolarizeIncreasing": Op(_plain(ops.solarize), lambda level, sign, side: 256 - min(256, int(256 * level))),
-    "ColorIncreasing": Op(_plain(ops.color), _enhance_increasing),
-    "ContrastIncreasing": Op(_plain(ops.contrast), _enhance_increasing),
-    "BrightnessIncreasing": Op(_plain(ops.brightness), _enhance_increasing),
-    "SharpnessIncreasing": Op(_plain(ops.sharpness), _enhance_increasing),
-    "ShearX": Op(_warp(ops.shear_x), partial(_signed, 0.3)),
-    "ShearY": Op(_warp(ops.shear_y), partial(_signed, 0.3)),
-    "TranslateXRel": Op(_warp(ops.translate_x_rel), partial(_signed, 0.45)),
-    "TranslateYRel": Op(_warp(ops.translate_y_rel), partial(_signed, 0.45)),
+    "SolarizeIncreasing": Op(_plain(_timm("solarize")), lambda level, sign, side: 256 - min(256, int(256 * level))),
+    "ColorIncreasing": Op(_plain(_timm("color")), _enhance_increasing),
+    "ContrastIncreasing": Op(_plain(_timm("contrast")), _enhance_increasing),
+    "BrightnessIncreasing": Op(_plain(_timm("brightness")), _enhance_increasing),
+    "SharpnessIncreasing": Op(_plain(_timm("sharpness")), _enhance_increasing),
+    "ShearX": Op(_warp(_timm("shear_x")), partial(_signed, 0.3)),
+    "ShearY": Op(_warp(_timm("shear_y")), partial(_signed, 0.3)),
+    "TranslateXRel": Op(_warp(_timm("translate_x_rel")), partial(_signed, 0.45)),
+    "TranslateYRel": Op(_warp(_timm("translate_y_rel")), partial(_signed, 0.45)),
 }
 
 POLICIES: dict[str, dict[str, Op]] = {"nest": _NEST, "timm-inc": _TIMM_INC}

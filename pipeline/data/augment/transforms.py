@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from PIL import Image
-from torchvision.transforms import functional as tvf
 
 from pipeline.data.augment.color import COLOR_JITTER_DRAWS, ColorJitter, apply_color_jitter, draw_color_jitter
 from pipeline.data.augment.crop import (
@@ -32,8 +31,11 @@ from pipeline.data.augment.crop import (
 from pipeline.data.augment.erasing import ERASING_DRAWS, draw_erasing
 from pipeline.data.augment.evaluation import EvalTransform, to_mode, to_tensor
 from pipeline.data.augment.keyed import Stream, normals, sample_key, uniforms
+from pipeline.data.augment.lazy import TORCHVISION, LazyModule
 from pipeline.data.augment.randaugment import DrawnOp, draw_ops, fill_color, rand_augment_draws
 from pipeline.data.augment.settings import AugmentConfig, CenterCrop, EvalTransformConfig, PadCrop, RandomResizedCrop
+
+tvf = LazyModule(TORCHVISION)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,11 @@ def start_workers(module: str, payload: str, nodes: Nodes, threads: int | None =
     if nodes.nodes > 1 and nodes.rendezvous is None:
         raise UserError("a job of several nodes needs --rendezvous HOST:PORT, the same on every node")
     # Not `python -m module`: the loader processes would import the main module, and with it all of training, once more.
-    program = f"import sys; from {module} import run; sys.exit(run(sys.argv[1]))"
+    # And no interpreter shutdown: threads of torch that still run then can end a finished worker with an abort.
+    program = (
+        f"import os, sys; from {module} import run; status = run(sys.argv[1]); "
+        "sys.stdout.flush(); sys.stderr.flush(); os._exit(status)"
+    )
     return _torchrun([sys.executable, "-c", program, payload], nodes, threads)
 
 

@@ -1,41 +1,32 @@
-"""What a training step and an evaluation step get.
+"""What a training step and an evaluation step get: datasets whose items are whole batches.
 
-A training batch is a function of the step alone, so the loader is torch's `DataLoader` over a range of steps: loader
-processes may come and go, and a resumed run starts its range where the last one stopped.
+A training batch is a function of the step alone, so loader processes may come and go, and a resumed run asks for the
+steps from where the last one stopped.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import multiprocessing
-import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import forkserver
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from pipeline.data.augment.lazy import TIMM, TORCHVISION
 from pipeline.data.augment.mixing import MixConfig, MixParams, draw_mix
+from pipeline.data.batches import Batches, Failed
 from pipeline.data.order import DataOrder
 from pipeline.data.shards import Sample, ShardSet
 from pipeline.errors import UserError
 from pipeline.hashing import uniform
 
+__all__ = ["Batches", "EvalBatch", "EvalDataset", "StepDataset", "TrainBatch", "decode"]
+
 _DROP_PATH_STREAM = 101
-# What every loader process would import for seconds: the server that they are forked from does it once.
-_PRELOAD = [
-    __name__,
-    "pipeline.data.augment.transforms",
-    "torchvision.transforms.functional",
-    "timm.data.auto_augment",
-]
 
 
 class TrainBatch(NamedTuple):
@@ -68,12 +59,6 @@ class EvalBatch(NamedTuple):
     images: torch.Tensor
     labels: torch.Tensor
     real: torch.Tensor
-
-
-class _Failed(NamedTuple):
-    """A `UserError` on its way out of a loader process, which would otherwise arrive wrapped in a traceback."""
-
-    message: str
 
 
 def decode(data: bytes, in_chans: int) -> Image.Image:
@@ -134,11 +119,11 @@ class StepDataset(Dataset):
         self.img_size, self.in_chans, self.drop_paths = img_size, in_chans, drop_paths
         self.rank, self.world_size = rank, world_size
 
-    def __getitem__(self, step: int) -> TrainBatch | _Failed:
+    def __getitem__(self, step: int) -> TrainBatch | Failed:
         try:
             return self._batch(step)
         except UserError as error:
-            return _Failed(str(error))
+            return Failed(str(error))
 
     def _batch(self, step: int) -> TrainBatch:
         order, seed = self.order, self.order.seed
@@ -179,11 +164,11 @@ class EvalDataset(Dataset):
     def __len__(self) -> int:
         return math.ceil(len(self.shards) / (self.batch_size * self.world_size))
 
-    def __getitem__(self, i: int) -> EvalBatch | _Failed:
+    def __getitem__(self, i: int) -> EvalBatch | Failed:
         try:
             return self._batch(i)
         except UserError as error:
-            return _Failed(str(error))
+            return Failed(str(error))
 
     def _batch(self, i: int) -> EvalBatch:
         start = (i * self.world_size + self.rank) * self.batch_size
@@ -200,72 +185,3 @@ class EvalDataset(Dataset):
             torch.tensor(labels[:real] + [0] * missing),
             torch.arange(self.batch_size) < real,
         )
-
-
-class Batches:
-    """Iterates a dataset of batches over a range, through loader processes; can be iterated again.
-
-    Args:
-        dataset: maps a position to a batch.
-        positions: which batches, in order.
-        workers: loader processes; 0 loads in this process.
-        prefetch: batches that each of them prepares ahead.
-        device: batches are put into pinned memory for a GPU.
-    """
-
-    def __init__(self, dataset: Dataset, positions: range, workers: int, prefetch: int, device: torch.device) -> None:
-        options: dict[str, Any] = {}
-        if workers:
-            # A fork would copy the locks of this process's other threads (tracking, gloo, CUDA) in whatever state they
-            # are; the fork server has no other threads.
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(_PRELOAD)
-            forkserver.ensure_running()  # its imports go on while the caller sets up the rest
-            options = {
-                "prefetch_factor": prefetch,
-                "multiprocessing_context": context,
-                "worker_init_fn": _end_with_the_trainer,
-            }
-        self._loader = DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=positions,
-            num_workers=workers,
-            pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # the default one belongs to the training step
-            **options,
-        )
-
-    def __iter__(self) -> Iterator[Any]:
-        """The batches in order.
-
-        Raises:
-            UserError: a sample can't be used, or a loader process died.
-        """
-        try:
-            for batch in self._loader:
-                if isinstance(batch, _Failed):
-                    raise UserError(batch.message)
-                yield batch
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker (pid"):
-                raise
-            raise UserError(
-                f"a loader process died, most likely for want of memory ({error}); lower data.workers or "
-                "data.prefetch, or give the job more memory (in a container also more /dev/shm)"
-            ) from error
-
-
-def _end_with_the_trainer(_worker: int) -> None:
-    """Make a loader process end when the process it loads for is killed.
-
-    torch's own watch looks at the parent, which here is the fork server, and that waits for its children.
-    """
-    trainer = multiprocessing.parent_process()
-    assert trainer is not None, "called in a loader process"
-
-    def follow() -> None:
-        trainer.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()

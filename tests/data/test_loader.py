@@ -6,8 +6,7 @@ import io
 import multiprocessing
 import random
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
+import pipeline.data.batches as batches_module
 from data_prep.options import PrepOptions
 from data_prep.prepare import prepare
 from pipeline.data.augment.settings import (
-    AffineConfig,
     AugmentConfig,
     EvalTransformConfig,
     MixConfig,
-    NoCrop,
     RandomErasingConfig,
 )
 from pipeline.data.augment.transforms import build_eval_transform, build_train_transform
@@ -35,10 +33,9 @@ from pipeline.errors import UserError
 from tests.data.trainer_to_kill import load_until_killed
 
 CPU = torch.device("cpu")
-AUGMENT = AugmentConfig(
-    resize=16, crop=NoCrop(), hflip=0.5, affine=AffineConfig(degrees=10), normalize="half",
-    random_erasing=RandomErasingConfig(prob=0.5),
-)  # fmt: skip
+# Nothing here needs torchvision or timm, whose imports would take longer than all of these tests.
+AUGMENT = AugmentConfig(normalize="half", random_erasing=RandomErasingConfig(prob=0.5))
+WHOLE_PICTURE = EvalTransformConfig(resize="none", interpolation="bilinear", antialias=False)
 MIXES = {
     "sample": MixConfig(mixup_alpha=0.8, cutmix_alpha=1.0, mode="sample", label_smoothing=0.1),
     "batch": MixConfig(mixup_alpha=0.8, cutmix_alpha=1.0, mode="batch"),
@@ -86,6 +83,14 @@ def presentations(batch: TrainBatch) -> list[tuple[Any, ...]]:
         strict=True,
     )
     return list(columns)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def light_loader_processes() -> Iterator[None]:
+    """Loader processes import what these tests need and no more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches_module, "_PRELOAD", batches_module._PRELOAD[:2])
+        yield
 
 
 # --- training batches
@@ -223,30 +228,26 @@ def test_bad_sample_is_one_clear_message_in_its_turn(digits: Path, tmp_path: Pat
 
 
 def test_picture_that_does_not_fit_is_named(digits: Path) -> None:
-    transform = build_eval_transform(EvalTransformConfig(resize="none"), AUGMENT, 16, 1)
+    transform = build_eval_transform(WHOLE_PICTURE, AUGMENT, 16, 1)
     dataset = EvalDataset(ShardSet(digits / "test"), transform, 1, 50, 0, 1)
     key = dataset.shards.keys([0])[0]
     with pytest.raises(UserError, match=rf"test: sample {key}: a 8x8 picture can't give a 16x16 input"):
         batches(dataset, range(len(dataset)), 0)
 
 
-@dataclass
-class Raising:
+class Buggy:
     """A transform with a bug."""
 
-    error: type[Exception]
-
     def __call__(self, image: Image.Image, *_: int) -> torch.Tensor:
-        raise self.error("a bug")
+        raise RuntimeError("a bug")
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError, RuntimeError])
-def test_other_errors_are_not_hidden(digits: Path, error: type[Exception]) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bugs_are_not_mistaken_for_dead_processes(digits: Path, workers: int) -> None:
     dataset = step_dataset(digits / "train")
-    dataset.transform = Raising(error)
-    for workers in (0, 1):
-        with pytest.raises(error, match="a bug"):
-            batches(dataset, range(2), workers)
+    dataset.transform = Buggy()
+    with pytest.raises(RuntimeError, match="a bug"):
+        batches(dataset, range(2), workers)
 
 
 def test_loader_process_that_dies_is_reported(digits: Path) -> None:
@@ -293,15 +294,15 @@ def test_batches_for_a_gpu_are_pinned(digits: Path) -> None:
 
 
 def eval_datasets(split: Path, batch_size: int, world_size: int) -> list[EvalDataset]:
-    transform = build_eval_transform(EvalTransformConfig(resize="none"), AUGMENT, 8, 1)
+    transform = build_eval_transform(WHOLE_PICTURE, AUGMENT, 8, 1)
     return [EvalDataset(ShardSet(split), transform, 1, batch_size, rank, world_size) for rank in range(world_size)]
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 50, 64, 500])
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 500])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_evaluation_has_every_sample_once(digits: Path, world_size: int, batch_size: int) -> None:
     shards = ShardSet(digits / "test")
-    transform = build_eval_transform(EvalTransformConfig(resize="none"), AUGMENT, 8, 1)
+    transform = build_eval_transform(WHOLE_PICTURE, AUGMENT, 8, 1)
     everything = Counter(
         (sample.label, transform(decode(sample.data, 1)).numpy().tobytes()) for sample in shards.read(range(360))
     )

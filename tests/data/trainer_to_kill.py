@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch.utils.data import Dataset
 
-from pipeline.data import loader
+from pipeline.data import batches
 
 
 class Numbers(Dataset):
@@ -20,8 +20,8 @@ class Numbers(Dataset):
 def load_until_killed(ready: Connection) -> None:
     """Send the ids of all processes that loading started, then wait."""
     # Importing the picture code as well takes seconds and changes nothing here.
-    loader._PRELOAD = [loader.__name__]
-    batches = iter(loader.Batches(Numbers(), range(10_000), 2, 2, torch.device("cpu")))
-    next(batches)
+    batches._PRELOAD = [batches.__name__]
+    iterator = iter(batches.Batches(Numbers(), range(10_000), 2, 2, torch.device("cpu")))
+    next(iterator)
     ready.send([process.pid for process in psutil.Process().children(recursive=True)])
     time.sleep(600)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,23 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(digits: Path, tmp_path: Path) -> Path:
-    """A run of 24 steps on the digits that uses about every part of the recipe language."""
+    """A run of 24 steps on the digits, in `runs/run`, that uses about every part of the recipe language."""
+    return write_recipe(digits, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a run that trained for 12 steps; only to be read."""
+    folder = tmp_path_factory.mktemp("trained")
+    arguments = (write_recipe(digits, folder), "train.stop_after=12steps", "eval.every=100steps")
+    run_command(folder, "train", *arguments)
+    return folder / "runs" / "run"
+
+
+def write_recipe(digits: Path, folder: Path) -> Path:
     tree = {
         "name": "run",
-        "out": str(tmp_path / "runs"),
+        "out": str(folder / "runs"),
         "model": {
             "name": "nest_micro",
             "in_chans": 1,
@@ -68,7 +82,7 @@ def recipe(digits: Path, tmp_path: Path) -> Path:
         "checkpoint": {"every": "5steps"},
         "tracking": {"mlflow": False},
     }
-    path = tmp_path / "recipe.yaml"
+    path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
 
@@ -78,17 +92,17 @@ Rookery = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def rookery(tmp_path: Path) -> Rookery:
-    """Runs the command line: `rookery("train", recipe, "--nproc", 2)`."""
+    """Runs the command line in `tmp_path`: `rookery("train", recipe, "--nproc", 2)`."""
+    return partial(run_command, tmp_path)
 
-    def call(*args: object, check: int | None = 0, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            command(*args), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=timeout
-        )
-        if check is not None:
-            assert done.returncode == check, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done
 
-    return call
+def run_command(folder: Path, *args: object, check: int = 0, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run `rookery` in a folder and expect the exit status `check`."""
+    done = subprocess.run(
+        command(*args), cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == check, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
 
 
 def command(*args: object) -> list[str]:

@@ -1,0 +1,125 @@
+"""Loader processes: batches prepared ahead of the training process, in order, and a clean end for both."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.data.augment.lazy import TIMM, TORCHVISION
+from pipeline.errors import UserError
+
+# What every loader process would import for seconds: the server that they are forked from does it once.
+_PRELOAD = ["pipeline.data.loader", "pipeline.data.augment.transforms", TORCHVISION, TIMM]
+# Every tensor from a loader process costs a handshake of 0.4 ms here; up to this many bytes, to send it is cheaper.
+_SENT_BYTES = 2**18
+
+
+class Failed(NamedTuple):
+    """A `UserError` on its way out of a loader process, which would otherwise arrive wrapped in a traceback."""
+
+    message: str
+
+
+class Batches:
+    """Iterates a dataset of batches over a range, through loader processes; can be iterated again.
+
+    Args:
+        dataset: maps a position to a batch.
+        positions: which batches, in order.
+        workers: loader processes; 0 loads in this process.
+        prefetch: batches that each of them prepares ahead.
+        device: batches are put into pinned memory for a GPU.
+    """
+
+    def __init__(self, dataset: Dataset, positions: range, workers: int, prefetch: int, device: torch.device) -> None:
+        options: dict[str, Any] = {}
+        if workers:
+            # A fork would copy the locks of this process's other threads (tracking, gloo, CUDA) in whatever state they
+            # are; the fork server has no other threads.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(_PRELOAD)
+            forkserver.ensure_running()  # its imports go on while the caller sets up the rest
+            options = {
+                "prefetch_factor": prefetch,
+                "multiprocessing_context": context,
+                "worker_init_fn": _end_with_the_trainer,
+            }
+        self._pin = device.type == "cuda"
+        self._loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=positions,
+            num_workers=workers,
+            collate_fn=_arrays_for_small_tensors,
+            pin_memory=self._pin,
+            generator=torch.Generator(),  # the default one belongs to the training step
+            **options,
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches in order.
+
+        Raises:
+            UserError: a sample can't be used, or a loader process died.
+        """
+        try:
+            for batch in self._loader:
+                if isinstance(batch, Failed):
+                    raise UserError(batch.message)
+                yield _map(batch, self._tensor)
+        except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+            if not (self._loader.num_workers and _is_death(error)):
+                raise
+            raise UserError(
+                f"a loader process died, most likely for want of memory ({error or type(error).__name__}); lower "
+                "data.workers or data.prefetch, or give the job more memory (in a container also more /dev/shm)"
+            ) from error
+
+    def _tensor(self, value: Any) -> Any:
+        if not isinstance(value, np.ndarray):
+            return value
+        tensor = torch.from_numpy(value)
+        return tensor.pin_memory() if self._pin else tensor
+
+
+def _map(batch: Any, leaf: Callable[[Any], Any]) -> Any:
+    """A batch of nested named tuples with `leaf` applied to every field."""
+    return type(batch)(*(_map(part, leaf) for part in batch)) if isinstance(batch, tuple) else leaf(batch)
+
+
+def _arrays_for_small_tensors(batch: Any) -> Any:
+    def leaf(value: Any) -> Any:
+        return value.numpy() if isinstance(value, torch.Tensor) and value.nbytes <= _SENT_BYTES else value
+
+    return _map(batch, leaf)
+
+
+def _is_death(error: Exception) -> bool:
+    """Whether torch reports that a loader process ended, and not (`Caught ...`) an error that was raised in one."""
+    text = str(error)
+    if isinstance(error, RuntimeError):
+        return text.startswith("DataLoader worker (pid")
+    return not text.startswith("Caught ")
+
+
+def _end_with_the_trainer(_worker: int) -> None:
+    """Make a loader process end when the process it loads for is killed.
+
+    torch's own watch looks at the parent, which here is the fork server, and that waits for its children.
+    """
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None, "called in a loader process"
+
+    def follow() -> None:
+        trainer.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

@@ -87,7 +87,11 @@ class CheckpointStore:
             fault = _attempt(stage) if world.is_main or not alone else None
             if world.any(fault is not None):
                 if fault is not None:
-                    log.warning("checkpoint of step %d is not saved: %s; training goes on", step, fault)
+                    free = shutil.disk_usage(self.directory.parent).free / 1e6
+                    log.warning(
+                        "checkpoint of step %d is not saved: %s (%.0f MB free in %s); training goes on",
+                        *(step, fault, free, self.directory.parent),
+                    )
                 if world.is_main:
                     shutil.rmtree(part, ignore_errors=True)
                 return None

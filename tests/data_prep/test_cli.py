@@ -104,7 +104,7 @@ def everybody_left(group: int, seconds: float = 10) -> bool:
 
 
 def test_ctrl_c_ends_the_workers_and_the_same_command_continues(tmp_path: Path) -> None:
-    source, out = make_folder(tmp_path / "source", per_class=30, size=400), tmp_path / "out"
+    source, out = make_folder(tmp_path / "source", per_class=120, size=400), tmp_path / "out"
     code = "import typer; from launch.prep_cli import prep; typer.run(prep)"
     arguments = [str(source), str(out), "--workers", "2", "--shard-samples", "3", "--resize", "250"]
     process = subprocess.Popen(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 
 from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.distributed import World
+from tests.conftest import missing
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -62,6 +65,34 @@ def test_a_damaged_one_is_passed_over_for_the_one_before(
     else:
         assert newest is not None and newest.step == 1
         assert "step-00000002" in caplog.text and victim.name in caplog.text
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk]).returncode:
+        missing("full disk left out: mounting a small tmpfs needs root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_costs_one_checkpoint(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = CheckpointStore(small_disk / "checkpoints")
+    assert save(store, 1) is not None
+    filler = small_disk / "filler"
+    with pytest.raises(OSError, match="No space"), open(filler, "wb", buffering=0) as f:
+        while True:
+            f.write(bytes(4096))
+    assert save(store, 2) is None
+    assert "step 2 is not saved" in caplog.text and "(0 MB free" in caplog.text
+    newest = store.newest()
+    assert newest is not None and newest.step == 1
+    assert not list((small_disk / "checkpoints").glob(".part-*"))
+    filler.unlink()
+    assert save(store, 3) is not None
+    newest = store.newest()
+    assert newest is not None and newest.step == 3
 
 
 @pytest.mark.chaos

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from data_prep.errors import UserError
 from data_prep.manifest import Manifest
 from data_prep.options import PrepOptions
 from data_prep.prepare import describe_quarantine, prepare_splits
@@ -28,7 +30,7 @@ def prep(
             help="Class folders, ILSVRC2012 tar, Hugging Face parquet, CIFAR archive, or the word `digits`."
         ),
     ],
-    out: Annotated[Path, typer.Argument(help="Folder for the shards; every split gets its own folder in it.")],
+    out: Annotated[str, typer.Argument(help="Folder for the shards; every split gets its own folder in it.")],
     split: Annotated[
         list[str] | None,
         typer.Option(help="Split to prepare; repeat it for several. Default: every split of the source."),
@@ -83,6 +85,10 @@ def prep(
     Killed at any moment, the same command finishes the work with the same bytes. Exit status: 0 done (tolerated bad
     images are listed), 2 wrong input, full disk or too many bad images.
     """
+    if not source or not out:
+        # Most likely an unset shell variable; the empty path would mean the working directory.
+        raise UserError(f"{'SOURCE' if not source else 'OUT'} is empty; name a path (`.` for the working directory)")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's SIGTERM ends it as Ctrl-C does
     options = PrepOptions(
         kind=kind,
         devkit=devkit,
@@ -103,12 +109,12 @@ def prep(
     )
     start = time.monotonic()
     try:
-        manifests = prepare_splits(source, out, options, split or (), make_progress())
+        manifests = prepare_splits(source, Path(out), options, split or (), make_progress())
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command continues", err=True)
         raise typer.Exit(INTERRUPTED) from None
     for manifest in manifests.values():
-        typer.echo(_summary(manifest, out))
+        typer.echo(_summary(manifest, Path(out)))
     typer.echo(f"{time.monotonic() - start:.1f} s")
 
 

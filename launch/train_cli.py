@@ -19,16 +19,24 @@ def train(
 ) -> None:
     """Train a model; the same command again continues a run that was stopped.
 
-    Exit status: 0 finished, 2 a mistake in config, data or options, 1 a failure while training.
+    Exit status: 0 finished, 2 a mistake in config, data or options, 130 interrupted, 1 a failure while training.
     """
     # torch takes seconds to import; the other commands need not wait for it.
     from launch.summary import print_summary
     from launch.workers import Nodes, start_workers
     from pipeline.config_load import load_config
     from pipeline.resolve import resolve
+    from pipeline.train.process import INTERRUPTED
+    from pipeline.train.setup import try_samples
 
     job = Nodes(nproc, nodes, rendezvous)
     resolved = resolve(load_config(config, overrides or []), job.world_size)
     print_summary(resolved, job)
-    if not dry_run:
-        raise typer.Exit(start_workers("pipeline.train.worker", resolved.config.model_dump_json(), job, threads))
+    if dry_run:
+        try_samples(resolved)
+        return
+    typer.echo(f"starting {job.nproc} process{'es' if job.nproc > 1 else ''} ...")
+    status = start_workers("pipeline.train.worker", resolved.config.model_dump_json(), job, threads)
+    if status == INTERRUPTED:
+        typer.echo("interrupted; the same command continues from the newest checkpoint", err=True)
+    raise typer.Exit(status)

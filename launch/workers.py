@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
 import sys
@@ -10,7 +11,9 @@ import uuid
 from dataclasses import dataclass
 
 from pipeline.errors import UserError
-from pipeline.train.process import AGENT_PID
+from pipeline.train.process import AGENT_PID, COMMAND, INTERRUPTED
+
+_JOB = "ROOKERY_JOB"
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def start_workers(module: str, payload: str, nodes: Nodes, threads: int | None =
         threads: CPU threads of each process; None shares the usable cores among them.
 
     Returns:
-        The exit status: 0, 2 for a user's mistake, or a failed worker's status.
+        The exit status: 0, 2 for a user's mistake, 130 when interrupted, 1 for any other failure.
     """
     threads = threads or max(1, len(os.sched_getaffinity(0)) // nodes.nproc)
     if nodes.world_size == 1:
@@ -54,19 +57,23 @@ def start_workers(module: str, payload: str, nodes: Nodes, threads: int | None =
     # Not `python -m module`: the loader processes would import the main module, and with it all of training, once more.
     # And no interpreter shutdown: threads of torch that still run then can end a finished worker with an abort.
     program = (
-        f"import os, sys; from {module} import run; status = run(sys.argv[1]); "
-        "sys.stdout.flush(); sys.stderr.flush(); os._exit(status)"
+        f"import atexit, os, sys; from {module} import run; status = run(os.environ['{_JOB}']); "
+        "atexit._run_exitfuncs(); sys.stdout.flush(); sys.stderr.flush(); os._exit(status)"
     )
-    return _torchrun([sys.executable, "-c", program, payload], nodes, threads)
+    # The environment, unlike a command line, is not for every user of the machine to read.
+    os.environ[_JOB] = payload
+    return _torchrun([sys.executable, "-c", program], nodes, threads)
 
 
 def _torchrun(command: list[str], nodes: Nodes, threads: int) -> int:
+    os.environ["LOGLEVEL"] = "CRITICAL"  # read when the agent's modules are imported
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # The agent's own log repeats what the workers say.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ |= {"OMP_NUM_THREADS": str(threads), AGENT_PID: str(os.getpid())}
+    os.environ |= {"OMP_NUM_THREADS": str(threads), AGENT_PID: str(os.getpid()), COMMAND: json.dumps(sys.argv)}
     launch = LaunchConfig(
         min_nodes=nodes.nodes,
         max_nodes=nodes.nodes,
@@ -80,5 +87,7 @@ def _torchrun(command: list[str], nodes: Nodes, threads: int) -> int:
         elastic_launch(launch, command[0])(*command[1:])
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
-        return 2 if 2 in codes else 1
+        return next((code for code in (2, INTERRUPTED) if code in codes), 1)
+    except (SignalException, KeyboardInterrupt):
+        return INTERRUPTED
     return 0

@@ -126,7 +126,7 @@ def _check_classes(config: RunConfig, train: Manifest, val: Manifest | None) -> 
 
 
 def _check_batch(config: RunConfig, order: DataOrder, world_size: int) -> None:
-    order.step(0, 0, world_size)  # raises when the processes can't share the lanes
+    order.check_world_size(world_size)
     local = order.batch // world_size
     if local % config.train.accumulate:
         raise UserError(
@@ -144,5 +144,5 @@ def _check_schedule(config: RunConfig, plan: Plan) -> None:
     if plan.warmup_steps >= plan.total_steps:
         raise UserError(
             f"optim.schedule.warmup={config.optim.schedule.warmup} ({plan.warmup_steps} steps) leaves nothing of "
-            f"train.epochs={config.train.epochs} ({plan.total_steps} steps); shorten the warm-up"
+            f"train.epochs={config.train.epochs} ({plan.total_steps} steps); shorten it (optim.schedule.warmup=0ep)"
         )

@@ -50,11 +50,10 @@ def run_job(job: EvalJob, world: World) -> dict[str, float | str]:
     """
     model, described = load_weights(Path(job.weights))
     shards = ShardSet(job.data)
-    classes = described["overrides"]["num_classes"]
-    if classes != shards.manifest.num_classes:
+    if described["classes"] != shards.manifest.classes:
         world.fail(
-            f"{job.weights} tells {classes} classes apart, {job.data} has {shards.manifest.num_classes}; "
-            "evaluate on the split that belongs to the training data"
+            f"{job.weights} tells other classes apart ({_few(described['classes'])}) than {job.data} has "
+            f"({_few(shards.manifest.classes)}); evaluate on a split that belongs to the training data"
         )
     channels = described["overrides"]["in_chans"]
     augment = AugmentConfig.model_validate(described["augment"])
@@ -71,6 +70,10 @@ def run_job(job: EvalJob, world: World) -> dict[str, float | str]:
         if job.output:
             _write(Path(job.output), result)
     return result
+
+
+def _few(classes: list[str]) -> str:
+    return f"{len(classes)}: {', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''}"
 
 
 def _write(path: Path, result: dict[str, float | str]) -> None:

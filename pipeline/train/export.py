@@ -21,7 +21,9 @@ WEIGHTS = "model.safetensors"
 MODEL_CONFIG = "config.json"
 
 
-def save_weights(directory: Path, engine: Engine, config: RunConfig, figures: dict[str, Any]) -> None:
+def save_weights(
+    directory: Path, engine: Engine, config: RunConfig, classes: list[str], figures: dict[str, Any]
+) -> None:
     """Write the weights that the run evaluates; collective, rank 0 writes.
 
     The directory appears, or replaces an earlier one, as a whole.
@@ -34,7 +36,12 @@ def save_weights(directory: Path, engine: Engine, config: RunConfig, figures: di
     try:
         part.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, part / WEIGHTS)
-        described = {"model": config.model.name, "overrides": config.model.overrides(), "figures": figures}
+        described = {
+            "model": config.model.name,
+            "overrides": config.model.overrides(),
+            "figures": figures,
+            "classes": classes,
+        }
         described["augment"] = config.augment.model_dump(mode="json")
         described["eval_transform"] = config.eval_transform.model_dump(mode="json")
         (part / MODEL_CONFIG).write_text(json.dumps(described, indent=1))

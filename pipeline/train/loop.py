@@ -39,11 +39,12 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
     with ExitStack() as stack:
         recorder = Recorder.open(run, world, stack)
         shards = ShardSet(config.data.train)
+        # Before the engine: the loaders' fork server does its imports while the model is built.
+        validation = None if run.val is None else eval_batches(config, world)
         engine = make_engine(initial_model(config, world), config, world)
         store = CheckpointStore(Path(config.out, config.name, "checkpoints"), config.checkpoint.keep_last)
         state = restore(engine, store, world)
         recorder.start(state, world)
-        validation = None if run.val is None else eval_batches(config, world)
         trace = open_trace(config, shards, world, stack)
         meter = StepMeter(world, run.order.batch, run.macs)
         batches = iter(train_batches(run, shards, world, state.step))

@@ -52,6 +52,7 @@ class StepMeter:
     _norm: torch.Tensor | None = None
     _wait: float = 0.0
     _busy: float = 0.0
+    _started: bool = False
     _mark: float = field(default_factory=time.perf_counter)
 
     @contextmanager
@@ -59,7 +60,11 @@ class StepMeter:
         """Around the fetching of a batch: the loop stands still for data."""
         began = time.perf_counter()
         yield
-        self._wait += time.perf_counter() - began
+        now = time.perf_counter()
+        if self._started:
+            self._wait += now - began
+        else:  # the first batch waits for the loaders to start, which says nothing about their rate
+            self._started, self._mark = True, now
 
     @contextmanager
     def paused(self) -> Iterator[None]:

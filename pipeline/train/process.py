@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import os
 import signal
@@ -14,24 +15,34 @@ import torch
 from pipeline.errors import UserError
 from pipeline.train.distributed import PeerError, World, open_world
 
+INTERRUPTED = 130
+
+# Environment variables by which `launch` tells its workers who started them, and with which command.
 AGENT_PID = "ROOKERY_AGENT_PID"
-"""Environment variable by which `launch` tells its workers who started them."""
+COMMAND = "ROOKERY_COMMAND"
 
 
 def run_process(job: Callable[[World], object], threads: int | None = None) -> int:
-    """Run a job in this process and return its exit status: 0, or 2 for a user's mistake, which is printed once.
+    """Run a job in this process and return its exit status: 0, 2 for a user's mistake, 130 when interrupted.
+
+    A mistake is printed once. SIGTERM, which a scheduler sends, ends the job as Ctrl-C does.
 
     Args:
         job: gets this process's place in the world.
         threads: CPU threads of torch; None leaves torch's default (OMP_NUM_THREADS).
     """
     _die_with_parent()
+    if COMMAND in os.environ:
+        sys.argv = json.loads(os.environ[COMMAND])
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if threads is not None:
         torch.set_num_threads(threads)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with open_world() as world:
             job(world)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except PeerError:
         return 2
     except UserError as error:

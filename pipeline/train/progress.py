@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -21,11 +20,9 @@ class Reporter:
         self._active, self._total = active, total
         self._console = Console(highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
-        self._began, self._start = time.monotonic(), 0
 
     def begin(self, step: int) -> None:
         """Training starts after `step` steps; on a terminal the bar appears."""
-        self._began, self._start = time.monotonic(), step
         if self._active and sys.stdout.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             self._bar = Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=self._console)
@@ -51,7 +48,7 @@ class Reporter:
         if self._bar is not None:
             self._bar.update(self._task, description=line, completed=step)
         else:
-            self.say(f"{line}  eta {self._eta(step)}")
+            self.say(f"{line}  eta {_clock(figures['step_seconds'] * (self._total - step))}")
 
     def end(self) -> None:
         """Take the bar away; calling it again does nothing."""
@@ -59,7 +56,7 @@ class Reporter:
             self._bar.stop()
             self._bar = None
 
-    def _eta(self, step: int) -> str:
-        done = max(1, step - self._start)
-        seconds = int((time.monotonic() - self._began) / done * (self._total - step))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

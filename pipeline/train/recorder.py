@@ -108,12 +108,12 @@ class Recorder:
             f"  of {figures['count']} samples"
         )
         if state.best == state.last:
-            save_weights(self.path / "best", engine, self.run.config, figures)
+            save_weights(self.path / "best", engine, self.run.config, self.run.train.classes, figures)
 
     def finish(self, state: State, engine: Engine) -> dict[str, Any]:
         """Write the final weights and `result.json`; collective."""
         config = self.run.config
-        save_weights(self.path / "final", engine, config, state.last or {})
+        save_weights(self.path / "final", engine, config, self.run.train.classes, state.last or {})
         result = {
             **{k: v for k, v in (state.last or {}).items() if k != "step"},
             "step": state.step,

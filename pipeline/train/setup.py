@@ -9,7 +9,7 @@ from torch import nn
 
 from pipeline.config import RunConfig
 from pipeline.data.augment.transforms import build_eval_transform, build_train_transform
-from pipeline.data.loader import Batches, EvalDataset, StepDataset
+from pipeline.data.loader import Batches, EvalDataset, StepDataset, decode
 from pipeline.data.shards import ShardSet
 from pipeline.hashing import seed64
 from pipeline.resolve import Resolved, build_model
@@ -56,6 +56,23 @@ def eval_batches(config: RunConfig, world: World) -> Batches:
         ShardSet(config.data.val), transform, channels, config.eval.batch_size, world.rank, world.size
     )
     return Batches(dataset, range(len(dataset)), loader_workers(config), config.data.prefetch, world.device)
+
+
+def try_samples(run: Resolved) -> None:
+    """Put the first sample of every split through its transform.
+
+    Raises:
+        UserError: the pictures don't fit the crop, the image size or the channels of the config.
+    """
+    config = run.config
+    assert config.model.img_size is not None, "resolve fills in the image size"
+    size, channels = config.model.img_size, config.model.in_chans
+    train = build_train_transform(config.augment, size, channels)
+    evaluate = build_eval_transform(config.eval_transform, config.augment, size, channels)
+    shards = ShardSet(config.data.train)
+    train(decode(next(shards.read([0])).data, channels), config.seed, 0, 0)
+    if config.data.val is not None:
+        evaluate(decode(next(ShardSet(config.data.val).read([0])).data, channels))
 
 
 def loader_workers(config: RunConfig) -> int:

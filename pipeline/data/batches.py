@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
+from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,24 +71,61 @@ class Batches:
         Raises:
             UserError: a sample can't be used, or a loader process died.
         """
+        loader = iter(self._loader)
+        watch = _Watch(loader) if self._loader.num_workers else None
         try:
-            for batch in self._loader:
+            for _ in range(len(self._loader)):
+                batch = next(loader)
                 if isinstance(batch, Failed):
                     raise UserError(batch.message)
                 yield _map(batch, self._tensor)
-        except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
-            if not (self._loader.num_workers and _is_death(error)):
+        except (RuntimeError, EOFError, OSError) as error:
+            if not (watch and _is_death(error)):
                 raise
             raise UserError(
                 f"a loader process died, most likely for want of memory ({error or type(error).__name__}); lower "
                 "data.workers or data.prefetch, or give the job more memory (in a container also more /dev/shm)"
             ) from error
+        finally:
+            if watch:
+                watch.stop()
 
     def _tensor(self, value: Any) -> Any:
         if not isinstance(value, np.ndarray):
             return value
         tensor = torch.from_numpy(value)
         return tensor.pin_memory() if self._pin else tensor
+
+
+class _Watch:
+    """Ends the wait for a batch that will never be complete.
+
+    A loader process killed while it sends a batch leaves the trainer in a read that no time limit covers, and the other
+    loader processes without the lock to send theirs. torch notices only the death of its own children, and loader
+    processes are children of the fork server. So when one ends too early, the others are ended as well and the
+    trainer's own writing end of their pipe is closed: the read then fails.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self._processes = loader._workers
+        self._pipe = loader._worker_result_queue._writer
+        self._stopped, self._stop = multiprocessing.Pipe(duplex=False)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """From here on processes may end: the last batch has come."""
+        self._stop.close()
+        self._thread.join()
+        self._stopped.close()
+
+    def _watch(self) -> None:
+        if self._stopped in wait([self._stopped, *(process.sentinel for process in self._processes)]):
+            return
+        for process in self._processes:
+            process.kill()
+        with open(os.devnull, "wb") as nowhere:  # and not close(): torch may still write to it when it ends
+            os.dup2(nowhere.fileno(), self._pipe.fileno())
 
 
 def _map(batch: Any, leaf: Callable[[Any], Any]) -> Any:
@@ -106,7 +144,7 @@ def _is_death(error: Exception) -> bool:
     """Whether torch reports that a loader process ended, and not (`Caught ...`) an error that was raised in one."""
     text = str(error)
     if isinstance(error, RuntimeError):
-        return text.startswith("DataLoader worker (pid")
+        return text.startswith(("DataLoader worker (pid", "Pin memory thread exited"))
     return not text.startswith("Caught ")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Dataset
 
 import pipeline.data.batches as batches_module
 from data_prep.options import PrepOptions
@@ -250,16 +252,33 @@ def test_bugs_are_not_mistaken_for_dead_processes(digits: Path, workers: int) ->
         batches(dataset, range(2), workers)
 
 
-def test_loader_process_that_dies_is_reported(digits: Path) -> None:
+class Pictures(Dataset[torch.Tensor]):
+    """Batches of so many bytes: what doesn't fit into a pipe keeps a loader process in the middle of sending it."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return torch.full((self.size,), i % 256, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("size", [1, 200_000, 1_000_000], ids=["between two", "sending a", "a shared"])
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.timeout(60)
+def test_loader_process_that_dies_is_reported(size: int, workers: int) -> None:
     running = {process.pid for process in psutil.Process().children(recursive=True)}
-    loader = iter(Batches(step_dataset(digits / "train"), range(10_000), 1, 2, CPU))
-    next(loader)
-    # The fork server may be new as well; it is the parent of the loader process.
+    loader = iter(Batches(Pictures(size), range(10_000), workers, 2, CPU))
+    for i in range(5):
+        assert next(loader).tolist() == [i] * size
+    # The fork server may be new as well; it is the parent of the loader processes.
     started = [process for process in psutil.Process().children(recursive=True) if process.pid not in running]
-    [process] = [process for process in started if process.parent() != psutil.Process()]
-    process.kill()
+    loaders = [process for process in started if process.parent() != psutil.Process()]
+    assert len(loaders) == workers
+    time.sleep(0.5)  # as far ahead as they go
+    loaders[0].kill()
     with pytest.raises(UserError, match=r"a loader process died, .* lower data.workers or data.prefetch"):
         list(loader)
+    assert not psutil.wait_procs(loaders, timeout=10)[1]
 
 
 def test_loader_processes_end_with_a_killed_trainer() -> None:

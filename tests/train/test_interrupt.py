@@ -1,0 +1,73 @@
+"""Stopped by Ctrl-C, a scheduler or a kill of its agent, a run ends cleanly and goes on with the same command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.train.conftest import Rookery, command, environment
+
+INTERRUPTED = 130
+
+
+def start(recipe: Path, folder: Path, nproc: int) -> subprocess.Popen[str]:
+    """A training in a session of its own, that has made a checkpoint."""
+    process = subprocess.Popen(
+        command("train", recipe, "--nproc", nproc, "--threads", 1, "train.epochs=2000steps"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        cwd=folder,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list((folder / "runs" / "run").glob("checkpoints/*/commit.json")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize(
+    ("number", "whom", "nproc"),
+    [
+        (signal.SIGINT, "group", 1),
+        (signal.SIGTERM, "leader", 1),
+        (signal.SIGINT, "group", 2),
+        (signal.SIGTERM, "group", 2),
+        (signal.SIGTERM, "leader", 2),
+    ],
+)
+def test_a_signal_ends_it_cleanly(number: int, whom: str, nproc: int, recipe: Path, tmp_path: Path) -> None:
+    process = start(recipe, tmp_path, nproc)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    if whom == "group":  # as a terminal does
+        os.killpg(process.pid, number)
+    else:  # as `kill` does
+        process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED
+    assert errors.splitlines() == ["interrupted; the same command continues from the newest checkpoint"]
+    assert not psutil.wait_procs(workers, timeout=10)[1]
+    last = json.loads((tmp_path / "runs" / "run" / "sessions.jsonl").read_text().splitlines()[-1])
+    assert (last["event"], last["status"]) == ("end", "interrupted")
+
+
+@pytest.mark.chaos
+def test_workers_end_with_their_agent_and_another_start_goes_on(recipe: Path, rookery: Rookery, tmp_path: Path) -> None:
+    process = start(recipe, tmp_path, 2)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
+    process.kill()
+    process.communicate(timeout=60)
+    assert not psutil.wait_procs(workers, timeout=30)[1]
+    done = rookery("train", recipe, "--nproc", 2, "--threads", 1, "train.epochs=2000steps", "train.stop_after=1steps")
+    assert "/runs/run after step " in done.stdout

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Literal
+
 from torch import Tensor, nn
 
 
@@ -28,6 +31,16 @@ class ImageModel(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that the official recipe doesn't decay."""
+        raise NotImplementedError
+
+    def fit_pos_embed(
+        self, name: str, state_dict: Mapping[str, Tensor], mode: Literal["bicubic", "bilinear"]
+    ) -> Tensor | None:
+        """The position embedding `name` of a state dict for another image size, resized for this model.
+
+        Returns:
+            A tensor of the shape of this model's own, or None if the two can't be matched; see `resize_pos_embed`.
+        """
         raise NotImplementedError
 
     def forward_features(self, images: Tensor) -> Tensor:

@@ -7,11 +7,12 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.models.base import ImageModel
+from pipeline.models.pool import TokenPool
 from pipeline.models.registry import create_model
 
 
@@ -45,6 +46,32 @@ def count_macs(model: ImageModel) -> int:
         for module, training in modes.items():
             module.training = training
     return counter.get_total_flops() // 2
+
+
+def count_macs_ptflops(model: ImageModel) -> int:
+    """Multiply-adds as HVT's and DeiT's authors counted them, with ptflops up to 0.6.4.
+
+    `count_macs` plus the biases of convolutions (every output element) and of linear layers (once per layer, whatever
+    the number of tokens), plus the elements that go into pools.
+    """
+    extra = 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal extra
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            extra += module.out_features
+        elif isinstance(module, nn.Conv1d | nn.Conv2d) and module.bias is not None:
+            extra += output[0].numel()
+        elif isinstance(module, TokenPool) and module.conv is None:
+            extra += inputs[0][0].numel()
+
+    hooks = [module.register_forward_hook(count) for module in model.modules()]
+    try:
+        macs = count_macs(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return macs + extra
 
 
 def model_facts(name: str, **overrides: Any) -> ModelFacts:

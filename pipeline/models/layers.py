@@ -1,4 +1,4 @@
-"""Layers that several architectures share: attention, MLP, the pre-norm encoder layer."""
+"""Layers that several architectures share: MLP, the pre-norm encoder layers, running them, initial weights."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.models.drop_path import DropPath
-from pipeline.models.errors import ModelError
 
 Gelu = Literal["tanh", "erf"]
 
@@ -22,56 +20,26 @@ def gelu(kind: Gelu) -> nn.GELU:
     return nn.GELU(approximate="tanh" if kind == "tanh" else "none")
 
 
-class Attention(nn.Module):
-    """Softmax self-attention over the second last axis; every leading axis is a batch axis.
+class Mlp(nn.Module):
+    """Linear, GELU, dropout, linear, dropout: (..., C) -> (..., C).
 
-    The leading axes are folded into one: PyTorch's fused attention kernels accept (batch, heads, tokens, channels)
-    only, and an input with more axes falls back to the unfused path.
-
-    With `multi_query` all heads share one key and one value (NesT on CIFAR); `qkv` then projects to
-    `dim + 2 * dim / num_heads` channels, laid out as q of every head, k, v.
+    With `layer_scale` the output is multiplied by a learned vector (C,) of that initial value (LayerScale).
     """
 
     def __init__(
-        self, dim: int, num_heads: int, *, multi_query: bool = False, attn_drop: float = 0.0, proj_drop: float = 0.0
+        self, dim: int, hidden: int, *, act: Gelu = "erf", drop: float = 0.0, layer_scale: float | None = None
     ) -> None:
-        super().__init__()
-        if dim % num_heads:
-            raise ModelError(f"{num_heads} heads don't divide {dim} channels: change num_heads or the embedding width")
-        head_dim = dim // num_heads
-        self.num_heads = num_heads
-        self.multi_query = multi_query
-        self.attn_drop = attn_drop
-        self.widths = (dim, head_dim, head_dim) if multi_query else (dim, dim, dim)
-        self.qkv = nn.Linear(dim, sum(self.widths))
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., N, C) -> (..., N, C)."""
-        q, k, v = self.qkv(x.flatten(0, -3)).split(self.widths, dim=-1)
-        q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (batch, heads, N, head_dim)
-        if self.multi_query:
-            k, v = (t.unsqueeze(1).expand(-1, self.num_heads, -1, -1) for t in (k, v))
-        else:
-            k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
-        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
-
-
-class Mlp(nn.Module):
-    """Linear, GELU, dropout, linear, dropout: (..., C) -> (..., C)."""
-
-    def __init__(self, dim: int, hidden: int, *, act: Gelu = "erf", drop: float = 0.0) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.act = gelu(act)
         self.drop1 = nn.Dropout(drop)
         self.fc2 = nn.Linear(hidden, dim)
+        self.scale = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+        x = self.fc2(self.drop1(self.act(self.fc1(x))))
+        return self.drop2(x if self.scale is None else x * self.scale)
 
 
 class EncoderLayer(nn.Module):
@@ -83,29 +51,81 @@ class EncoderLayer(nn.Module):
         mlp: (B, ..., N, C) -> same shape.
         drop_path: rate of both branches, which draw separately.
         norm_eps: epsilon of both LayerNorms.
+        residual_scale: r of x + f(LN(r x)) / r, Refiner's form of both branches.
     """
 
-    def __init__(self, dim: int, attn: nn.Module, mlp: nn.Module, *, drop_path: float, norm_eps: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        mlp: nn.Module,
+        *,
+        drop_path: float,
+        norm_eps: float,
+        residual_scale: float = 1.0,
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        # LN(r x) with epsilon e is LN(x) with e / r², so that the input needs no scaled copy.
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps / residual_scale**2)
         self.attn = attn
         self.drop_path1 = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps / residual_scale**2)
         self.mlp = mlp
         self.drop_path2 = DropPath(drop_path)
+        self.branch_scale = 1.0 / residual_scale
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ..., N, C) -> same shape."""
-        x = x + self.drop_path1(self.attn(self.norm1(x)))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+        x = self.add(x, self.drop_path1(self.attn(self.norm1(x))))
+        return self.add_mlp(x)
+
+    def add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """The residual sum."""
+        return x + branch if self.branch_scale == 1.0 else x + branch * self.branch_scale
+
+    def add_mlp(self, x: Tensor) -> Tensor:
+        """The second half of the layer."""
+        return self.add(x, self.drop_path2(self.mlp(self.norm2(x))))
+
+
+class MapLayer(EncoderLayer):
+    """An encoder layer whose attention (a `MapAttention`) takes attention maps from the layer before and passes on."""
+
+    def forward(self, x: Tensor, maps: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """(B, ..., N, C) and the maps of the layer before -> the same shape and the maps for the next layer."""
+        branch, maps = self.attn(self.norm1(x), maps)
+        return self.add_mlp(self.add(x, self.drop_path1(branch))), maps
+
+
+def run_layer(
+    layer: nn.Module, x: Tensor, maps: Tensor | None, grad_checkpointing: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Apply one encoder layer; with `grad_checkpointing` it keeps only its inputs and recomputes the rest later.
+
+    Returns:
+        The tokens, and the attention maps for the next layer: None after a layer that has none to give.
+    """
+    recompute = grad_checkpointing and torch.is_grad_enabled()
+    if isinstance(layer, MapLayer):
+        return checkpoint(layer, x, maps, use_reentrant=False) if recompute else layer(x, maps)
+    return (checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)), None
 
 
 def run_layers(layers: Iterable[nn.Module], x: Tensor, grad_checkpointing: bool) -> Tensor:
-    """Apply `layers` in turn; with `grad_checkpointing` each keeps only its input and recomputes the rest later."""
-    recompute = grad_checkpointing and torch.is_grad_enabled()
+    """Apply encoder layers in turn, all on sequences of the same length."""
+    maps = None
     for layer in layers:
-        x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+        x, maps = run_layer(layer, x, maps, grad_checkpointing)
     return x
+
+
+def normal_(param: Tensor, std: float) -> None:
+    """Fill with a normal distribution.
+
+    timm's `trunc_normal_` cuts at ±2, a hundred times the usual `std`, which is no cut at all.
+    """
+    if not param.is_meta:  # see truncated_normal_
+        nn.init.normal_(param, std=std)
 
 
 @torch.no_grad()

@@ -10,65 +10,44 @@ Shapes: B images, T blocks of n = block_size² tokens, C channels, (H, W) the im
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.models.aggregate import Aggregate, Aggregation, Plane, PoolPad
 from pipeline.models.base import ImageModel
 from pipeline.models.blocks import blockify, unblockify
 from pipeline.models.drop_path import drop_path_rates
 from pipeline.models.errors import ModelError, check_choice
-from pipeline.models.layers import Attention, EncoderLayer, Gelu, Mlp, run_layers, truncated_normal_
+from pipeline.models.layers import EncoderLayer, Gelu, MapLayer, Mlp, run_layers, truncated_normal_
+from pipeline.models.pos_embed import Mode, resize_blocks
+from pipeline.models.refine import Refine, make_attention, map_uses
 from pipeline.models.registry import ModelInfo, register
 
 NORM_EPS = 1e-6
 INIT_STD = 0.02
 
 AttentionKind = Literal["mha", "mqa"]
-PoolPad = Literal["same", "symmetric"]
+PosEmbed = Literal["block", "shared"]
 Init = Literal["official", "timm"]
-
-
-class ConvPool(nn.Module):
-    """Block aggregation: 3x3 convolution, LayerNorm, 3x3 max-pool of stride 2, on the whole image plane.
-
-    This is the only place where blocks exchange information. `pool_pad="same"` pads nothing before and one row after,
-    as JAX does for even sides; "symmetric" pads one row on either side (timm's `nest_*` without `_jx`).
-    """
-
-    def __init__(self, in_dim: int, out_dim: int, pool_pad: PoolPad) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_dim, out_dim, kernel_size=3, padding=1)
-        self.norm = nn.LayerNorm(out_dim, eps=NORM_EPS)
-        self.pool_pad = pool_pad
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H/2, W/2, C'); H and W even."""
-        x = self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        if self.pool_pad == "same":
-            # On an even side ceil mode clips the last window at the border, which is a pad of -inf after it.
-            x = F.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)
-        else:
-            x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
-        return x.permute(0, 2, 3, 1)
 
 
 class NestLevel(nn.Module):
     """One level of the hierarchy: aggregation (identity in the first), position embedding, encoder layers.
 
-    The layers are shared by the blocks, the position embedding is not: it differs for every block and token.
+    The layers are shared by the blocks, the position embedding is not: it differs for every block and token. One of
+    shape (1, 1, n, C) is shared by the blocks as well.
     """
 
     def __init__(
-        self, aggregate: nn.Module, layers: Sequence[nn.Module], num_blocks: int, block_size: int, dim: int
+        self, aggregate: nn.Module, layers: Sequence[nn.Module], pos_blocks: int, block_size: int, dim: int
     ) -> None:
         super().__init__()
         self.block_size = block_size
         self.aggregate = aggregate
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_blocks, block_size**2, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, pos_blocks, block_size**2, dim))
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor, grad_checkpointing: bool = False) -> Tensor:
@@ -97,6 +76,10 @@ class Nest(ImageModel):
         drop_rate: dropout after the attention projection and in the MLP.
         attn_drop_rate: dropout of attention weights.
         gelu: "tanh" (official) or "erf".
+        aggregation: how four blocks become one; "conv_pool" (official) or another of `Aggregate`.
+        aggregation_plane: "image" (official): windows cross the borders of the four blocks; "block": they don't.
+        pos_embed: "block" (official): every block has its own position embedding; "shared": one for all of a level.
+        refine: refine the attention maps of some layers (`Refine`), or None.
         pool_pad: "same" (official) or "symmetric".
         init: "official": normal of std 0.02 cut at two standard deviations; "timm": the same, not cut. For every kernel
             and position embedding; biases 0.
@@ -121,12 +104,17 @@ class Nest(ImageModel):
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         gelu: Gelu = "tanh",
+        aggregation: Aggregation = "conv_pool",
+        aggregation_plane: Plane = "image",
+        pos_embed: PosEmbed = "block",
+        refine: Refine | Mapping[str, Any] | None = None,
         pool_pad: PoolPad = "same",
         init: Init = "official",
     ) -> None:
         super().__init__(img_size, in_chans, num_classes)
         check_choice("attention", attention, AttentionKind)
         check_choice("gelu", gelu, Gelu)
+        check_choice("pos_embed", pos_embed, PosEmbed)
         check_choice("pool_pad", pool_pad, PoolPad)
         check_choice("init", init, Init)
         self.block_size = _block_size(img_size, patch_size, num_levels)
@@ -136,25 +124,33 @@ class Nest(ImageModel):
         layer_counts = _per_level("depths", depths, num_levels, minimum=0)
         multi_query = attention == "mqa"
         rates = iter(drop_path_rates(drop_path_rate, sum(layer_counts)))
+        self.refine = Refine.of(refine)
+        uses = iter(map_uses(self.refine, layer_counts))
+        dropout = {"attn_drop": attn_drop_rate, "proj_drop": drop_rate}
 
         self.patch_embed = nn.Conv2d(in_chans, dims[0], kernel_size=patch_size, stride=patch_size)
         self.levels = nn.ModuleList()
         for i, dim in enumerate(dims):
             layers = []
             for _ in range(layer_counts[i]):
-                attn = Attention(
-                    dim, self.num_heads[i], multi_query=multi_query, attn_drop=attn_drop_rate, proj_drop=drop_rate
-                )
+                use = next(uses)
+                attn = make_attention(use, self.refine, dim, self.num_heads[i], multi_query=multi_query, **dropout)
                 mlp = Mlp(dim, int(dim * mlp_ratio), act=gelu, drop=drop_rate)
-                layers.append(EncoderLayer(dim, attn, mlp, drop_path=next(rates), norm_eps=NORM_EPS))
-            aggregate = ConvPool(dims[i - 1], dim, pool_pad) if i else nn.Identity()
-            self.levels.append(NestLevel(aggregate, layers, 4 ** (num_levels - 1 - i), self.block_size, dim))
+                layer = MapLayer if use.explicit else EncoderLayer
+                layers.append(layer(dim, attn, mlp, drop_path=next(rates), norm_eps=NORM_EPS))
+            aggregate: nn.Module = nn.Identity()
+            if i:
+                aggregate = Aggregate(aggregation, dims[i - 1], dim, aggregation_plane, self.block_size, pool_pad)
+            pos_blocks = 4 ** (num_levels - 1 - i) if pos_embed == "block" else 1
+            self.levels.append(NestLevel(aggregate, layers, pos_blocks, self.block_size, dim))
         self.norm = nn.LayerNorm(dims[-1], eps=NORM_EPS)
         self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
         self._init_weights(init)
 
     def _init_weights(self, init: Init) -> None:
         for name, param in self.named_parameters():
+            if ".refiner." in name:
+                continue  # Refiner's code leaves the convolutions on maps as torch fills them
             if param.ndim > 1 and init == "official":
                 truncated_normal_(param, INIT_STD)
             elif param.ndim > 1:
@@ -165,6 +161,11 @@ class Nest(ImageModel):
     def no_weight_decay(self) -> set[str]:
         """Parameters the official recipe doesn't decay: the position embeddings. Biases and LayerNorms are decayed."""
         return {f"levels.{i}.pos_embed" for i in range(len(self.levels))}
+
+    def fit_pos_embed(self, name: str, state_dict: Mapping[str, Tensor], mode: Mode) -> Tensor | None:
+        """Each block by itself while their number stays, else the image plane as a whole; see `resize_blocks`."""
+        wanted = self.get_parameter(name)
+        return resize_blocks(state_dict[name], wanted.shape[1], self.block_size, mode)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, in_chans, img_size, img_size) -> normalised tokens of the last level in raster order, (B, n, C)."""

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.models.layers import Attention
+from pipeline.models.attention import Attention
+from pipeline.models.errors import ModelError
 from pipeline.models.nest import Nest
 from pipeline.models.official import OfficialFormat, Source, register_official
 
@@ -27,9 +28,13 @@ def select(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def sources(model: Nest) -> dict[str, Source]:
     """Every entry of the model's state dict and the flax tensors it comes from."""
+    levels: Any = model.levels
+    if model.refine is not None:
+        raise ModelError("the official NesT refines no attention maps: set refine=null to load its weights")
+    if any(level.aggregate.kind != "conv_pool" for level in levels[1:]):
+        raise ModelError("the official NesT has aggregation=conv_pool only")
     plan = _conv("patch_embed", "PatchEmbedding_0/Conv_0", model.patch_embed)
     encoder_layer = 0
-    levels: Any = model.levels
     for i, level in enumerate(levels):
         plan[f"levels.{i}.pos_embed"] = _same(f"PositionEmbedding_{i}/pos_embedding", level.pos_embed)
         if i:

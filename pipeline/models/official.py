@@ -42,6 +42,7 @@ class OfficialFormat:
     select: Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
+_COUNTER = ".num_batches_tracked"
 _FORMATS: dict[type[nn.Module], OfficialFormat] = {}
 
 
@@ -60,9 +61,11 @@ def load_official(model: nn.Module, tensors: Mapping[str, Any]) -> None:
     """Set every weight of `model` from an official checkpoint.
 
     Args:
-        model: a NesT of the checkpoint's size.
+        model: a model of the checkpoint's size.
         tensors: official name -> array (NumPy, JAX or torch). NesT: flax paths such as
-            `EncoderNDBlock_0/LayerNorm_0/scale`, with or without `optimizer/target/` before them.
+            `EncoderNDBlock_0/LayerNorm_0/scale`, with or without `optimizer/target/` before them. HVT, Refiner and
+            DeiT: the names of their state dicts, or a checkpoint that holds one (the averaged weights where there are
+            some).
 
     Raises:
         ModelError: tensors are missing, unexpected or of another shape (all are named), or the family has no official
@@ -70,7 +73,10 @@ def load_official(model: nn.Module, tensors: Mapping[str, Any]) -> None:
     """
     official = _format(model)
     arrays = {name: _tensor(value) for name, value in official.select(tensors).items()}
-    _check(official_shapes(model), {name: tuple(t.shape) for name, t in arrays.items()})
+    wanted = official_shapes(model)
+    # How many batches a BatchNorm has seen has no effect; not every copy of a checkpoint says so.
+    arrays |= {name: torch.tensor(0) for name in wanted if name.endswith(_COUNTER) and name not in arrays}
+    _check(wanted, {name: tuple(t.shape) for name, t in arrays.items()})
     sources = official.sources(model)
     state = {ours: source.build(*(arrays[name] for name in source.shapes)) for ours, source in sources.items()}
     model.load_state_dict(state)

@@ -17,10 +17,10 @@ from pipeline.models import (
     num_drop_paths,
     set_drop_path_noise,
 )
+from pipeline.models.aggregate import Aggregate
+from pipeline.models.attention import Attention
 from pipeline.models.blocks import blockify, unblockify
 from pipeline.models.facts import count_macs, count_params, model_facts
-from pipeline.models.layers import Attention
-from pipeline.models.nest import ConvPool
 
 COUNTS = [
     # model, classes, parameters, multiply-adds in units of 10^9 as the fact sheet prints them
@@ -125,7 +125,7 @@ def test_blockify_order_and_inverse():
 @pytest.mark.parametrize(("pool_pad", "before"), [("same", 0), ("symmetric", 1)])
 def test_aggregation_pools_over_the_stated_windows(side, pool_pad, before):
     torch.manual_seed(side)
-    aggregate = ConvPool(3, 5, pool_pad).double()
+    aggregate = Aggregate("conv_pool", 3, 5, "image", 2, pool_pad).double()
     x = torch.randn(2, side, side, 3, dtype=torch.float64, requires_grad=True)
     normed = aggregate.norm(aggregate.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
     padded = F.pad(normed.permute(0, 3, 1, 2), (before, 1, before, 1), value=-torch.inf)

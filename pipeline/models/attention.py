@@ -1,0 +1,130 @@
+"""Softmax self-attention: the fused form, and the form with explicit maps that Refiner works on."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.models.errors import ModelError
+
+
+class Attention(nn.Module):
+    """Softmax self-attention over the second last axis; every leading axis is a batch axis.
+
+    The leading axes are folded into one: PyTorch's fused attention kernels accept (batch, heads, tokens, channels)
+    only, and an input with more axes falls back to the unfused path.
+
+    With `multi_query` all heads share one key and one value (NesT on CIFAR); `qkv` then projects to
+    `dim + 2 * dim / num_heads` channels, laid out as q of every head, k, v.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, *, multi_query: bool = False, attn_drop: float = 0.0, proj_drop: float = 0.0
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ModelError(f"{num_heads} heads don't divide {dim} channels: change num_heads or the embedding width")
+        head_dim = dim // num_heads
+        self.num_heads = num_heads
+        self.multi_query = multi_query
+        self.attn_drop = attn_drop
+        self.widths = (dim, head_dim, head_dim) if multi_query else (dim, dim, dim)
+        self.qkv = nn.Linear(dim, sum(self.widths))
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., N, C) -> (..., N, C)."""
+        q, k, v = self.qkv(x.flatten(0, -3)).split(self.widths, dim=-1)
+        q = split_heads(q, self.num_heads)
+        if self.multi_query:
+            k, v = (t.unsqueeze(1).expand(-1, self.num_heads, -1, -1) for t in (k, v))
+        else:
+            k, v = (split_heads(t, self.num_heads) for t in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
+        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
+
+
+class MapAttention(nn.Module):
+    """Self-attention with explicit attention maps, which may be refined and handed from layer to layer.
+
+    A layer that is not `shared` computes maps from its own queries and keys, A = softmax(q kᵀ / √d), adds the maps it
+    was handed times 1 / √d if it is to `accumulate` (Refiner's code), refines the sum if it has a refiner, applies
+    them to its values and hands them on. A `shared` layer has no queries and keys: it refines and applies the maps it
+    was handed, and hands these on as they came.
+
+    Refiner, arXiv 2106.03714; official file `models/refined_transformer.py`, class Refined_Attention.
+
+    Args:
+        dim: channels C.
+        num_heads: heads H.
+        refiner: (B, H, N, N) -> (B, H', N, N), with `out_maps` = H'; the values are split into H' heads. None: as is.
+        shared: take the maps of the layer before.
+        accumulate: add the maps of the layer before.
+        multi_query: one key and one value for all heads.
+        attn_drop, proj_drop: dropout of the maps (before the refiner) and after the projection.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        refiner: nn.Module | None,
+        *,
+        shared: bool = False,
+        accumulate: bool = False,
+        multi_query: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ModelError(f"{num_heads} heads don't divide {dim} channels: change num_heads or the embedding width")
+        head_dim = dim // num_heads
+        value_dim = head_dim if multi_query else dim
+        self.num_heads = num_heads
+        self.value_heads = num_heads if refiner is None else int(refiner.out_maps)  # type: ignore[arg-type]
+        if self.value_heads != num_heads and (multi_query or dim % self.value_heads):
+            raise ModelError(
+                f"without the reduction {dim} channels of values must be split into {self.value_heads} heads, one per "
+                "expanded map: choose refine.expansion so that they divide, attention=mha, or refine.reduction=true"
+            )
+        self.shared = shared
+        self.accumulate = accumulate
+        self.multi_query = multi_query
+        self.scale = head_dim**-0.5
+        self.widths = (value_dim,) if shared else (dim, value_dim, value_dim)
+        self.qkv = nn.Linear(dim, sum(self.widths))
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.refiner = refiner
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, maps: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(..., N, C) and the maps of the layer before, (B, H, N, N) -> (..., N, C) and the maps for the next."""
+        projected = self.qkv(x.flatten(0, -3))
+        if self.shared:
+            assert maps is not None, "a layer that shares maps follows one that has them"
+            value, passed, used = projected, maps, self._refine(maps)
+        else:
+            query, key, value = projected.split(self.widths, dim=-1)
+            passed = used = self._refine(self.attn_drop(self._own_maps(query, key, maps)))
+        v = value.unsqueeze(1) if self.multi_query else split_heads(value, self.value_heads)
+        out = (used @ v).transpose(1, 2).reshape(x.shape)
+        return self.proj_drop(self.proj(out)), passed
+
+    def _own_maps(self, query: Tensor, key: Tensor, before: Tensor | None) -> Tensor:
+        # Half of the scale on either side: in half precision the product of unscaled ones may overflow.
+        q = split_heads(query, self.num_heads) * self.scale**0.5
+        k = (key.unsqueeze(1) if self.multi_query else split_heads(key, self.num_heads)) * self.scale**0.5
+        maps = torch.softmax(q @ k.transpose(-2, -1), dim=-1)
+        return maps if before is None or not self.accumulate else maps + self.scale * before
+
+    def _refine(self, maps: Tensor) -> Tensor:
+        return maps if self.refiner is None else self.refiner(maps)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, C) -> (B, heads, N, C / heads)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)

@@ -1,0 +1,303 @@
+"""Refiner's operations on attention maps, and the choice of layers that use them.
+
+Zhou et al., "Refiner: Refining Self-attention for Vision Transformers", 2021, arXiv 2106.03714.
+
+A map of one head is an image of N x N pixels, and the heads are its channels. Attention expansion mixes H maps to
+H' = expansion x H, distributed local attention convolves each with its own small kernel, and the reduction mixes them
+back to H. Tokens lie on both axes in raster order, the class token (if any) first, as in the official code.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, Self, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.models.attention import Attention, MapAttention
+from pipeline.models.errors import ModelError, check_choice
+
+Flavour = Literal["official", "linear"]
+Model = TypeVar("Model", bound=nn.Module)
+# The epsilon of these BatchNorms matters: attention maps vary by less than its root.
+BN_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Refine:
+    """Which layers refine their attention maps, and how: the `refine` option of every architecture.
+
+    Attributes:
+        flavour: "linear", the paper's form; "official", the released one with BatchNorm, ReLU6 and a shortcut.
+        expansion: maps after the expansion, per head.
+        kernel: side of the local kernels, odd.
+        reduction: mix back to one map per head; without it the values are split into as many heads as there are maps.
+        sharing: refined layers have no queries and keys and take the maps of the layer before.
+        blocks: the refined layers, counted from 0 over the whole model; None: all, or with sharing every second layer
+            of each run of layers with equal sequence lengths.
+    """
+
+    flavour: Flavour = "linear"
+    expansion: int = 3
+    kernel: int = 3
+    reduction: bool = True
+    sharing: bool = False
+    blocks: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("refine.flavour", self.flavour, Flavour)
+        for name, value in (("expansion", self.expansion), ("kernel", self.kernel)):
+            if type(value) is not int or value < 1:
+                raise ModelError(f"refine.{name}={value!r} is not a positive integer")
+        if self.kernel % 2 == 0:
+            raise ModelError(f"refine.kernel={self.kernel} has no middle: choose an odd one (1, 3, 5)")
+        if self.flavour == "official" and not self.reduction:
+            raise ModelError("refine.reduction=false needs refine.flavour=linear: the shortcut of the official one")
+
+    @classmethod
+    def of(cls, options: Self | Mapping[str, Any] | None) -> Self | None:
+        """The settings that a recipe gives as a mapping.
+
+        Raises:
+            ModelError: an unknown key or a value that can't be used.
+        """
+        if options is None or isinstance(options, cls):
+            return options
+        if not isinstance(options, Mapping):
+            raise ModelError(f"refine={options!r}: give a mapping such as {{expansion: 3, kernel: 3}}, or null")
+        known = [field.name for field in fields(cls)]
+        for key in options:
+            if key not in known:
+                close = difflib.get_close_matches(str(key), known, n=1)
+                hint = f", did you mean {close[0]!r}?" if close else ""
+                raise ModelError(f"refine has no option {key!r}{hint}; its options are: {', '.join(known)}")
+        blocks = options.get("blocks")
+        if blocks is not None and not (isinstance(blocks, Sequence) and all(type(b) is int for b in blocks)):
+            raise ModelError(f"refine.blocks={blocks!r}: give a list of layer numbers, or null for the default")
+        return cls(**{**options, "blocks": None if blocks is None else tuple(blocks)})
+
+    def make(self, num_heads: int, head_dim: int) -> nn.Module:
+        """A refiner for the maps of one layer."""
+        if self.flavour == "linear":
+            return LinearRefiner(num_heads, self.expansion, self.kernel, self.reduction)
+        return OfficialRefiner(num_heads, self.expansion, self.kernel, head_dim**-0.5 if self.sharing else 1.0)
+
+
+class MapUse(NamedTuple):
+    """What one encoder layer does with attention maps. All False: the fused attention without explicit maps.
+
+    Attributes:
+        explicit: compute or take explicit maps.
+        refined: refine them.
+        shared: take those of the layer before.
+        accumulate: add those of the layer before.
+    """
+
+    explicit: bool = False
+    refined: bool = False
+    shared: bool = False
+    accumulate: bool = False
+
+
+def map_uses(refine: Refine | None, runs: Sequence[int]) -> list[MapUse]:
+    """What each layer of a model does with maps.
+
+    Args:
+        refine: the option, or None for none.
+        runs: numbers of consecutive layers with equal sequence lengths; maps don't go from one run to the next.
+
+    Raises:
+        ModelError: `blocks` names a layer that doesn't exist, or one that has nothing to share.
+    """
+    depth = sum(runs)
+    if refine is None:
+        return [MapUse()] * depth
+    firsts = [sum(runs[:i]) for i in range(len(runs)) if runs[i]]
+    refined = _refined_layers(refine, runs, firsts, depth)
+    official = refine.flavour == "official"
+    uses = []
+    for i in range(depth):
+        shared = refine.sharing and i in refined
+        hands_on = refine.sharing and i + 1 in refined
+        explicit = official or i in refined or hands_on
+        uses.append(MapUse(explicit, i in refined, shared, official and not shared))
+    return uses
+
+
+def _refined_layers(refine: Refine, runs: Sequence[int], firsts: Sequence[int], depth: int) -> set[int]:
+    if refine.blocks is None and not refine.sharing:
+        return set(range(depth))
+    if refine.blocks is None:
+        starts = (first for first in firsts)
+        return {s + j for s, n in zip(starts, (n for n in runs if n), strict=True) for j in range(1, n, 2)}
+    refined = set(refine.blocks)
+    unknown = sorted(refined - set(range(depth)))
+    if unknown:
+        raise ModelError(f"refine.blocks names layer {unknown[0]}; the model has layers 0 to {depth - 1}")
+    alone = sorted(refined & set(firsts))
+    if refine.sharing and alone:
+        raise ModelError(
+            f"refine.blocks: layer {alone[0]} is the first with its sequence length and can't share the maps of the "
+            "layer before; leave it out or set refine.sharing=false"
+        )
+    return refined
+
+
+def make_attention(
+    use: MapUse,
+    refine: Refine | None,
+    dim: int,
+    num_heads: int,
+    *,
+    multi_query: bool = False,
+    attn_drop: float = 0.0,
+    proj_drop: float = 0.0,
+) -> nn.Module:
+    """The attention of one layer: fused where no explicit maps are needed."""
+    if not use.explicit:
+        return Attention(dim, num_heads, multi_query=multi_query, attn_drop=attn_drop, proj_drop=proj_drop)
+    refiner = refine.make(num_heads, dim // num_heads) if refine is not None and use.refined else None
+    return MapAttention(
+        dim,
+        num_heads,
+        refiner,
+        shared=use.shared,
+        accumulate=use.accumulate,
+        multi_query=multi_query,
+        attn_drop=attn_drop,
+        proj_drop=proj_drop,
+    )
+
+
+class LinearRefiner(nn.Module):
+    """The paper's form: 1x1 expansion, depthwise k x k, 1x1 reduction, all without bias and with nothing in between.
+
+    A product of linear maps is one linear map: `fold` gives it.
+    """
+
+    def __init__(self, num_heads: int, expansion: int, kernel: int, reduction: bool) -> None:
+        super().__init__()
+        hidden = num_heads * expansion
+        self.out_maps = num_heads if reduction else hidden
+        self.expand = nn.Conv2d(num_heads, hidden, kernel_size=1, bias=False)
+        self.local = nn.Conv2d(hidden, hidden, kernel, padding=kernel // 2, groups=hidden, bias=False)
+        self.reduce = nn.Conv2d(hidden, num_heads, kernel_size=1, bias=False) if reduction else nn.Identity()
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, H, N, N) -> (B, out_maps, N, N)."""
+        return self.reduce(self.local(self.expand(maps)))
+
+    @torch.no_grad()
+    def fold(self) -> FoldedLinear:
+        """One dense k x k convolution that computes the same, borders included: zero padding meets no bias."""
+        folded = FoldedLinear(self.expand.in_channels, self.out_maps, self.local.kernel_size[0])
+        kernel = self.local.weight * self.expand.weight  # (H', 1, k, k) x (H', H, 1, 1)
+        if isinstance(self.reduce, nn.Conv2d):
+            kernel = torch.einsum("mg,ghab->mhab", self.reduce.weight[:, :, 0, 0], kernel)
+        folded.conv.weight = nn.Parameter(kernel)
+        return folded.train(self.training)
+
+
+class FoldedLinear(nn.Module):
+    """What `LinearRefiner.fold` gives: a dense convolution from H to `out_maps` maps."""
+
+    def __init__(self, num_heads: int, out_maps: int, kernel: int) -> None:
+        super().__init__()
+        self.out_maps = out_maps
+        self.conv = nn.Conv2d(num_heads, out_maps, kernel, padding=kernel // 2, bias=False)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, H, N, N) -> (B, out_maps, N, N)."""
+        return self.conv(maps)
+
+
+class OfficialRefiner(nn.Module):
+    """The released form: 1x1, BN, ReLU6, depthwise k x k, BN, ReLU6, 1x1, BN, plus the input, BN, times `scale`.
+
+    Official files: `models/refiner_utils.py`, class DLA, and `adapt_bn` of `models/refined_transformer.py`. The
+    released models ignore their own expansion and kernel options; here they act.
+    """
+
+    def __init__(self, num_heads: int, expansion: int, kernel: int, scale: float) -> None:
+        super().__init__()
+        hidden = num_heads * expansion
+        self.out_maps = num_heads
+        self.scale = scale
+        self.expand = nn.Conv2d(num_heads, hidden, kernel_size=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(hidden, eps=BN_EPS)
+        self.local = nn.Conv2d(hidden, hidden, kernel, padding=kernel // 2, groups=hidden, bias=False)
+        self.bn2 = nn.BatchNorm2d(hidden, eps=BN_EPS)
+        self.reduce = nn.Conv2d(hidden, num_heads, kernel_size=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(num_heads, eps=BN_EPS)
+        self.adapt_bn = nn.BatchNorm2d(num_heads, eps=BN_EPS)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, H, N, N) -> (B, H, N, N)."""
+        x = F.relu6(self.bn1(self.expand(maps)))
+        x = F.relu6(self.bn2(self.local(x)))
+        return self.adapt_bn(self.bn3(self.reduce(x)) + maps) * self.scale
+
+    @torch.no_grad()
+    def fold(self) -> FoldedOfficial:
+        """The same function as in evaluation, without BatchNorms."""
+        folded = FoldedOfficial(self.expand.in_channels, self.expand.out_channels, self.local.kernel_size[0])
+        u1, v1 = _affine(self.bn1)
+        u2, v2 = _affine(self.bn2)
+        u3, v3 = _affine(self.bn3)
+        ua, va = _affine(self.adapt_bn)
+        c = self.scale * ua
+        for conv, weight, bias in (
+            (folded.expand, _scaled(u1, self.expand), v1),
+            (folded.local, _scaled(u2, self.local), v2),
+            (folded.reduce, _scaled(c * u3, self.reduce), c * v3 + self.scale * va),
+        ):
+            conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
+        folded.shortcut = nn.Parameter(c[:, None, None])
+        return folded.train(self.training)
+
+
+class FoldedOfficial(nn.Module):
+    """What `OfficialRefiner.fold` gives: three convolutions with bias, two ReLU6, a shortcut scaled per head."""
+
+    def __init__(self, num_heads: int, hidden: int, kernel: int) -> None:
+        super().__init__()
+        self.out_maps = num_heads
+        self.expand = nn.Conv2d(num_heads, hidden, kernel_size=1)
+        self.local = nn.Conv2d(hidden, hidden, kernel, padding=kernel // 2, groups=hidden)
+        self.reduce = nn.Conv2d(hidden, num_heads, kernel_size=1)
+        self.shortcut = nn.Parameter(torch.ones(num_heads, 1, 1))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, H, N, N) -> (B, H, N, N)."""
+        x = F.relu6(self.local(F.relu6(self.expand(maps))))
+        return self.reduce(x) + self.shortcut * maps
+
+
+def _affine(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """A BatchNorm in evaluation as x -> u x + v."""
+    assert bn.running_mean is not None and bn.running_var is not None
+    u = bn.weight / torch.sqrt(bn.running_var + bn.eps)
+    return u, bn.bias - u * bn.running_mean
+
+
+def _scaled(factor: Tensor, conv: nn.Conv2d) -> Tensor:
+    return factor[:, None, None, None] * conv.weight
+
+
+def fold_refiners(model: Model) -> Model:
+    """A copy of the model for inference, each refiner folded into fewer operations with the same results.
+
+    A linear refiner becomes one dense convolution; an official one loses its BatchNorms. The copy has another state
+    dict and is in evaluation mode.
+    """
+    folded = copy.deepcopy(model).eval()
+    for module in folded.modules():
+        refiner = getattr(module, "refiner", None)
+        if isinstance(refiner, LinearRefiner | OfficialRefiner):
+            module.refiner = refiner.fold()
+    return folded

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.attention import Attention, MapAttention
+from pipeline.models.batch_norm import BatchNorm2d
 from pipeline.models.errors import ModelError, check_choice
 
 Flavour = Literal["official", "linear"]
@@ -229,12 +230,12 @@ class OfficialRefiner(nn.Module):
         self.out_maps = num_heads
         self.scale = scale
         self.expand = nn.Conv2d(num_heads, hidden, kernel_size=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(hidden, eps=BN_EPS)
+        self.bn1 = BatchNorm2d(hidden, eps=BN_EPS)
         self.local = nn.Conv2d(hidden, hidden, kernel, padding=kernel // 2, groups=hidden, bias=False)
-        self.bn2 = nn.BatchNorm2d(hidden, eps=BN_EPS)
+        self.bn2 = BatchNorm2d(hidden, eps=BN_EPS)
         self.reduce = nn.Conv2d(hidden, num_heads, kernel_size=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(num_heads, eps=BN_EPS)
-        self.adapt_bn = nn.BatchNorm2d(num_heads, eps=BN_EPS)
+        self.bn3 = BatchNorm2d(num_heads, eps=BN_EPS)
+        self.adapt_bn = BatchNorm2d(num_heads, eps=BN_EPS)
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B, H, N, N) -> (B, H, N, N)."""

@@ -45,7 +45,7 @@ class Refiner(TokenTransformer):
         blocks: the refined layers, counted from 0; None: all, with sharing every second.
         stem: "conv" (three convolutions before the patches) or "patch".
         residual_scale: r of x + f(LN(r x)) / r.
-        layer_scale: initial value of the LayerScale of the MLPs; None: without.
+        layer_scale: initial value of the LayerScale of the MLPs; 0: without.
         aux_head: a second classifier for every patch token, which token labels train.
         aux_weight: the logits are those of the class token plus this times the maximum over the patch tokens of the
             aux head's; 0: class token only.
@@ -77,7 +77,7 @@ class Refiner(TokenTransformer):
         blocks: Sequence[int] | None = None,
         stem: Stem = "conv",
         residual_scale: float = 0.5,
-        layer_scale: float | None = 1e-5,
+        layer_scale: float = 1e-5,
         aux_head: bool = True,
         aux_weight: float = 0.5,
         pool: Pool | Mapping[str, Any] | None = None,
@@ -104,7 +104,7 @@ class Refiner(TokenTransformer):
             pool_pos_embed=True,
             refine=Refine.of(refine | {"sharing": sharing, "blocks": blocks}),
             residual_scale=residual_scale,
-            layer_scale=layer_scale,
+            layer_scale=layer_scale or None,
             drop_path_rate=drop_path_rate,
             drop_rate=drop_rate,
             attn_drop_rate=attn_drop_rate,

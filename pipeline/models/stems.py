@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.models.batch_norm import BatchNorm2d
 from pipeline.models.errors import ModelError
 
 
@@ -34,11 +35,11 @@ class ConvStem(nn.Module):
             raise ModelError(f"stem=conv halves the image first and needs an even patch_size, not {patch_size}")
         a, b, c = widths
         self.conv1 = nn.Conv2d(in_chans, a, kernel_size=7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(a)
+        self.bn1 = BatchNorm2d(a)
         self.conv2 = nn.Conv2d(a, b, kernel_size=3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(b)
+        self.bn2 = BatchNorm2d(b)
         self.conv3 = nn.Conv2d(b, c, kernel_size=3, padding=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(c)
+        self.bn3 = BatchNorm2d(c)
         self.proj = nn.Conv2d(c, dim, kernel_size=patch_size // 2, stride=patch_size // 2)
 
     def forward(self, images: Tensor) -> Tensor:

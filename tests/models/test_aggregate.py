@@ -73,9 +73,7 @@ def test_block_plane_keeps_to_its_parent_and_image_plane_does_not(kind):
     torch.manual_seed(0)
     x = torch.randn(1, 16, 16, 3, dtype=torch.float64)
     changed = x.clone()
-    changed[:, 4:6, 8:10] = 9 * torch.randn(
-        1, 2, 2, 3, dtype=torch.float64
-    )
+    changed[:, 4:6, 8:10] = 9 * torch.randn(1, 2, 2, 3, dtype=torch.float64)
     differs = {}
     for plane in ("image", "block"):
         module = randomised(kind, plane)
@@ -155,7 +153,7 @@ COMBINATIONS = [
     ("refiner_vit_s", {"img_size": 64, "patch_size": 8, "embed_dim": 24, "num_heads": 4, "depth": 4}
      | {"pool": {"stages": 2}}),
     ("refiner_vit_s_linear", {"img_size": 64, "patch_size": 8, "embed_dim": 24, "num_heads": 4, "depth": 4}
-     | {"pool": {"after": [1], "dims": 2, "kind": "avg"}, "stem": "patch", "layer_scale": None}),
+     | {"pool": {"after": [1], "dims": 2, "kind": "avg"}, "stem": "patch", "layer_scale": 0}),
 ]  # fmt: skip
 
 

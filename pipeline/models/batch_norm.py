@@ -1,0 +1,97 @@
+"""BatchNorm whose statistics don't depend on how a batch is spread over processes and micro-batches.
+
+Torch's own takes them over whatever part of a batch one process sees at a time. Here they are taken over groups of a
+fixed number of consecutive samples, as the authors of Refiner took them over the 32 samples of a GPU, and the running
+averages follow the mean over all groups of a global step. Without an engine that sets this up it is torch's BatchNorm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.errors import ModelError
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """torch's BatchNorm2d, with statistics per group of samples once `group_statistics` was called.
+
+    Attributes:
+        group: samples of a group; None: torch's behaviour.
+        pending: (2, C), sums over the groups seen since the last `update_running` of their means and variances.
+        groups_seen: how many these were, 0-D.
+    """
+
+    pending: Tensor
+    groups_seen: Tensor
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__(num_features, eps=eps)
+        self.group: int | None = None
+        self.register_buffer("pending", torch.zeros(2, num_features), persistent=False)
+        self.register_buffer("groups_seen", torch.zeros(()), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) -> same shape."""
+        if not self.training or self.group is None:
+            return super().forward(input)
+        if len(input) % self.group:
+            raise ModelError(f"{len(input)} samples can't be cut into groups of {self.group} for BatchNorm")
+        parts = []
+        for part in input.split(self.group):
+            out, mean, invstd = torch.native_batch_norm(part, self.weight, self.bias, None, None, True, 0.0, self.eps)
+            n = part.numel() / part.shape[1]
+            with torch.no_grad():
+                # The running variance is the unbiased one, as torch has it.
+                variance = (invstd.detach().float() ** -2 - self.eps) * (n / (n - 1))
+                self.pending += torch.stack([mean.detach().float(), variance])
+                self.groups_seen += 1
+            parts.append(out)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @torch.no_grad()
+    def update_running(self, skipped: Tensor) -> None:
+        """Move the running averages by what is pending, unless `skipped` is 1; then nothing is pending any more."""
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert self.momentum is not None
+        mean, variance = self.pending / self.groups_seen
+        weight = self.momentum * (1 - skipped)
+        for running, new in ((self.running_mean, mean), (self.running_var, variance)):
+            running.copy_(torch.where(weight > 0, torch.lerp(running, new.to(running.dtype), weight), running))
+        self.num_batches_tracked += (1 - skipped).long()
+        self.pending.zero_()
+        self.groups_seen.zero_()
+
+
+def group_statistics(model: nn.Module, group: int) -> list[BatchNorm2d]:
+    """Take statistics over `group` samples from now on; returns the model's BatchNorms, none if it has none.
+
+    The caller then calls `update_groups` after each step.
+    """
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm2d)]
+    for norm in norms:
+        norm.group = group
+    return norms
+
+
+def update_groups(norms: list[BatchNorm2d], skipped: Tensor, total: Callable[[Tensor], None] | None) -> None:
+    """Move all running averages after a global step.
+
+    Args:
+        norms: from `group_statistics`.
+        skipped: 1 if the step was skipped, else 0; 0-D.
+        total: sums a tensor over the processes in place; None with one process.
+    """
+    if total is not None and norms:
+        # One sum for all: a step has dozens of these small tensors.
+        sums = torch.cat([t.flatten() for norm in norms for t in (norm.pending, norm.groups_seen)])
+        total(sums)
+        for norm in norms:
+            size = norm.pending.numel()
+            norm.pending.copy_(sums[:size].view_as(norm.pending))
+            norm.groups_seen.copy_(sums[size])
+            sums = sums[size + 1 :]
+    for norm in norms:
+        norm.update_running(skipped)

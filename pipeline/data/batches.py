@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
@@ -47,6 +47,7 @@ class Batches:
             # are; the fork server has no other threads.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(_PRELOAD)
+            _quiet_tracker()
             forkserver.ensure_running()  # its imports go on while the caller sets up the rest
             options = {
                 "prefetch_factor": prefetch,
@@ -146,6 +147,22 @@ def _is_death(error: Exception) -> bool:
     if isinstance(error, RuntimeError):
         return text.startswith(("DataLoader worker (pid", "Pin memory thread exited"))
     return not text.startswith("Caught ")
+
+
+def _quiet_tracker() -> None:
+    """Start the process that removes the semaphores of a killed trainer, without the warning it would print then.
+
+    The warning speaks of a leak that this process has just mended. Its filter can only be given at the start.
+    """
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (before, "ignore:resource_tracker")))
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 def _end_with_the_trainer(_worker: int) -> None:

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -17,7 +19,18 @@ from tests.train.conftest import Rookery, command, environment
 INTERRUPTED = 130
 
 
-def start(recipe: Path, folder: Path, nproc: int) -> subprocess.Popen[str]:
+@pytest.fixture
+def started() -> Iterator[list[subprocess.Popen[str]]]:
+    """Trainings of a test; what is left of them when it ends is killed."""
+    processes: list[subprocess.Popen[str]] = []
+    yield processes
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def start(started: list[subprocess.Popen[str]], recipe: Path, folder: Path, nproc: int) -> subprocess.Popen[str]:
     """A training in a session of its own, that has made a checkpoint."""
     process = subprocess.Popen(
         command("train", recipe, "--nproc", nproc, "--threads", 1, "train.epochs=2000steps"),
@@ -27,7 +40,10 @@ def start(recipe: Path, folder: Path, nproc: int) -> subprocess.Popen[str]:
         env=environment(),
         cwd=folder,
         start_new_session=True,
+        # Where these tests run in the background of a script, SIGINT is ignored, and a child would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+    started.append(process)
     deadline = time.monotonic() + 120
     while not list((folder / "runs" / "run").glob("checkpoints/*/commit.json")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
@@ -46,8 +62,10 @@ def start(recipe: Path, folder: Path, nproc: int) -> subprocess.Popen[str]:
         (signal.SIGTERM, "leader", 2),
     ],
 )
-def test_a_signal_ends_it_cleanly(number: int, whom: str, nproc: int, recipe: Path, tmp_path: Path) -> None:
-    process = start(recipe, tmp_path, nproc)
+def test_a_signal_ends_it_cleanly(
+    number: int, whom: str, nproc: int, recipe: Path, tmp_path: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    process = start(started, recipe, tmp_path, nproc)
     workers = psutil.Process(process.pid).children(recursive=True)
     if whom == "group":  # as a terminal does
         os.killpg(process.pid, number)
@@ -62,8 +80,10 @@ def test_a_signal_ends_it_cleanly(number: int, whom: str, nproc: int, recipe: Pa
 
 
 @pytest.mark.chaos
-def test_workers_end_with_their_agent_and_another_start_goes_on(recipe: Path, rookery: Rookery, tmp_path: Path) -> None:
-    process = start(recipe, tmp_path, 2)
+def test_workers_end_with_their_agent_and_another_start_goes_on(
+    recipe: Path, rookery: Rookery, tmp_path: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    process = start(started, recipe, tmp_path, 2)
     workers = psutil.Process(process.pid).children(recursive=True)
     assert len(workers) >= 2
     process.kill()

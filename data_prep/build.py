@@ -11,9 +11,10 @@ from data_prep.manifest import BadImage, Shard
 from data_prep.sources.base import Item, Reader
 from data_prep.state import Record, SplitState, writing
 from data_prep.tarshard import TarShardWriter
+from data_prep.token_labels import TokenMaps
 
-# Format name -> writer. A writer has `suffix`, `add(key, extension, data, label)`, `close()`, `abort()` and the figures
-# that the record keeps.
+# Format name -> writer. A writer has `suffix`, `add(key, extension, data, label, tokens)`, `close()`, `abort()` and the
+# figures that the record keeps.
 WRITERS = {"webdataset": TarShardWriter}
 
 
@@ -35,6 +36,7 @@ class ShardBuilder:
     format: str
     resize: int | None
     quality: int
+    maps: TokenMaps | None = None
 
     def build(self, task: ShardTask, on_image: Callable[[int], None]) -> Record:
         """Make one shard and publish it; `on_image(1)` is called after every image.
@@ -63,10 +65,11 @@ class ShardBuilder:
         for item, data in zip(task.items, self.reader.read(task.items), strict=True):
             try:
                 image = make_usable(data, self.resize, self.quality)
+                tokens = None if self.maps is None else self.maps.read(item)
             except UnusableImage as error:
                 quarantine.append(BadImage(item.name, str(error), "dropped"))
             else:
-                writer.add(item.key, image.extension, image.data, item.label)
+                writer.add(item.key, image.extension, image.data, item.label, tokens)
                 if image.repair is not None:
                     quarantine.append(BadImage(item.name, *image.repair))
             on_image(1)

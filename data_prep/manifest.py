@@ -4,7 +4,7 @@ One directory per split::
 
     train/
         manifest.json            this file's `Manifest`
-        train-000000.tar         samples; a standard WebDataset tar (key.jpg + key.cls)
+        train-000000.tar         samples; a standard WebDataset tar (key.jpg + key.cls, + key.tokens.npy)
         train-000000.idx.npy     one `INDEX_DTYPE` row per sample of that tar
         ...
 
@@ -18,7 +18,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,23 @@ KEY_BYTES = 64
 
 # `offset` and `size` delimit the image bytes inside the shard file, `key` is the sample key padded with NULs.
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u8"), ("label", "<i8"), ("key", f"S{KEY_BYTES}")])
+
+
+TAR_BLOCK = 512
+
+
+class TokenLabels(NamedTuple):
+    """The dense label map (`key.tokens.npy`) that every sample of a split has.
+
+    Attributes:
+        shape: (2, k, rows, columns): the k largest logits of every cell, then their classes.
+        dtype: NumPy's name of the type.
+        bytes: size of the `.npy` file.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -102,6 +119,12 @@ class Manifest:
     def num_classes(self) -> int:
         return len(self.classes)
 
+    @property
+    def token_labels(self) -> TokenLabels | None:
+        """What is known of the samples' label maps; None if they have none."""
+        described = self.options.get("token_labels")
+        return described and TokenLabels(tuple(described["shape"]), described["dtype"], described["bytes"])
+
     def fingerprint(self) -> str:
         """Hash of the *contents*: classes and shard hashes, so two preparations of the same bytes agree."""
         content = {"classes": self.classes, "shards": [[s.samples, s.sha256] for s in self.shards]}
@@ -144,6 +167,14 @@ class Manifest:
                 f"{path}: damaged or edited by hand ({type(error).__name__}: {error}); "
                 "run the same `rookery prep` command again: it writes the manifest anew from its records"
             ) from error
+
+
+def token_labels_offset(offset: int, size: int) -> int:
+    """Byte of the shard at which a sample's label map starts, given the range of its image.
+
+    Between the two stand the header and the one block of the label, and the map's own header.
+    """
+    return offset + -(-size // TAR_BLOCK) * TAR_BLOCK + 3 * TAR_BLOCK
 
 
 def load_index(directory: str | Path, shard: Shard) -> np.ndarray:

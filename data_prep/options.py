@@ -25,6 +25,7 @@ class PrepOptions:
         shuffle_seed: seed of that shuffle.
         resize: shrink images whose short side is longer than this to this; None keeps the original bytes.
         quality: JPEG quality wherever an image is encoded again.
+        token_labels: directory of dense label maps, which are stored beside the images of splits named train*.
         max_bad: dropped images tolerated; None means 0.1 % of the split, and at least 10.
         workers: worker processes; None takes every usable core. Changes no byte of the result.
         overwrite: replace shards made with other options or from another source.
@@ -43,6 +44,7 @@ class PrepOptions:
     shuffle_seed: int = 0
     resize: int | None = None
     quality: int = 90
+    token_labels: Path | None = None
     max_bad: int | None = None
     workers: int | None = None
     overwrite: bool = False
@@ -64,6 +66,10 @@ class PrepOptions:
         """Seed of the global shuffle of a split, None where it keeps the order of the source."""
         shuffle = split.startswith("train") if self.shuffle is None else self.shuffle
         return self.shuffle_seed if shuffle else None
+
+    def maps_of(self, split: str) -> Path | None:
+        """Directory of the label maps of a split; evaluation needs none."""
+        return self.token_labels if split.startswith("train") else None
 
     def content(self, split: str) -> dict[str, Any]:
         """The options that change the bytes of a split, as the manifest keeps them."""

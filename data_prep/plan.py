@@ -11,6 +11,7 @@ import numpy as np
 
 from data_prep.options import PrepOptions
 from data_prep.sources.base import Listing
+from data_prep.token_labels import TokenMaps
 
 MIN_SHARDS = 16  # small sets: enough shards for several ranks and loader workers each ...
 MIN_SHARD_SAMPLES = 64  # ... as long as a shard is still worth a file
@@ -34,8 +35,12 @@ class Plan:
         return hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()
 
 
-def make_plan(listing: Listing, kind: str, name: str, split: str, options: PrepOptions) -> Plan:
+def make_plan(
+    listing: Listing, kind: str, name: str, split: str, options: PrepOptions, maps: TokenMaps | None = None
+) -> Plan:
     """Cut the (shuffled) listing into shards whose sample counts differ by at most one.
+
+    `maps` are stored with the images.
 
     Positions, not usable images, are dealt out: an image that is dropped leaves every other shard as it is.
     """
@@ -44,7 +49,7 @@ def make_plan(listing: Listing, kind: str, name: str, split: str, options: PrepO
     description = {
         "format": options.format,
         "split": split,
-        "options": options.content(split),
+        "options": options.content(split) | ({} if maps is None else {"token_labels": maps.description()}),
         "source": {"kind": kind, "name": name, "images": len(listing), "fingerprint": listing.fingerprint()},
     }
     return Plan(np.array_split(order, shard_count(listing, options)), description)

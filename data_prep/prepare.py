@@ -17,6 +17,8 @@ from data_prep.sources import open_source
 from data_prep.sources.base import Listing, Source
 from data_prep.sources.folder import FolderSource
 from data_prep.state import Record, SplitState, writing
+from data_prep.token_labels import TokenMaps, open_token_maps
+from data_prep.wording import counted
 from data_prep.workers import build_shards, usable_cores
 
 SHOWN = 20
@@ -64,11 +66,19 @@ def prepare_splits(
     opened = open_source(source, options) if isinstance(source, str | Path) else source
     if opened.kind == FolderSource.kind and Path(out).resolve().is_relative_to(opened.path.resolve()):
         raise UserError(f"{out}: lies inside the class folders of {opened.path}; choose an OUT outside")
+    chosen = list(splits or opened.splits())
+    if options.token_labels is not None and not any(map(options.maps_of, chosen)):
+        raise UserError(
+            f"--token-labels: label maps are for splits named train*, and there is none in {', '.join(chosen)}; "
+            "leave it out, or name the split with --split"
+        )
     jobs = {}
-    for split in splits or opened.splits():  # all of them are listed before any work: a bad one shows at once
+    for split in chosen:  # all of them are listed before any work: a bad one shows at once
         listing = _list(opened, split, progress)
-        plan = make_plan(listing, opened.kind, opened.name, split, options)
-        jobs[split] = _SplitJob(split, listing, plan, SplitState(Path(out) / split), options, progress)
+        directory = options.maps_of(split)
+        maps = None if directory is None else open_token_maps(directory, listing)
+        plan = make_plan(listing, opened.kind, opened.name, split, options, maps)
+        jobs[split] = _SplitJob(split, listing, plan, maps, SplitState(Path(out) / split), options, progress)
     return {split: job.run() for split, job in jobs.items()}
 
 
@@ -83,7 +93,7 @@ def _list(source: Source, split: str, progress: Progress) -> Listing:
     progress.say(f"{split}: listing {source.name} ({source.kind})")
     listing = source.listing(split if split in offered else offered[0])
     if not len(listing):
-        raise UserError(f"{source.name}: no images in the split {split}")
+        raise UserError(f"{source.name}: no images in the split {split}; are its class folders empty?")
     return listing
 
 
@@ -94,6 +104,7 @@ class _SplitJob:
     split: str
     listing: Listing
     plan: Plan
+    maps: TokenMaps | None
     state: SplitState
     options: PrepOptions
     progress: Progress
@@ -112,7 +123,9 @@ class _SplitJob:
             manifest = self._manifest([records[file] for file in files])
             if manifest == current:
                 done = "mended" if missing else "complete already, nothing to do"
-                self._say(f"{done} ({manifest.num_samples:,} samples in {len(manifest.shards):,} shards)")
+                self._say(
+                    f"{done} ({counted(manifest.num_samples, 'sample')} in {counted(len(manifest.shards), 'shard')})"
+                )
                 return manifest
             self._check_bad(manifest)
             manifest.save(self.state.directory)
@@ -128,10 +141,17 @@ class _SplitJob:
     def _build(self, missing: list[int], records: dict[str, Record]) -> None:
         """Build the missing shards and add their records to `records`."""
         options, files, images = self.options, self._files(), len(self.listing)
-        finished = f", of which {len(records):,} are finished" if records else ""
-        self._say(f"{images:,} images, {len(self.listing.classes):,} classes, {len(files):,} shards{finished}")
+        finished = f", {len(records):,} of them finished" if records else ""
+        classes = counted(len(self.listing.classes), "class")
+        self._say(f"{counted(images, 'image')}, {classes}, {counted(len(files), 'shard')}{finished}")
         builder = ShardBuilder(
-            self.state, self.plan.fingerprint, self.listing.reader, options.format, options.resize, options.quality
+            self.state,
+            self.plan.fingerprint,
+            self.listing.reader,
+            options.format,
+            options.resize,
+            options.quality,
+            self.maps,
         )
 
         def task_of(number: int) -> ShardTask:
@@ -167,9 +187,9 @@ class _SplitJob:
         (self.state.directory / MANIFEST_NAME).unlink(missing_ok=True)
         listed = describe_quarantine(bad)
         if not manifest.shards:
-            raise UserError(f"{self.split}: none of the {images:,} images is usable\n{listed}")
+            raise UserError(f"{self.split}: none of the images is usable ({counted(images, 'image')})\n{listed}")
         raise UserError(
-            f"{self.split}: {len(bad):,} of {images:,} images are bad, {tolerated:,} are tolerated\n{listed}\n"
+            f"{self.split}: {len(bad):,} of {counted(images, 'image')} bad, {tolerated:,} tolerated\n{listed}\n"
             f"mend the source, or leave them out: the same command with --max-bad {len(bad)} (no shard is made again)"
         )
 

@@ -28,6 +28,7 @@ from data_prep.atomic import sync_directory, write_atomic
 from data_prep.errors import UserError
 from data_prep.manifest import MANIFEST_NAME, BadImage, Shard
 from data_prep.plan import Plan
+from data_prep.wording import counted
 
 STATE_FOLDER = ".prep"
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -109,10 +110,8 @@ class SplitState:
             if path.name == MANIFEST_NAME or path.name.endswith((".tar", ".idx.npy"))
         )
         if found:
-            raise UserError(
-                f"{self.directory}: holds {found[0]} and {len(found) - 1} other files that no preparation "
-                f"recorded here; {advice}"
-            )
+            others = f" and {counted(len(found) - 1, 'other file')}" if len(found) > 1 else ""
+            raise UserError(f"{self.directory}: holds {found[0]}{others} that no preparation recorded here; {advice}")
 
     def _clean(self, finished: set[str], split: str) -> None:
         """Remove shards without a valid record, and records without their shard."""
@@ -181,8 +180,8 @@ def file_sha256(path: Path) -> str:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
-    for key in sorted(new["options"]):
-        before, after = old.get("options", {}).get(key), new["options"][key]
+    for key in sorted({*old.get("options", {}), *new["options"]}):
+        before, after = old.get("options", {}).get(key), new["options"].get(key)
         if before != after:
             yield f"{key} was {before}, is {after}"
     for key in ("format", "split"):

@@ -12,12 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.manifest import INDEX_DTYPE
+from data_prep.token_labels import EXTENSION
 
 END_MARK = bytes(2 * tarfile.BLOCKSIZE)
 
 
 class TarShardWriter:
-    """Writes `key.<extension>` and `key.cls` per sample, plain ustar, with time, owner and group zero.
+    """Writes `key.<extension>`, `key.cls` and, where there is a label map, `key.tokens.npy` per sample.
+
+    Plain ustar, with time, owner and group zero.
 
     After `close()`, `bytes`, `sha256`, `index_bytes` and `index_sha256` describe the two files, which are on the disk.
     """
@@ -37,10 +40,12 @@ class TarShardWriter:
     def samples(self) -> int:
         return len(self._rows)
 
-    def add(self, key: str, extension: str, data: bytes, label: int) -> None:
-        """Append one sample."""
+    def add(self, key: str, extension: str, data: bytes, label: int, tokens: bytes | None = None) -> None:
+        """Append one sample; `tokens` is its label map as an `.npy` file."""
         offset = self._member(f"{key}.{extension}", data)
         self._member(f"{key}.cls", str(label).encode())
+        if tokens is not None:  # third: `manifest.token_labels_offset` relies on it
+            self._member(f"{key}.{EXTENSION}", tokens)
         self._rows.append((offset, len(data), label, key.encode()))
 
     def close(self) -> None:

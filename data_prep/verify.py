@@ -11,10 +11,20 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import UserError
-from data_prep.manifest import INDEX_DTYPE, MANIFEST_NAME, Manifest, Shard, load_index
+from data_prep.manifest import (
+    INDEX_DTYPE,
+    MANIFEST_NAME,
+    Manifest,
+    Shard,
+    TokenLabels,
+    load_index,
+    token_labels_offset,
+)
 from data_prep.progress import Progress, SilentProgress
 from data_prep.state import STATE_FOLDER, file_sha256
-from data_prep.tarscan import TarError, members
+from data_prep.tarscan import Member, TarError, members
+from data_prep.token_labels import EXTENSION
+from data_prep.wording import counted
 from data_prep.workers import usable_cores
 
 REPAIR = "run the same `rookery prep` command again with --repair: it makes only what is damaged"
@@ -46,11 +56,19 @@ def split_directories(directory: str | Path) -> list[Path]:
     """
     path = Path(directory)
     if not path.is_dir():
-        raise UserError(f"{path}: no such directory")
+        raise UserError(f"{path}: {'a file' if path.exists() else 'no such directory'}; name a folder with shards")
     if _is_split(path):
         return [path]
-    splits = sorted(below for below in path.iterdir() if below.is_dir() and _is_split(below))
+    splits = _splits_in(path)
     if not splits:
+        deeper = [(below, _splits_in(below)) for below in _folders(path)]
+        deeper += [(below, _splits_in(below)) for folder, found in deeper if not found for below in _folders(folder)]
+        held = [f"{below} ({', '.join(split.name for split in found)})" for below, found in sorted(deeper) if found]
+        if held:
+            raise UserError(
+                f"{path}: not itself a data set, but it holds {counted(len(held), 'data set')}: "
+                f"{', '.join(held)}; name {'it' if len(held) == 1 else 'one of them'}"
+            )
         raise UserError(f"{path}: nothing here was made by `rookery prep`: no {MANIFEST_NAME}, no shards")
     return splits
 
@@ -104,7 +122,7 @@ def _check_shard(directory: Path, shard: Shard, manifest: Manifest) -> Iterator[
             whole = False
             yield path.name, what
     if whole:
-        what = _disagreement(directory, shard, manifest.num_classes)
+        what = _disagreement(directory, shard, manifest)
         if what:
             yield shard.index_file, what
 
@@ -121,36 +139,43 @@ def _damage(path: Path, sha256: str, size: int | None) -> str | None:
         return f"unreadable ({error.strerror or error})"
 
 
-def _disagreement(directory: Path, shard: Shard, classes: int) -> str | None:
+def _disagreement(directory: Path, shard: Shard, manifest: Manifest) -> str | None:
     """How the index differs from the tar's own headers, None if it doesn't."""
+    classes = manifest.num_classes
     try:
         index = load_index(directory, shard)
         with open(directory / shard.file, "rb", buffering=0) as file:
-            found = _scan(file.fileno())
+            found = _scan(file.fileno(), manifest.token_labels)
     except (UserError, TarError, ValueError, OSError) as error:
         return str(error)
     if len(found) != len(index):
-        return f"{len(index)} rows, but the tar holds {len(found)} samples"
+        return f"{counted(len(index), 'row')}, but the tar holds {counted(len(found), 'sample')}"
     for column in INDEX_DTYPE.names or ():
         wrong = np.flatnonzero(found[column] != index[column])
         if len(wrong):
             row = wrong[0]
             return f"row {row}: {column} is {index[column][row].item()}, in the tar it is {found[column][row].item()}"
     if len(index) and not 0 <= index["label"].min() <= index["label"].max() < classes:
-        return f"labels from {index['label'].min()} to {index['label'].max()}, but there are {classes} classes"
+        lowest, highest = index["label"].min(), index["label"].max()
+        return f"labels from {lowest} to {highest}, but the manifest has {counted(classes, 'class')}"
     if len(np.unique(index["key"])) != len(index):
         return "two samples have the same key"
     return None
 
 
-def _scan(descriptor: int) -> np.ndarray:
-    """The index that the tar's headers and labels make."""
+def _scan(descriptor: int, tokens: TokenLabels | None) -> np.ndarray:
+    """The index that the tar's headers and labels make; the label maps must be where readers look for them."""
     rows = []
     files = members(descriptor)
     for image, label in zip(files, files, strict=True):
         key, _, extension = image.name.partition(".")
         if label.name != f"{key}.cls" or not extension:
             raise TarError(f"{image.name} is followed by {label.name}, not by {key}.cls")
+        if tokens is not None:
+            expected = Member(f"{key}.{EXTENSION}", token_labels_offset(image.offset, image.size), tokens.bytes)
+            found = next(files, None)
+            if found != expected:
+                raise TarError(f"{label.name} is followed by {found}, not by {expected}")
         rows.append((image.offset, image.size, int(os.pread(descriptor, label.size, label.offset)), key.encode()))
     return np.array(rows, dtype=INDEX_DTYPE)
 
@@ -159,6 +184,14 @@ def _extra(directory: Path, manifest: Manifest) -> list[str]:
     known = {name for shard in manifest.shards for name in (shard.file, shard.index_file)}
     suffixes = (".tar", ".idx.npy")
     return sorted(path.name for path in directory.iterdir() if path.name.endswith(suffixes) and path.name not in known)
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(below for below in path.iterdir() if below.is_dir() and not below.name.startswith("."))
+
+
+def _splits_in(path: Path) -> list[Path]:
+    return [below for below in _folders(path) if _is_split(below)]
 
 
 def _is_split(path: Path) -> bool:

@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from launch import compare_cli, config_cli, eval_cli, models_cli, prep_cli, sync_cli, train_cli
+from launch import compare_cli, config_cli, eval_cli, export_cli, models_cli, prep_cli, sync_cli, train_cli
 from pipeline.errors import UserError
 
 _commands = typer.Typer(
@@ -23,6 +23,7 @@ _commands.command()(train_cli.train)
 _commands.command("eval")(eval_cli.evaluate)
 _commands.command()(compare_cli.compare)
 _commands.command()(models_cli.models)
+_commands.command()(export_cli.export)
 _commands.command()(sync_cli.sync)
 _commands.command()(config_cli.config)
 

@@ -16,7 +16,8 @@ def config(
 ) -> None:
     """Print a recipe as it would run; without one, every key with its default and meaning.
 
-    Exit status: 0, or 2 for a mistake in the recipe.
+    The model is built, without memory for its weights, so that a name or option it doesn't know is told here too; the
+    data are not looked at. Exit status: 0, or 2 for a mistake in the recipe.
     """
     from pipeline.config_load import dump_config, load_config
     from pipeline.config_schema import describe_keys, file_schema
@@ -24,7 +25,12 @@ def config(
     if schema:
         typer.echo(json.dumps(file_schema(), indent=1))
     elif recipe is not None:
-        typer.echo(dump_config(load_config(recipe, overrides or [])), nl=False)
+        # torch takes seconds to import; a list of the keys need not wait for it.
+        from pipeline.resolve import build_model
+
+        resolved = load_config(recipe, overrides or [])
+        build_model(resolved, "meta")
+        typer.echo(dump_config(resolved), nl=False)
     else:
         for key, default, about, is_section in describe_keys():
             typer.echo(f"\n{key}  {default}  {about}" if is_section else f"  {key:<36} {default:<14} {about}")

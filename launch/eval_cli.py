@@ -1,24 +1,46 @@
-"""`rookery eval`: exact-once evaluation of a run's weights."""
+"""`rookery eval`: exact-once evaluation of a run's weights, and the search for the best crop ratio."""
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.errors import UserError
 
+if TYPE_CHECKING:
+    from pipeline.train.eval_worker import EvalJob
+
+_PRECISIONS = ("fp32", "bf16", "fp16")
+
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="run directory, or a directory with model.safetensors and config.json")],
     data: Annotated[str | None, typer.Option(help="split to evaluate on; default: the run's data.val")] = None,
-    weights: Annotated[str, typer.Option(help="of a run directory: final or best")] = "final",
+    weights: Annotated[
+        str | None, typer.Option(help="of a run: final, best, or last (newest checkpoint); default: final, else last")
+    ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="processes on this node")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="samples per process and forward")] = 64,
     workers: Annotated[int, typer.Option(min=0, help="loader processes per process")] = 2,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: the run's, else fp32")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per process; default: shared evenly")] = None,
+    crop_pct: Annotated[
+        float | None, typer.Option(help="crop ratio, input size / resized shorter side; above 1 adds a black frame")
+    ] = None,
+    calibrate: Annotated[
+        str | None, typer.Option(help="find the best crop ratio of FIRST:LAST:STEP (0.8:1.2:0.05) or of a list (0.9,1)")
+    ] = None,
+    holdout: Annotated[
+        float | None,
+        typer.Option(
+            help="with --calibrate: part of the samples, by a hash of their keys, that the best ratio is "
+            "measured and not chosen on; 0: choose and measure on all; default: 0.5"
+        ),
+    ] = None,
     output: Annotated[str, typer.Option(help="also write the JSON result to this file")] = "",
 ) -> None:
     """Evaluate on every sample of a split exactly once and print one line of JSON.
@@ -26,28 +48,109 @@ def evaluate(
     Exit status: 0 evaluated, 2 a mistake in the arguments.
     """
     from launch.workers import Nodes, start_workers
+    from pipeline.train.calibrate import parse_ratios
+    from pipeline.train.eval_worker import payload
+
+    _check_numbers(precision, crop_pct, calibrate, holdout)
+    _check_output(output)
+    job = find_job(run, weights, data, precision)
+    job = replace(
+        job,
+        batch_size=batch_size,
+        workers=workers,
+        output=output,
+        crop_pct=crop_pct,
+        ratios=[] if calibrate is None else parse_ratios(calibrate),
+        holdout=0.5 if holdout is None else holdout,
+    )
+    if job.step is not None:
+        typer.echo(f"evaluating the checkpoint of step {job.step}: {job.weights}", err=True)
+    raise typer.Exit(start_workers("pipeline.train.eval_worker", payload(job), Nodes(nproc), threads))
+
+
+def _check_numbers(precision: str | None, crop_pct: float | None, calibrate: str | None, holdout: float | None) -> None:
+    if precision is not None and precision not in _PRECISIONS:
+        raise UserError(f"--precision {precision}: choose fp32, bf16 or fp16")
+    if crop_pct is not None and calibrate is not None:
+        raise UserError("--crop-pct evaluates with one ratio, --calibrate searches several; choose one of them")
+    if holdout is not None and calibrate is None:
+        raise UserError("--holdout is the part that --calibrate does not choose on; add --calibrate, or leave it out")
+    if holdout is not None and not 0 <= holdout < 1:
+        raise UserError(f"--holdout {holdout:g}: a part of the samples, at least 0 and below 1")
+
+
+def _check_output(output: str) -> None:
+    """Find out now, rather than after hours of evaluation, that the result can't be written."""
+    if not output:
+        return
+    path = Path(output)
+    if path.is_dir():
+        raise UserError(f"{path}: a folder; name a file for --output")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: can't be written (there is no folder {path.parent}); choose another --output")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{path}: can't be written (no permission); choose another --output")
+
+
+def find_job(run: Path, weights: str | None, data: str | None, precision: str | None) -> EvalJob:
+    """What to evaluate, and what the run's config says about how.
+
+    Raises:
+        UserError: there is nothing to evaluate there, or no split to do it on.
+    """
     from pipeline.config_load import parse_tree
-    from pipeline.tracking.run_dir import RunDir
-    from pipeline.train.eval_worker import EvalJob, payload
+    from pipeline.tracking.run_dir import CONFIG_NAME, RunDir
+    from pipeline.train.eval_worker import EvalJob
     from pipeline.train.export import MODEL_CONFIG
 
-    directory = run
-    if not (run / MODEL_CONFIG).is_file():
-        saved = RunDir.saved_config(run)
-        if saved is None:
-            raise UserError(f"{run}: neither a run directory (config.yaml) nor exported weights ({MODEL_CONFIG})")
-        config = parse_tree(saved, str(run / "config.yaml"))
-        data, precision = data or config.data.val, precision or config.train.precision
-        directory = run / weights
-        if not (directory / MODEL_CONFIG).is_file():
-            present = [name for name in ("best", "final") if (run / name / MODEL_CONFIG).is_file()]
-            raise UserError(
-                f"{directory}: no such weights; the run has {' and '.join(present) or 'none yet'}"
-                + (f", choose with --weights {present[0]}" if present else ", train it to its end first")
-            )
+    if not run.is_dir():
+        raise UserError(f"{run}: {_no_directory(run)}; name a run directory (runs/<name>) or one with exported weights")
+    if (run / MODEL_CONFIG).is_file():
+        if data is None:
+            raise UserError(f"{run}: which split? pass --data DIRECTORY")
+        return EvalJob(str(run), data, precision=precision or "fp32")
+    saved = RunDir.saved_config(run)
+    if saved is None:
+        raise UserError(
+            f"{run}: neither a run directory ({CONFIG_NAME}) nor exported weights ({MODEL_CONFIG}){_runs_in(run)}"
+        )
+    config = parse_tree(saved, str(run / CONFIG_NAME))
+    data = data or config.data.val
     if data is None:
         raise UserError(f"{run}: which split? pass --data DIRECTORY")
-    if precision not in (None, "fp32", "bf16", "fp16"):
-        raise UserError(f"--precision {precision}: choose fp32, bf16 or fp16")
-    job = EvalJob(str(directory), data, batch_size, workers, precision or "fp32", output)
-    raise typer.Exit(start_workers("pipeline.train.eval_worker", payload(job), Nodes(nproc), threads))
+    directory, step = _weights_of(run, weights)
+    return EvalJob(str(directory), data, str(run), step, precision=precision or config.train.precision)
+
+
+def _weights_of(run: Path, weights: str | None) -> tuple[Path, int | None]:
+    """Exported weights of a run, or its newest complete checkpoint with its step."""
+    from pipeline.train.checkpoint import CheckpointStore
+    from pipeline.train.export import MODEL_CONFIG
+
+    exported = [name for name in ("best", "final") if (run / name / MODEL_CONFIG).is_file()]
+    wanted = weights or ("final" if "final" in exported else "last")
+    if wanted in exported:
+        return run / wanted, None
+    if wanted == "last":
+        newest = CheckpointStore(run / "checkpoints").newest()
+        if newest is not None:
+            return newest.path, newest.step
+        if weights is None:
+            raise UserError(f"{run}: no final weights and no complete checkpoint yet; train it first")
+    has_checkpoint = any((run / "checkpoints").glob("step-*"))
+    there = exported + (["last"] if has_checkpoint and wanted != "last" else [])
+    raise UserError(
+        f"{run / wanted}: no such weights; the run has {' and '.join(there) or 'none yet'}"
+        + (f", choose with --weights {there[0]}" if there else ", train it first")
+    )
+
+
+def _no_directory(path: Path) -> str:
+    return "a file" if path.exists() else "no such directory"
+
+
+def _runs_in(folder: Path) -> str:
+    from pipeline.tracking.runs import is_run
+
+    runs = sorted(path.name for path in folder.iterdir() if is_run(path))
+    return f"; it holds the runs {', '.join(runs)}: name one of them" if runs else ""

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Annotated, Any
 
 import typer
+
+from launch.facts_cache import FactsCache
+
+# Of the columns left of the source, in characters; fixed, so that a family is printed as soon as it is counted.
+_SIZE, _PARAMS, _MACS, _TOP1 = 4, 8, 8, 16
 
 
 def models(
@@ -16,11 +23,13 @@ def models(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """List the architectures: parameters, multiply-adds per image, the paper's top-1 and where it is reported."""
-    rows = [_row(name, img_size) for name in _matching(pattern)]
-    if as_json:
-        typer.echo(json.dumps(rows, indent=2))
-    else:
-        _print_table(rows)
+    names = _matching(pattern)
+    with FactsCache() as cache:
+        rows = (_row(name, img_size, cache) for name in names)
+        if as_json:
+            typer.echo(json.dumps(list(rows), indent=2))
+        else:
+            _print_families(rows, max(map(len, names)))
 
 
 def _matching(pattern: str) -> list[str]:
@@ -33,17 +42,18 @@ def _matching(pattern: str) -> list[str]:
     return names
 
 
-def _row(name: str, img_size: int | None) -> dict[str, object]:
+def _row(name: str, img_size: int | None, cache: FactsCache) -> dict[str, Any]:
     from pipeline.models import model_info
-    from pipeline.models.facts import model_facts
 
-    info, facts = model_info(name), model_facts(name, img_size=img_size)
+    info = model_info(name)
+    params, macs = cache.facts(name, img_size)
     return {
         "name": name,
+        "family": info.family,
         "img_size": img_size or info.img_size,
         "num_classes": info.config["num_classes"],
-        "params": facts.params,
-        "macs": facts.macs,
+        "params": params,
+        "macs": macs,
         "top1": info.top1,
         "dataset": info.dataset,
         "paper": info.paper,
@@ -51,18 +61,20 @@ def _row(name: str, img_size: int | None) -> dict[str, object]:
     }
 
 
-def _print_table(rows: list[dict[str, object]]) -> None:
+def _print_families(rows: Iterator[dict[str, Any]], name_width: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, header_style="bold")
-    table.add_column("name", no_wrap=True)
-    for heading in ("size", "params M", "GMACs", "top-1"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("source")
-    for row in rows:
-        figures = f"{row['params'] / 1e6:.2f}", f"{row['macs'] / 1e9:.3f}"  # type: ignore[operator]
-        top1 = f"{row['top1']} {row['dataset']}" if row["top1"] else ""
-        source = ", ".join(filter(None, (str(row["paper"]), str(row["source"]))))
-        table.add_row(str(row["name"]), str(row["img_size"]), *figures, top1, source)
-    Console().print(table)
+    console = Console()
+    for number, (paper, family) in enumerate(groupby(rows, key=lambda row: row["paper"])):
+        table = Table(box=None, header_style="bold", show_header=number == 0, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("name", no_wrap=True, min_width=name_width)
+        for heading, width in (("size", _SIZE), ("params M", _PARAMS), ("GMACs", _MACS), ("top-1", _TOP1)):
+            table.add_column(heading, justify="right", no_wrap=True, min_width=width)
+        table.add_column("source")
+        table.add_row(f"[bold]{paper}[/]")
+        for row in family:
+            figures = f"{row['params'] / 1e6:.2f}", f"{row['macs'] / 1e9:.3f}"
+            top1 = f"{row['top1']} {row['dataset']}" if row["top1"] else ""
+            table.add_row(row["name"], str(row["img_size"]), *figures, top1, row["source"])
+        console.print(table)

@@ -19,6 +19,7 @@ from data_prep.prepare import describe_quarantine, prepare_splits
 from data_prep.progress import SilentProgress, make_progress
 from data_prep.verify import split_directories
 from data_prep.verify import verify as verify_directory
+from data_prep.wording import counted
 
 INTERRUPTED = 130
 
@@ -59,6 +60,10 @@ def prep(
         ),
     ] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality where an image is encoded again.")] = 90,
+    token_labels: Annotated[
+        Path | None,
+        typer.Option(help="Folder of dense label maps, <class>/<image>.pt, to store beside the training images."),
+    ] = None,
     max_bad: Annotated[
         int | None,
         typer.Option(min=0, help="Bad images tolerated (they are dropped). Default: 0.1 % of the split, at least 10."),
@@ -102,6 +107,7 @@ def prep(
         shuffle_seed=shuffle_seed,
         resize=resize,
         quality=quality,
+        token_labels=token_labels,
         max_bad=max_bad,
         workers=workers,
         overwrite=overwrite,
@@ -136,7 +142,7 @@ def verify(
     else:
         for problem in problems:
             typer.echo(f"{problem.split}/{problem.file}: {problem.what}\n    {problem.mend}")
-        wrong = f"{len(problems)} problems" if problems else "everything is as it was made"
+        wrong = counted(len(problems), "problem") if problems else "everything is as it was made"
         typer.echo(f"{', '.join(path.name for path in splits)}: {wrong}")
     if problems:
         raise typer.Exit(1)
@@ -145,9 +151,10 @@ def verify(
 def _summary(manifest: Manifest, out: Path) -> str:
     size = sum(shard.bytes for shard in manifest.shards)
     line = (
-        f"{out / manifest.split}: {manifest.num_samples:,} samples, {manifest.num_classes:,} classes, "
-        f"{len(manifest.shards):,} shards, {size / 1e6:,.1f} MB, fingerprint {manifest.fingerprint()[:12]}"
+        f"{out / manifest.split}: {counted(manifest.num_samples, 'sample')}, {counted(manifest.num_classes, 'class')}, "
+        f"{counted(len(manifest.shards), 'shard')}, {size / 1e6:,.1f} MB, fingerprint {manifest.fingerprint()[:12]}"
     )
     if not manifest.quarantine:
         return line
-    return f"{line}\n{len(manifest.quarantine)} images dropped or repaired:\n{describe_quarantine(manifest.quarantine)}"
+    bad = counted(len(manifest.quarantine), "image")
+    return f"{line}\n{bad} dropped or repaired:\n{describe_quarantine(manifest.quarantine)}"

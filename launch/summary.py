@@ -7,6 +7,7 @@ from rich.table import Table
 
 from launch.workers import Nodes
 from pipeline.resolve import Resolved
+from pipeline.wording import counted
 
 _OPTIMIZER_COPIES = 4  # weights, gradients and AdamW's two moments, all float32
 
@@ -32,16 +33,28 @@ def summary(run: Resolved, job: Nodes) -> dict[str, str]:
     return {
         "run": f"{config.out}/{config.name}",
         "model": f"{config.model.name}, {run.params:,} parameters, {run.macs / 1e9:.3f} GMACs at "
-        f"{config.model.img_size} px, {config.model.num_classes} classes",
-        "data": f"{config.data.train}, {run.train.num_samples:,} samples in {len(run.train.shards)} shards"
+        f"{config.model.img_size} px, {counted(run.train.num_classes, 'class')}"
+        + ("" if config.model.init is None else f"; starts from {config.model.init}"),
+        "data": f"{config.data.train}, {counted(run.train.num_samples, 'sample')} in "
+        f"{counted(len(run.train.shards), 'shard')}"
         + ("" if run.val is None else f"; evaluated on {run.val.num_samples:,} of {config.data.val}"),
-        "batch": f"{order.batch} = {job.world_size} processes x {train.accumulate} micro-batches x "
-        f"{local // train.accumulate}; {order.lanes} lanes of {run.order.chunk} samples a step",
-        "learning rate": f"{run.peak_lr:.4g}{rule}; warm-up {plan.warmup_steps:,} steps, then cosine to "
-        f"{optim.schedule.min_lr:g}; weight decay {optim.weight_decay:g}",
-        "length": f"{train.epochs} = {plan.total_steps:,} steps of {plan.steps_per_epoch:,} an epoch"
-        f" = {plan.total_steps * order.batch:,} samples{ends}",
+        "batch": f"{order.batch} = {counted(job.world_size, 'process')} x {counted(train.accumulate, 'micro-batch')} x "
+        f"{local // train.accumulate}; {counted(order.lanes, 'lane')} of {counted(order.chunk, 'sample')} a step",
+        "learning rate": f"{run.peak_lr:.4g}{rule}; warm-up {counted(plan.warmup_steps, 'step')}, then cosine to "
+        f"{optim.schedule.min_lr:g}{_epoch_rule(run)}; weight decay {optim.weight_decay:g}",
+        "length": f"{train.epochs} = {counted(plan.total_steps, 'step')} of {plan.steps_per_epoch:,} an epoch"
+        f" = {counted(plan.total_steps * order.batch, 'sample')}{ends}",
         "compute": f"{train.precision}, {config.engine.name}; "
         f"{6 * run.macs * plan.end_step * order.batch / 1e15:.4g} PFLOP in all",
         "memory": f"{state:.2f} GB per process for weights, gradients and optimizer, activations not counted",
     }
+
+
+def _epoch_rule(run: Resolved) -> str:
+    schedule = run.config.optim.schedule
+    parts = [
+        "one rate an epoch" if schedule.by == "epoch" else "",
+        f"{schedule.delay} late" if run.plan.delay_steps else "",
+        f"the last {schedule.cooldown} at that" if run.plan.cooldown_steps else "",
+    ]
+    return "".join(f", {part}" for part in parts if part)

@@ -9,6 +9,7 @@ import typer
 
 from pipeline.tracking.mlflow_mirror import Mirror, PushReport
 from pipeline.tracking.runs import find_runs
+from pipeline.wording import counted
 
 
 def sync(
@@ -29,4 +30,5 @@ def sync(
 def _counts(report: PushReport) -> str:
     if not (report.lines or report.params or report.artifacts or report.values):
         return "nothing new"
-    return f"{report.values} values of {report.lines} lines, {report.params} parameters, {report.artifacts} files"
+    values = f"{counted(report.values, 'value')} of {counted(report.lines, 'line')}"
+    return f"{values}, {counted(report.params, 'parameter')}, {counted(report.artifacts, 'file')}"

@@ -28,6 +28,7 @@ def train(
     from pipeline.resolve import resolve
     from pipeline.train.process import INTERRUPTED
     from pipeline.train.setup import try_samples
+    from pipeline.wording import counted
 
     job = Nodes(nproc, nodes, rendezvous)
     resolved = resolve(load_config(config, overrides or []), job.world_size)
@@ -35,7 +36,7 @@ def train(
     if dry_run:
         try_samples(resolved)
         return
-    typer.echo(f"starting {job.nproc} process{'es' if job.nproc > 1 else ''} ...")
+    typer.echo(f"starting {counted(job.nproc, 'process')} ...")
     status = start_workers("pipeline.train.worker", resolved.config.model_dump_json(), job, threads)
     if status == INTERRUPTED:
         typer.echo("interrupted; the same command continues from the newest checkpoint", err=True)

@@ -48,6 +48,12 @@ class ModelConfig(Section):
     img_size: int | None = Field(None, ge=1, description="image side in pixels; null: the model's own")
     in_chans: Literal[1, 3] = Field(3, description="image channels")
     drop_path_rate: float | None = Field(None, ge=0, lt=1, description="stochastic depth; null: the model's own")
+    init: Directory | None = Field(
+        None, description="weights to start from: a run's final/ directory or a .safetensors file; null: random"
+    )
+    init_head: Literal["keep", "new"] = Field(
+        "keep", description="keep: the head of `init` too; new: a random head, for other classes"
+    )
     options: Annotated[dict[str, Any], BeforeValidator(_empty_for_null)] = Field(
         default_factory=dict, description="other arguments of the model; null drops those of a base"
     )
@@ -85,10 +91,24 @@ class DataConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning rate over a run: linear warm-up, then half a cosine, both counted in samples."""
+    """Learning rate over a run: linear warm-up, half a cosine, cool-down. Formulas: `pipeline.train.schedule`."""
 
-    warmup: Duration = Field(Duration(0, "ep"), description="length of the linear warm-up from 0")
-    min_lr: float = Field(0.0, ge=0, description="learning rate at the end")
+    warmup: Duration = Field(Duration(0, "ep"), description="length of the linear warm-up")
+    warmup_lr: float = Field(0.0, ge=0, description="learning rate it starts from; not scaled with the batch")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end; not scaled with the batch")
+    by: Literal["step", "epoch"] = Field(
+        "step", description="step: a new rate every step (NesT); epoch: one for each epoch (DeiT, HVT, Refiner)"
+    )
+    cosine: Literal["after_warmup", "from_start"] = Field(
+        "after_warmup",
+        description="after_warmup: begins at the peak (NesT); from_start: runs from step 0, under the warm-up (timm)",
+    )
+    delay: Duration = Field(
+        Duration(0, "ep"), description="everything this much later, the first rate holds until then (DeiT, HVT: 1ep)"
+    )
+    cooldown: Duration = Field(
+        Duration(0, "ep"), description="last part of train.epochs, at min_lr (Refiner: 10ep of 310)"
+    )
 
 
 class OptimConfig(Section):
@@ -124,9 +144,27 @@ class TrainConfig(Section):
     activation_checkpointing: bool = Field(False, description="recompute activations in backward, to save memory")
     clip_grad_norm: float | None = Field(None, gt=0, description="clip the global gradient norm")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="exponential moving average of the weights, per step")
-    max_bad_steps: int = Field(10, ge=0, description="steps skipped for a NaN or Inf before the run stops")
+    max_bad_steps: int = Field(10, ge=0, description="steps in a row skipped for a NaN or Inf before the run stops")
     deterministic: bool = Field(True, description="deterministic kernels only")
     log_every: Interval = Field(Duration(20, "steps"), description="how often metrics are logged")
+
+
+class ObjectiveConfig(Section):
+    """What the loss is made of besides the cross-entropy of the classes; see docs/token_labels.md."""
+
+    token_labels: bool = Field(
+        False, description="train the class token and every patch token on the label maps of the shards"
+    )
+    cls_weight: float = Field(1.0, ge=0, description="weight of the class token's cross-entropy")
+    dense_weight: float = Field(0.5, ge=0, description="weight of the patch tokens' cross-entropy")
+    mix_token: bool = Field(False, description="paste a box of tokens from another sample (MixToken)")
+    cos_weight: float = Field(
+        0.0, ge=0, description="weight of the mean cosine between consecutive attention maps (Refiner: 0.1)"
+    )
+    cos_pairs: int = Field(12, ge=1, description="how many pairs of maps are compared, from the first layer on")
+    official_roi_order: bool = Field(
+        False, description="read label maps at the crop with x and y exchanged, as the official code does"
+    )
 
 
 class EvalConfig(Section):
@@ -173,6 +211,7 @@ class RunConfig(Section):
     augment: AugmentConfig = AugmentConfig()
     eval_transform: EvalTransformConfig = EvalTransformConfig()
     mix: MixConfig = MixConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig
     optim: OptimConfig
     eval: EvalConfig = EvalConfig()
@@ -206,11 +245,23 @@ class RunConfig(Section):
                 f"data.lanes={lanes} does not divide train.global_batch_size={batch}; "
                 f"set data.lanes to a divisor of {batch} (or leave it out)"
             )
+        if self.model.init_head == "new" and self.model.init is None:
+            yield "model.init_head=new goes with weights to start from: set model.init, or leave model.init_head out"
         if self.eval.weights == "ema" and self.train.ema_decay is None:
             yield "eval.weights=ema needs an average to evaluate: set train.ema_decay (0.9999, say)"
-        peak, floor = self.optim.peak_lr(batch), self.optim.schedule.min_lr
-        if floor > peak:
-            yield f"optim.schedule.min_lr={floor:g} is above the peak learning rate {peak:g}; lower it"
+        peak, schedule = self.optim.peak_lr(batch), self.optim.schedule
+        for key, rate in (("min_lr", schedule.min_lr), ("warmup_lr", schedule.warmup_lr)):
+            if rate > peak:
+                yield f"optim.schedule.{key}={rate:g} is above the peak learning rate {peak:g}; lower it"
+        objective = self.objective
+        if not objective.token_labels:
+            for key in ("mix_token", "official_roi_order"):
+                if getattr(objective, key):
+                    yield f"objective.{key}=true goes with labels for tokens: set objective.token_labels=true"
+            if objective.cls_weight == 0:
+                yield "objective.cls_weight=0 leaves no labels to learn from: set objective.token_labels=true"
+        elif objective.cls_weight == objective.dense_weight == 0:
+            yield "objective.cls_weight=0 and objective.dense_weight=0 leave nothing to learn: set one of them above 0"
         try:
             self.augment.mean_std(self.model.in_chans)
         except UserError as error:

@@ -89,6 +89,8 @@ def _describe(detail: Any, path: KeyPath, tree: dict[str, Any]) -> str:
         message = "too few values"
     if not key:
         return message
+    if value is None:
+        return f"{key} is empty (null): {message}"
     return f"{key}: {message}" if isinstance(value, dict) else f"{key}={_shown(value)}: {message}"
 
 

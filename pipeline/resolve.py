@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,11 @@ from pipeline.data.order import DataOrder, default_lanes
 from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
 from pipeline.models import ImageModel, create_model, num_drop_paths
+from pipeline.models.batch_norm import BatchNorm2d
 from pipeline.models.facts import count_macs
+from pipeline.train.checkpoint import COMMIT
+from pipeline.train.init_weights import check_init
+from pipeline.train.objective import check_objective
 from pipeline.train.plan import Plan
 from pipeline.train.schedule import CosineSchedule
 
@@ -34,6 +39,7 @@ class Resolved:
         params: parameters of the model.
         drop_paths: stochastic-depth branches of the model, which the loader draws uniforms for.
         macs: multiply-accumulates of one forward of one image.
+        token_grid: side of the model's token grid where its tokens have labels, else None.
     """
 
     config: RunConfig
@@ -44,6 +50,7 @@ class Resolved:
     params: int
     drop_paths: int
     macs: int
+    token_grid: int | None = None
 
     @property
     def peak_lr(self) -> float:
@@ -51,8 +58,7 @@ class Resolved:
 
     @property
     def schedule(self) -> CosineSchedule:
-        floor = self.config.optim.schedule.min_lr
-        return CosineSchedule(self.peak_lr, floor, self.plan.warmup_steps, self.plan.total_steps)
+        return make_schedule(self.config, self.plan)
 
 
 def resolve(config: RunConfig, world_size: int) -> Resolved:
@@ -68,6 +74,8 @@ def resolve(config: RunConfig, world_size: int) -> Resolved:
     config = _update(config, model={"num_classes": classes}, data={"lanes": lanes})
     _check_classes(config, train, val)
     model = build_model(config, "meta")
+    if config.model.init is not None and not _continues(config):
+        check_init(model, config.model, train.classes)
     config = _update(config, model={"img_size": model.img_size})
     order = DataOrder(
         tuple(shard.samples for shard in train.shards),
@@ -80,10 +88,29 @@ def resolve(config: RunConfig, world_size: int) -> Resolved:
     )
     plan = Plan.of(config, order.steps_per_epoch)
     _check_batch(config, order, world_size)
+    _check_batch_norm(config, model, order, world_size)
     _check_schedule(config, plan)
+    token_grid = check_objective(config, model, train, order, world_size)
     params = sum(p.numel() for p in model.parameters())
     macs = count_macs(model)
-    return Resolved(config, plan, order, train, val, params, num_drop_paths(model), macs)
+    return Resolved(config, plan, order, train, val, params, num_drop_paths(model), macs, token_grid)
+
+
+def make_schedule(config: RunConfig, plan: Plan) -> CosineSchedule:
+    """The learning rates of a run."""
+    settings = config.optim.schedule
+    return CosineSchedule(
+        peak=config.optim.peak_lr(config.train.global_batch_size),
+        floor=settings.min_lr,
+        total_steps=plan.total_steps,
+        warmup_steps=plan.warmup_steps,
+        warmup_lr=settings.warmup_lr,
+        cooldown_steps=plan.cooldown_steps,
+        delay_steps=plan.delay_steps,
+        by=settings.by,
+        cosine=settings.cosine,
+        epoch_steps=plan.steps_per_epoch,
+    )
 
 
 def build_model(config: RunConfig, device: str | torch.device) -> ImageModel:
@@ -100,6 +127,11 @@ def build_model(config: RunConfig, device: str | torch.device) -> ImageModel:
     except (ValueError, TypeError) as error:
         raise UserError(f"model: {error}") from error
     return model
+
+
+def _continues(config: RunConfig) -> bool:
+    """Whether the run directory holds a checkpoint, whose weights count rather than those of `model.init`."""
+    return any(Path(config.out, config.name, "checkpoints").glob(f"step-*/{COMMIT}"))
 
 
 def _update(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
@@ -140,9 +172,24 @@ def _check_batch(config: RunConfig, order: DataOrder, world_size: int) -> None:
         )
 
 
-def _check_schedule(config: RunConfig, plan: Plan) -> None:
-    if plan.warmup_steps >= plan.total_steps:
+def _check_batch_norm(config: RunConfig, model: ImageModel, order: DataOrder, world_size: int) -> None:
+    micro_batch = order.batch // world_size // config.train.accumulate
+    if micro_batch % order.chunk and any(isinstance(module, BatchNorm2d) for module in model.modules()):
         raise UserError(
-            f"optim.schedule.warmup={config.optim.schedule.warmup} ({plan.warmup_steps} steps) leaves nothing of "
-            f"train.epochs={config.train.epochs} ({plan.total_steps} steps); shorten it (optim.schedule.warmup=0ep)"
+            f"the BatchNorms of {config.model.name} see the {order.chunk} samples of a lane at a time, but "
+            f"train.accumulate={config.train.accumulate} leaves {micro_batch} samples to a micro-batch; set "
+            f"train.accumulate to a divisor of {order.lanes // world_size}, or more data.lanes"
         )
+
+
+def _check_schedule(config: RunConfig, plan: Plan) -> None:
+    settings = config.optim.schedule
+    ramps = {"warmup": plan.warmup_steps, "delay": plan.delay_steps, "cooldown": plan.cooldown_steps}
+    if sum(ramps.values()) < plan.total_steps:
+        return
+    named = " + ".join(f"{key}={getattr(settings, key)} ({steps} steps)" for key, steps in ramps.items() if steps)
+    longest = max(ramps, key=ramps.__getitem__)
+    raise UserError(
+        f"optim.schedule: {named} leaves nothing of train.epochs={config.train.epochs} ({plan.total_steps} steps) "
+        f"to the cosine; shorten it (optim.schedule.{longest}=0ep)"
+    )

@@ -288,11 +288,16 @@ def test_name_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file:
         ("augment.normalize={mean: [0.5]}", "augment.normalize.std is missing; add it to the config or pass"),
         ("model.options={num_classes: 3}", "num_classes is a key of its own: set model.num_classes instead"),
         ("model.options={1: 2}", "the key 1 is no text in YAML; put it in quotes"),
-        ("data.train=", "data.train=null: should be a valid string"),
+        ("data.train=", "data.train is empty (null): should be a valid string"),
+        ("train.epochs=", "override: train.epochs is empty (null): no duration; write a number and a unit, such as"),
         # conflicts
         ("data.lanes=5", "data.lanes=5 does not divide train.global_batch_size=64; set data.lanes to a divisor of 64"),
         ("eval.weights=ema", "eval.weights=ema needs an average to evaluate: set train.ema_decay"),
         ("optim.schedule.min_lr=1", "optim.schedule.min_lr=1 is above the peak learning rate 0.001; lower it"),
+        ("optim.schedule.warmup_lr=1", "optim.schedule.warmup_lr=1 is above the peak learning rate 0.001; lower it"),
+        ("optim.schedule.by=sample", "optim.schedule.by=sample: should be 'step' or 'epoch'"),
+        ("optim.schedule.delay=1", "optim.schedule.delay=1: no duration; write a number and a unit, such as 300ep"),
+        ("model.init_head=new", "model.init_head=new goes with weights to start from: set model.init, or leave"),
         ("model.in_chans=1", "augment.normalize has 3 channels but the model takes 1: set augment.normalize to half"),
     ],
 )  # fmt: skip
@@ -385,6 +390,22 @@ def test_command_prints_what_a_recipe_becomes(tmp_path: Path) -> None:
     copy = tmp_path / "copy.yaml"
     copy.write_text(result.stdout)
     assert load_config(copy) == load_config(DEMO, ["train.epochs=3"])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.name=nest_tny", "unknown model 'nest_tny', did you mean"),
+        ("model.options={depth: 3}", "has no option 'depth'"),
+        ("model.img_size=30", "30"),
+    ],
+)
+def test_command_looks_at_the_model_and_not_at_the_data(override: str, said: str) -> None:
+    fine = CliRunner().invoke(cli._commands, ["config", str(DEMO), "data.train=nowhere"])
+    assert fine.exit_code == 0
+    wrong = CliRunner().invoke(cli._commands, ["config", str(DEMO), "data.train=nowhere", override])
+    assert isinstance(wrong.exception, UserError) and said in str(wrong.exception)
+    assert not wrong.stdout
 
 
 def test_command_lists_every_key_with_its_default() -> None:

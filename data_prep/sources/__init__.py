@@ -12,6 +12,7 @@ from data_prep.sources.digits import DigitsSource
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.ilsvrc import IlsvrcSource
 from data_prep.sources.parquet import ParquetSource
+from data_prep.wording import counted
 
 # In the order of detection: a folder of class folders is what remains when nothing more particular fits.
 SOURCES = {source.kind: source for source in (DigitsSource, IlsvrcSource, CifarSource, ParquetSource, FolderSource)}
@@ -40,4 +41,12 @@ def open_source(where: str | Path, options: PrepOptions | None = None) -> Source
         for kind in [SOURCES[options.kind]] if options.kind else SOURCES.values():
             if options.kind or kind.matches(path):
                 return kind(path, options)
-    raise UserError(f"{where}: not a source that is understood; those are\n{UNDERSTOOD}")
+        what = _what_is(path)
+    raise UserError(f"{where}: {what}; a source is one of\n{UNDERSTOOD}")
+
+
+def _what_is(path: Path) -> str:
+    if not path.is_dir():
+        return "not a source that is understood"
+    files = sum(not entry.name.startswith(".") for entry in path.iterdir())
+    return f"a folder with {counted(files, 'file')}, but no class folders" if files else "an empty folder"

@@ -26,12 +26,14 @@ class Item(NamedTuple):
         key: its sample key.
         label: position of its class in the class list.
         at: the numbers its reader finds it by.
+        stem: its file name without extension, empty where the source has no file names.
     """
 
     name: str
     key: str
     label: int
     at: tuple[int, ...]
+    stem: str = ""
 
 
 class Reader(Protocol):
@@ -91,6 +93,7 @@ class Listing:
                 sample_key(i, self.stems[i] if self.stems else ""),
                 int(self.labels[i]),
                 tuple(self.at[i].tolist()),
+                self.stems[i] if self.stems else "",
             )
             for i in positions.tolist()
         ]

@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from pipeline.data.augment.mix_token import draw_mix_token
 from pipeline.data.augment.mixing import MixConfig, MixParams, draw_mix
+from pipeline.data.augment.token_labels import TokenLabelBatch, decode_map
+from pipeline.data.augment.transforms import TrainTransform
 from pipeline.data.batches import Batches, Failed
 from pipeline.data.order import DataOrder
 from pipeline.data.shards import Sample, ShardSet
@@ -38,6 +42,7 @@ class TrainBatch(NamedTuple):
         samples: (b,) int64, positions in the manifest.
         drop_path: (b, P) float32 uniforms, one per sample and stochastic-depth branch.
         mix: partners, weights and boxes of mixup and CutMix.
+        tokens: label maps; None where the tokens have no labels of their own.
     """
 
     images: torch.Tensor
@@ -45,6 +50,22 @@ class TrainBatch(NamedTuple):
     samples: torch.Tensor
     drop_path: torch.Tensor
     mix: MixParams
+    tokens: TokenLabelBatch | None = None
+
+
+@dataclass(frozen=True)
+class TokenLabelOptions:
+    """How token labels are read.
+
+    Attributes:
+        grid: tokens on a side of the model.
+        mix_token: draw a MixToken box for every lane chunk.
+        swap_axes: read the crop as the official code does, with x and y exchanged.
+    """
+
+    grid: int
+    mix_token: bool
+    swap_axes: bool
 
 
 class EvalBatch(NamedTuple):
@@ -91,12 +112,13 @@ class StepDataset(Dataset):
     Args:
         shards: the training split.
         order: which samples when.
-        transform: (image, seed, epoch, index) to a (C, H, W) tensor; a pure function.
+        transform: (image, seed, epoch, index) to a (C, H, W) tensor; a pure function; with `tokens` a `TrainTransform`.
         mix: mixup and CutMix.
         img_size: side of the images that `transform` returns.
         in_chans: image channels.
         drop_paths: stochastic-depth branches of the model.
         rank, world_size: this process among those that share the steps.
+        tokens: read the label maps of the shards; None: don't.
 
     Raises:
         UserError: `world_size` does not divide the lanes.
@@ -113,11 +135,12 @@ class StepDataset(Dataset):
         drop_paths: int,
         rank: int,
         world_size: int,
+        tokens: TokenLabelOptions | None = None,
     ) -> None:
         order.check_world_size(world_size)
         self.shards, self.order, self.transform, self.mix = shards, order, transform, mix
         self.img_size, self.in_chans, self.drop_paths = img_size, in_chans, drop_paths
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.tokens = rank, world_size, tokens
 
     def __getitem__(self, step: int) -> TrainBatch | Failed:
         try:
@@ -130,11 +153,20 @@ class StepDataset(Dataset):
         chosen = order.step(step, self.rank, self.world_size)
         # Copies of a sample in repeated augmentation are told apart as if they were further samples.
         ids = chosen.samples + chosen.copies * order.num_samples
-        images, labels = [], []
-        for sample, index in zip(self.shards.read(chosen.samples), ids, strict=True):
+        images, labels, maps, warps = [], [], [], []
+        read = self.shards.read(chosen.samples, tokens=self.tokens is not None)
+        for sample, index in zip(read, ids, strict=True):
             with _naming(sample, self.shards):
                 image = decode(sample.data, self.in_chans)
-                images.append(self.transform(image, seed, chosen.epoch, int(index)))
+                if self.tokens is None or sample.tokens is None:
+                    images.append(self.transform(image, seed, chosen.epoch, int(index)))
+                else:
+                    assert isinstance(self.transform, TrainTransform), "only it knows where pixels come from"
+                    swap = self.tokens.swap_axes
+                    pixels, warp = self.transform.traced(image, seed, chosen.epoch, int(index), swap)
+                    images.append(pixels)
+                    warps.append(warp)
+                    maps.append(decode_map(sample.tokens))
             labels.append(sample.label)
         branches = np.arange(self.drop_paths)
         return TrainBatch(
@@ -143,7 +175,18 @@ class StepDataset(Dataset):
             torch.from_numpy(chosen.samples),
             torch.from_numpy(uniform(seed, _DROP_PATH_STREAM, chosen.epoch, ids[:, None], branches)),
             draw_mix(self.mix, seed, step, chosen.lanes, order.chunk, self.img_size),
+            self._tokens(step, chosen.lanes, maps, warps),
         )
+
+    def _tokens(
+        self, step: int, lanes: np.ndarray, maps: list[torch.Tensor], warps: list[np.ndarray]
+    ) -> TokenLabelBatch | None:
+        if self.tokens is None:
+            return None
+        mix = None
+        if self.tokens.mix_token:
+            mix = draw_mix_token(self.order.seed, step, lanes, self.order.chunk, self.tokens.grid)
+        return TokenLabelBatch(torch.stack(maps), torch.from_numpy(np.stack(warps)), mix)
 
 
 class EvalDataset(Dataset):

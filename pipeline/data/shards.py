@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from data_prep.manifest import Manifest, load_index
+from data_prep.manifest import Manifest, load_index, token_labels_offset
 from pipeline.errors import UserError
 
 # An open shard holds two file descriptors, of which a process often has no more than 1,024.
@@ -21,11 +21,12 @@ MAX_OPEN = 256
 
 @dataclass(frozen=True)
 class Sample:
-    """One encoded sample: its key, the bytes of the image file, and its label."""
+    """One encoded sample: its key, the bytes of the image file, its label, the bytes of its label map if asked for."""
 
     key: str
     data: bytes
     label: int
+    tokens: bytes | None = None
 
 
 class _OpenShard(NamedTuple):
@@ -58,16 +59,19 @@ class ShardSet:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def read(self, samples: Iterable[int]) -> Iterator[Sample]:
-        """The given samples, in the given order.
+    def read(self, samples: Iterable[int], tokens: bool = False) -> Iterator[Sample]:
+        """The given samples, in the given order; with `tokens` their label maps too, which the split must have.
 
         Raises:
             UserError: a shard can't be read or ends before the sample does, or its index was changed.
         """
         for sample in samples:
             shard, row = self._find(sample)
-            data = self._pread(shard, int(row["size"]), int(row["offset"]))
-            yield Sample(row["key"].decode(), data, int(row["label"]))
+            offset, size = int(row["offset"]), int(row["size"])
+            data = self._pread(shard, size, offset)
+            yield Sample(
+                row["key"].decode(), data, int(row["label"]), self._map(shard, offset, size) if tokens else None
+            )
 
     def keys(self, samples: Iterable[int]) -> list[str]:
         """Keys of the given samples, without reading them."""
@@ -128,6 +132,11 @@ class ShardSet:
                 )
             self._checked.add(shard)
         return index
+
+    def _map(self, shard: int, offset: int, size: int) -> bytes:
+        described = self.manifest.token_labels
+        assert described is not None, "resolve checks that the split has label maps"
+        return self._pread(shard, described.bytes, token_labels_offset(offset, size))
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
         path = self.directory / self.manifest.shards[shard].file

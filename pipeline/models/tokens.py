@@ -162,7 +162,7 @@ class TokenTransformer(ImageModel):
         """
         x = plane.flatten(2).transpose(1, 2)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = self.pos_drop(x + self.pos_embed)
         maps: Tensor | None = None
         for i, block in enumerate(self.blocks):

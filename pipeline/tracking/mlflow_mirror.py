@@ -41,7 +41,14 @@ MAX_METRICS = 1000
 MAX_PARAMS = 100
 LOCK_NAME = ".mlflow.lock"
 UID_TAG = "rookery.uid"
-_STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED", "killed": "KILLED"}
+# MLflow knows no more words than these; the tag `state` has ours.
+_STATUS = {
+    "finished": "FINISHED",
+    "stopped": "FINISHED",
+    "failed": "FAILED",
+    "interrupted": "KILLED",
+    "killed": "KILLED",
+}
 # Its own retries would keep a push busy for minutes; ours come later, with everything that has gathered by then.
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -103,8 +110,8 @@ class Mirror:
         """Upload what is new. A failure in the middle loses and repeats nothing at the next push.
 
         Args:
-            status: "finished", "failed", "interrupted" or "killed" when the run has ended: also sends the closing
-                figures and ends the MLflow run.
+            status: "finished", "stopped", "failed", "interrupted" or "killed" when the run has ended: also sends the
+                closing figures and ends the MLflow run.
 
         Raises:
             UserError: mlflow is missing, the server can't be reached or refuses; the message says which.
@@ -137,7 +144,7 @@ class Mirror:
         self._send_metrics(state, report)
         if status is not None:
             self._send_summary(state, report)
-            self._send_tags(state)
+            self._send_tags(state, status)
             self._client.set_terminated(state.run_id, _STATUS[status], end_time=run_times(self.run)[1])
         self._send_files(state, report)
 
@@ -161,7 +168,7 @@ class Mirror:
         state.run_id = found.info.run_id
         state.save(self.run, self.uri)
         self._send_params(state, params, found.data.params, report)
-        self._send_tags(state)
+        self._send_tags(state, run_state(self.run))
         if found.info.status != "RUNNING" and run_state(self.run) == "running":
             self._client.update_run(state.run_id, status="RUNNING")
 
@@ -228,10 +235,11 @@ class Mirror:
         if changed:
             self._client.log_batch(state.run_id, tags=[RunTag("config_changed", shorten(json.dumps(changed), MAX_TAG))])
 
-    def _send_tags(self, state: MirrorState) -> None:
+    def _send_tags(self, state: MirrorState, became: str) -> None:
         from mlflow.entities import RunTag
 
-        tags = run_tags(self.run) | {clean_key(k): shorten(v, MAX_TAG) for k, v in self._tags.items()}
+        own = {clean_key(k): shorten(v, MAX_TAG) for k, v in self._tags.items()}
+        tags = run_tags(self.run) | {"state": became} | own
         every = [RunTag(key, value) for key, value in tags.items()]
         for start in range(0, len(every), MAX_PARAMS):
             self._client.log_batch(state.run_id, tags=every[start : start + MAX_PARAMS])

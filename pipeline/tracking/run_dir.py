@@ -40,7 +40,7 @@ RESULT_NAME = "result.json"
 CHECKPOINTS_NAME = "checkpoints.json"
 LOCK_NAME = ".lock"
 
-EndStatus = Literal["finished", "failed", "interrupted"]
+EndStatus = Literal["finished", "stopped", "failed", "interrupted"]
 
 
 class RunDir:
@@ -136,7 +136,11 @@ class RunDir:
         write_json(self.path / CHECKPOINTS_NAME, references)
 
     def close(self, status: EndStatus = "finished") -> None:
-        """Record how the session ended and let the next process in; calling it again does nothing."""
+        """Record how the session ended and let the next process in; calling it again does nothing.
+
+        Args:
+            status: "finished", "stopped" (as planned, before the end of the schedule), "failed" or "interrupted".
+        """
         if self._lock_fd < 0:
             return
         try:

@@ -32,7 +32,8 @@ class RunSummary:
     Attributes:
         name: the directory's name.
         path: the directory.
-        state: running, finished, failed, interrupted (it ended in order, to be resumed), killed, or unknown.
+        state: running, finished, stopped (as planned, before the schedule's end), failed, interrupted (it ended in
+            order, to be resumed), killed, or unknown.
         config: resolved config, flat (`train.epochs`).
         params: model parameters.
         step, total_steps, epoch, total_epochs: how far it is, and how far it goes.

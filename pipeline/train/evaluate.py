@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -13,7 +13,6 @@ from pipeline.data.loader import EvalBatch
 from pipeline.train.distributed import World
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module, batches: Iterable[EvalBatch], autocast: AbstractContextManager[None], world: World
 ) -> dict[str, float]:
@@ -25,23 +24,61 @@ def evaluate(
     Returns:
         `top1`, `top5` as fractions, `loss`, and `count`, the samples counted.
     """
+    counts, losses = _tally(model, ((batch, None) for batch in batches), 1, autocast, world)
+    return _figures(counts, losses)
+
+
+def evaluate_parts(
+    model: nn.Module,
+    batches: Iterable[EvalBatch],
+    parts: Sequence[torch.Tensor],
+    autocast: AbstractContextManager[None],
+    world: World,
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """`evaluate`, over the whole split and over each of its two parts, in one pass; collective.
+
+    Args:
+        parts: for every batch (b,) int64, 0 or 1: the part that each sample belongs to.
+
+    Returns:
+        Figures of the whole split, and those of the parts.
+
+    Raises:
+        ZeroDivisionError: a part has no sample.
+    """
+    counts, losses = _tally(model, zip(batches, parts, strict=True), 2, autocast, world)
+    return _figures(counts.sum(1), losses.sum()), [_figures(counts[:, i], losses[i]) for i in range(2)]
+
+
+@torch.no_grad()
+def _tally(
+    model: nn.Module,
+    batches: Iterable[tuple[EvalBatch, torch.Tensor | None]],
+    parts: int,
+    autocast: AbstractContextManager[None],
+    world: World,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Top-1 hits, top-5 hits and samples (3, parts) int64, and summed losses (parts,) float64, over all processes."""
     was_training = model.training
     model.eval()
-    counts = torch.zeros(3, dtype=torch.int64, device=world.device)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-    for batch in batches:
+    counts = torch.zeros(3, parts, dtype=torch.int64, device=world.device)
+    losses = torch.zeros(parts, dtype=torch.float64, device=world.device)
+    for batch, part in batches:
         images = batch.images.to(world.device, non_blocking=True)
         labels = batch.labels.to(world.device, non_blocking=True)
         real = batch.real.to(world.device, non_blocking=True)
+        into = torch.zeros_like(labels) if part is None else part.to(world.device, non_blocking=True)
         with autocast:
             logits = model(images)
         logits = logits.float()
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         hits = torch.stack([top[:, 0] & real, top.any(dim=1) & real, real])
-        counts += hits.sum(dim=1)
-        loss_sum += (F.cross_entropy(logits, labels, reduction="none").double() * real).sum()
+        counts.index_add_(1, into, hits.long())
+        losses.index_add_(0, into, F.cross_entropy(logits, labels, reduction="none").double() * real)
     model.train(was_training)
-    world.sum(counts)
-    world.sum(loss_sum)
-    top1, top5, count = counts.tolist()
+    return world.sum(counts), world.sum(losses)
+
+
+def _figures(counts: torch.Tensor, loss_sum: torch.Tensor) -> dict[str, float]:
+    top1, top5, count = counts.flatten().tolist()
     return {"top1": top1 / count, "top5": top5 / count, "loss": loss_sum.item() / count, "count": count}

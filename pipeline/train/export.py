@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-from pipeline.models import create_model
+from pipeline.models import ImageModel, create_model
 from pipeline.train.engines import Engine
 
 WEIGHTS = "model.safetensors"
@@ -31,30 +33,62 @@ def save_weights(
     weights = engine.full_weights(config.eval.weights)
     if not weights:
         return
+    with whole_directory(directory, replace=True) as part:
+        write_weights(part, weights, describe(config, classes, figures))
+
+
+def describe(config: RunConfig, classes: list[str], figures: dict[str, Any]) -> dict[str, Any]:
+    """The content of `config.json` for the model of a run.
+
+    Args:
+        config: the resolved config.
+        classes: names of the outputs.
+        figures: how well the weights do, from the run's own evaluation; empty where they weren't evaluated.
+    """
+    return {
+        "model": config.model.name,
+        "overrides": config.model.overrides(),
+        "figures": figures,
+        "classes": classes,
+        "augment": config.augment.model_dump(mode="json"),
+        "eval_transform": config.eval_transform.model_dump(mode="json"),
+    }
+
+
+def write_weights(directory: Path, weights: Mapping[str, torch.Tensor], described: Mapping[str, Any]) -> None:
+    """Write `model.safetensors` and `config.json` into a directory."""
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, directory / WEIGHTS)
+    (directory / MODEL_CONFIG).write_text(json.dumps(described, indent=1) + "\n")
+    # safetensors lets only the owner read its file; others may use the model as well as its config.
+    shutil.copymode(directory / MODEL_CONFIG, directory / WEIGHTS)
+
+
+@contextmanager
+def whole_directory(directory: Path, replace: bool = False) -> Iterator[Path]:
+    """A directory to write files into, flushed and renamed to `directory` at the end; removed if anything fails.
+
+    Raises:
+        UserError: no space, no permission, or `directory` holds something and `replace` is false.
+    """
     part = directory.with_name(f".{directory.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
     try:
+        shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, part / WEIGHTS)
-        described = {
-            "model": config.model.name,
-            "overrides": config.model.overrides(),
-            "figures": figures,
-            "classes": classes,
-        }
-        described["augment"] = config.augment.model_dump(mode="json")
-        described["eval_transform"] = config.eval_transform.model_dump(mode="json")
-        (part / MODEL_CONFIG).write_text(json.dumps(described, indent=1))
+        yield part
         for file in part.iterdir():
             with open(file, "rb") as f:
                 os.fsync(f.fileno())
-        shutil.rmtree(directory, ignore_errors=True)
+        if replace:
+            shutil.rmtree(directory, ignore_errors=True)
         part.rename(directory)
-    except OSError as error:
-        raise UserError(f"{directory}: can't be written ({error.strerror}); free space, then start again") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{directory}: can't be written ({reason}); free space, then start again") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
-def load_weights(directory: Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_weights(directory: Path) -> tuple[ImageModel, dict[str, Any]]:
     """The model of an exported directory with its weights, and the content of its `config.json`.
 
     Raises:
@@ -64,12 +98,14 @@ def load_weights(directory: Path) -> tuple[nn.Module, dict[str, Any]]:
         described = json.loads((directory / MODEL_CONFIG).read_text())
         weights: dict[str, torch.Tensor] = load_file(directory / WEIGHTS)
     except FileNotFoundError as error:
-        raise UserError(f"{directory}: no exported model here ({Path(error.filename).name} is missing)") from error
-    except (OSError, ValueError) as error:
+        # safetensors says which file is missing in its text only.
+        name = Path(error.filename).name if error.filename else WEIGHTS
+        raise UserError(f"{directory}: no exported model here ({name} is missing)") from error
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{directory}: can't read the exported model: {error}") from error
     try:
         model = create_model(described["model"], **described["overrides"])
         model.load_state_dict(weights)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{directory}: the weights don't fit the model that {MODEL_CONFIG} names: {error}") from error
     return model, described

@@ -12,11 +12,12 @@ import torch
 from pipeline.config import RunConfig
 from pipeline.data.shards import ShardSet
 from pipeline.resolve import resolve
-from pipeline.train.checkpoint import CheckpointStore
+from pipeline.train.checkpoint import Checkpoint, CheckpointStore
 from pipeline.train.distributed import World
 from pipeline.train.engines import Engine, make_engine
 from pipeline.train.evaluate import evaluate
 from pipeline.train.meters import StepMeter
+from pipeline.train.objective import Objective
 from pipeline.train.recorder import Recorder
 from pipeline.train.setup import eval_batches, initial_model, train_batches
 from pipeline.train.state import State
@@ -41,12 +42,14 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
         shards = ShardSet(config.data.train)
         # Before the engine: the loaders' fork server does its imports while the model is built.
         validation = None if run.val is None else eval_batches(config, world)
-        engine = make_engine(initial_model(config, world), config, world)
         store = CheckpointStore(Path(config.out, config.name, "checkpoints"), config.checkpoint.keep_last)
-        state = restore(engine, store, world)
+        newest = world.on_main(store.newest)
+        engine = make_engine(initial_model(config, world, newest is not None), config, world)
+        state = restore(engine, newest)
         recorder.start(state, world)
         trace = open_trace(config, shards, world, stack)
         meter = StepMeter(world, run.order.batch, run.macs)
+        objective = Objective(config.objective, run.train.num_classes, run.token_grid)
         batches = iter(train_batches(run, shards, world, state.step))
 
         while state.step < plan.end_step:
@@ -54,15 +57,15 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
                 batch = next(batches)
             seed_step(config.seed, state.step, world.rank)
             lr = run.schedule.lr(state.step)
-            meter.add(*train_step(engine, batch, lr, config.train.accumulate, run.train.num_classes, world.device))
+            meter.add(train_step(engine, batch, lr, config.train.accumulate, objective, world.device))
             trace.add(state.step, batch.samples)
             state.step += 1
             recorder.advance(state.step)
             if plan.logs(state.step):
                 figures, bad = meter.read(state.step)
-                state.skipped += len(bad)
+                streak = state.note_skipped(bad)
                 recorder.train(state, lr, figures, bad)
-                stop_if_diverged(state, config.train.max_bad_steps, world)
+                stop_if_diverged(streak, config.train.max_bad_steps, world)
             if validation is not None and plan.evaluates(state.step):
                 with meter.paused():
                     weights = engine.eval_model(config.eval.weights)
@@ -75,23 +78,24 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
         return recorder.finish(state, engine)
 
 
-def restore(engine: Engine, store: CheckpointStore, world: World) -> State:
+def restore(engine: Engine, newest: Checkpoint | None) -> State:
     """Load the newest complete checkpoint into the engine; a new state when there is none."""
-    newest = world.on_main(store.newest)
     if newest is None:
         return State()
     engine.load(newest.path)
     return State(**newest.progress())
 
 
-def stop_if_diverged(state: State, limit: int, world: World) -> None:
-    """End a run that skips too many steps, on all processes alike.
+def stop_if_diverged(streak: int, limit: int, world: World) -> None:
+    """End a run that skips too many steps in a row, on all processes alike.
+
+    Single ones are no sign of trouble: in fp16 the loss scale grows until a gradient overflows, again and again.
 
     Raises:
-        UserError: more than `limit` steps were skipped.
+        UserError: more than `limit` steps were skipped in a row.
     """
-    if state.skipped > limit:
+    if streak > limit:
         world.fail(
-            f"{state.skipped} steps had a NaN or infinite gradient, train.max_bad_steps={limit} are tolerated; "
+            f"{streak} steps in a row had a NaN or infinite gradient, train.max_bad_steps={limit} are tolerated; "
             "lower optim.lr, lengthen optim.schedule.warmup or set train.clip_grad_norm, and start again"
         )

@@ -6,11 +6,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import nan
 
 import psutil
 import torch
 
 from pipeline.train.distributed import World
+from pipeline.train.step import StepResult
 
 # Dense bf16/fp16 peak of a device in TFLOP/s, from its data sheet; the first name that is part of the device's counts.
 PEAK_TFLOPS = {
@@ -47,9 +49,7 @@ class StepMeter:
     world: World
     batch: int
     macs: int
-    _losses: list[torch.Tensor] = field(default_factory=list)
-    _skipped: list[torch.Tensor] = field(default_factory=list)
-    _norm: torch.Tensor | None = None
+    _results: list[StepResult] = field(default_factory=list)
     _wait: float = 0.0
     _busy: float = 0.0
     _started: bool = False
@@ -73,11 +73,9 @@ class StepMeter:
         yield
         self._mark = time.perf_counter()
 
-    def add(self, loss: torch.Tensor, norm: torch.Tensor, skipped: torch.Tensor) -> None:
-        """One step's results, 0-D tensors still being computed."""
-        self._losses.append(loss)
-        self._skipped.append(skipped)
-        self._norm = norm
+    def add(self, result: StepResult) -> None:
+        """One step's results, still being computed."""
+        self._results.append(result)
 
     def read(self, step: int) -> tuple[dict[str, float], list[int]]:
         """Figures of the window that ends after `step` steps, then empty it; collective.
@@ -85,16 +83,17 @@ class StepMeter:
         Returns:
             The figures, and which steps of the window were skipped (counted from 0).
         """
-        assert self._norm is not None, "read comes after at least one step"
-        losses = self.world.sum(torch.stack(self._losses)) / self.world.size
-        skipped = torch.stack(self._skipped).tolist()
-        good = [loss for loss, skip in zip(losses.tolist(), skipped, strict=True) if not skip]
-        norm = float(self._norm)
+        names = ["loss", *self._results[-1].parts]
+        losses = torch.stack([torch.stack([result.loss, *result.parts.values()]) for result in self._results])
+        losses = self.world.sum(losses) / self.world.size
+        skipped = torch.stack([result.skipped for result in self._results]).tolist()
+        good = [row for row, skip in zip(losses.tolist(), skipped, strict=True) if not skip]
+        norm = float(self._results[-1].norm)
         self._lap()
         steps = len(skipped)
         images = steps * self.batch / self._busy
         figures = {
-            "loss": sum(good) / len(good) if good else float("nan"),
+            **{name: sum(row[i] for row in good) / len(good) if good else nan for i, name in enumerate(names)},
             "grad_norm": norm,
             "images_per_second": images,
             "step_seconds": self._busy / steps,
@@ -105,7 +104,7 @@ class StepMeter:
         peak = peak_tflops(self.world.device)
         if peak is not None:
             figures["mfu"] = figures["tflops_per_process"] / peak
-        self._losses, self._skipped, self._wait, self._busy = [], [], 0.0, 0.0
+        self._results, self._wait, self._busy = [], 0.0, 0.0
         return figures, [step - steps + i for i, skip in enumerate(skipped) if skip]
 
     def _lap(self) -> None:

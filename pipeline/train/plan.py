@@ -16,6 +16,7 @@ class Plan:
         steps_per_epoch: whole batches in an epoch.
         total_steps: length that the schedule spans.
         end_step: where the run ends; below `total_steps` with `train.stop_after`.
+        warmup_steps, delay_steps, cooldown_steps: of the learning rate.
         log_every, eval_every, save_every: intervals.
     """
 
@@ -23,6 +24,8 @@ class Plan:
     total_steps: int
     end_step: int
     warmup_steps: int
+    delay_steps: int
+    cooldown_steps: int
     log_every: int
     eval_every: int
     save_every: int
@@ -41,6 +44,8 @@ class Plan:
             total_steps=total,
             end_step=total if stop is None else min(total, max(1, steps(stop))),
             warmup_steps=steps(config.optim.schedule.warmup),
+            delay_steps=steps(config.optim.schedule.delay),
+            cooldown_steps=steps(config.optim.schedule.cooldown),
             log_every=max(1, steps(config.train.log_every)),
             eval_every=max(1, steps(config.eval.every)),
             save_every=max(1, steps(config.checkpoint.every)),
@@ -49,6 +54,11 @@ class Plan:
     def epoch(self, step: int) -> float:
         """Epochs done after `step` steps."""
         return step / self.steps_per_epoch
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the run goes to the end of its schedule."""
+        return self.end_step == self.total_steps
 
     def logs(self, step: int) -> bool:
         return step % self.log_every == 0 or step == self.end_step

@@ -9,6 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from pipeline.config import RunConfig
 from pipeline.config_load import flatten
 from pipeline.errors import UserError
 from pipeline.resolve import Resolved
@@ -23,6 +26,7 @@ from pipeline.train.engines import Engine
 from pipeline.train.export import WEIGHTS, save_weights
 from pipeline.train.progress import Reporter
 from pipeline.train.state import State
+from pipeline.wording import counted
 
 # Keys that may differ between the starts of one run: they decide where and how fast, not what is computed.
 FREE_KEYS = (
@@ -34,6 +38,7 @@ FREE_KEYS = (
     "data.workers",
     "data.prefetch",
     "data.trace",
+    "train.accumulate",
     "train.stop_after",
     "train.log_every",
     "train.max_bad_steps",
@@ -105,7 +110,7 @@ class Recorder:
         self._log("eval", state.step, **figures)
         self._report.say(
             f"step {state.step}  top1 {figures['top1']:.4f}  top5 {figures['top5']:.4f}  loss {figures['loss']:.4f}"
-            f"  of {figures['count']} samples"
+            f"  of {counted(int(figures['count']), 'sample')}"
         )
         if state.best == state.last:
             save_weights(self.path / "best", engine, self.run.config, self.run.train.classes, figures)
@@ -129,6 +134,11 @@ class Recorder:
             self.run_dir.write_checkpoints({name: file_reference(self.path / name / WEIGHTS) for name in names})
             top1 = "" if state.last is None else f" top1={state.last['top1']:.4f}"
             self._report.end()
+            if not self.run.plan.is_whole:
+                self._report.say(
+                    f"stopped after step {state.step} of {self.run.plan.total_steps}, as train.stop_after="
+                    f"{config.train.stop_after} says; the same command with a later one, or without it, goes on"
+                )
             self._report.say(f"run={self.path}{top1}")
         return result
 
@@ -151,7 +161,7 @@ def _open(run: Resolved) -> Iterator[Recorder]:
         status: EndStatus = "failed"
         try:
             yield recorder
-            status = "finished"
+            status = "finished" if run.plan.is_whole else "stopped"
         except KeyboardInterrupt:
             status = "interrupted"
             raise
@@ -161,6 +171,7 @@ def _open(run: Resolved) -> Iterator[Recorder]:
             metrics.close()
             if mirror is not None:
                 mirror.close(status)
+        run_dir.close(status)
 
 
 def _log_system(metrics: MetricsLog, figures: dict[str, Any]) -> None:
@@ -202,7 +213,7 @@ def check_same_run(path: Path, run: Resolved) -> None:
         return
     if run.config.resume == "never":
         raise UserError(f"{path} holds a run already and resume=never; choose another name=... or remove it")
-    before, now = flatten(saved), flatten(redact(run.config.model_dump(mode="json")))
+    before, now = flatten(_with_defaults(saved)), flatten(redact(run.config.model_dump(mode="json")))
     differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     differing = [key for key in differing if not key.startswith(FREE_KEYS)]
     if differing:
@@ -215,6 +226,14 @@ def check_same_run(path: Path, run: Resolved) -> None:
     _check_same_data(path, run)
 
 
+def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved config with the defaults of keys that came after it, which are chosen so that they change nothing."""
+    try:
+        return redact(RunConfig.model_validate(saved).model_dump(mode="json"))
+    except ValidationError:
+        return saved
+
+
 def _check_same_data(path: Path, run: Resolved) -> None:
     saved = (read_json(path / "facts.json") or {}).get("datasets", {})
     for split, now in facts(run)["datasets"].items():
@@ -222,7 +241,8 @@ def _check_same_data(path: Path, run: Resolved) -> None:
         if before is not None and before["fingerprint"] != now["fingerprint"]:
             raise UserError(
                 f"{path} was trained on other shards than data.{split}={now['path']} holds now "
-                f"({before['samples']} samples, fingerprint {before['fingerprint'][:12]} there; {now['samples']}, "
+                f"({counted(before['samples'], 'sample')}, fingerprint {before['fingerprint'][:12]} there; "
+                f"{counted(now['samples'], 'sample')}, "
                 f"{now['fingerprint'][:12]} here); choose another name=..., or point data.{split} at the old shards"
             )
 

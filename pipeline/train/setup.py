@@ -9,22 +9,32 @@ from torch import nn
 
 from pipeline.config import RunConfig
 from pipeline.data.augment.transforms import build_eval_transform, build_train_transform
-from pipeline.data.loader import Batches, EvalDataset, StepDataset, decode
+from pipeline.data.loader import Batches, EvalDataset, StepDataset, TokenLabelOptions, decode
 from pipeline.data.shards import ShardSet
 from pipeline.hashing import seed64
 from pipeline.resolve import Resolved, build_model
 from pipeline.train.distributed import World
+from pipeline.train.init_weights import load_init
 
 _INIT_STREAM = 100
 
 
-def initial_model(config: RunConfig, world: World) -> nn.Module:
-    """The untrained model on this process's device, equal on all of them.
+def initial_model(config: RunConfig, world: World, resumed: bool = False) -> nn.Module:
+    """The model that a run starts from, on this process's device, equal on all of them.
 
     Weights are drawn on the CPU: a GPU's generator gives other numbers, and a run should start the same everywhere.
+
+    Args:
+        resumed: a checkpoint will replace the weights, so that `model.init` need not be there any more.
+
+    Raises:
+        UserError: `model.init` can't be read, or doesn't fit the model.
     """
     torch.manual_seed(seed64(config.seed, _INIT_STREAM))
-    return build_model(config, "cpu").to(world.device)
+    model = build_model(config, "cpu")
+    if config.model.init is not None and not resumed:
+        load_init(model, config.model)
+    return model.to(world.device)
 
 
 def train_batches(run: Resolved, shards: ShardSet, world: World, start: int) -> Batches:
@@ -42,9 +52,18 @@ def train_batches(run: Resolved, shards: ShardSet, world: World, start: int) -> 
         run.drop_paths,
         world.rank,
         world.size,
+        token_options(run),
     )
     steps = range(start, run.plan.end_step)
     return Batches(dataset, steps, loader_workers(config), config.data.prefetch, world.device)
+
+
+def token_options(run: Resolved) -> TokenLabelOptions | None:
+    """How the label maps of the tokens are read; None where the run needs none."""
+    objective = run.config.objective
+    if run.token_grid is None:
+        return None
+    return TokenLabelOptions(run.token_grid, objective.mix_token, objective.official_roi_order)
 
 
 def eval_batches(config: RunConfig, world: World) -> Batches:

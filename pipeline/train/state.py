@@ -14,6 +14,8 @@ class State:
         last: figures of the newest evaluation, with its step.
         best: figures of the evaluation with the highest top-1, with its step.
         skipped: steps without an update because a gradient was NaN or infinite.
+        streak: how many of them in a row end with the last one.
+        last_skipped: number of the last one, counted from 0; -2: none yet.
         seconds: time spent training, over all starts.
     """
 
@@ -21,7 +23,19 @@ class State:
     last: dict[str, float] | None = None
     best: dict[str, float] | None = None
     skipped: int = 0
+    streak: int = 0
+    last_skipped: int = -2
     seconds: float = 0.0
+
+    def note_skipped(self, steps: list[int]) -> int:
+        """Keep which steps were skipped, in rising order; returns the longest streak that they make or end."""
+        longest = 0
+        for step in steps:
+            self.streak = self.streak + 1 if step == self.last_skipped + 1 else 1
+            self.last_skipped = step
+            longest = max(longest, self.streak)
+        self.skipped += len(steps)
+        return longest
 
     def note(self, figures: dict[str, float]) -> None:
         """Keep the figures of an evaluation at this step; as the best, too, when no earlier one was as good."""

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 
-from pipeline.data.augment.mixing import apply_mix, soft_target_cross_entropy
+from pipeline.data.augment.mixing import apply_mix
 from pipeline.data.loader import TrainBatch
 from pipeline.hashing import seed64
 from pipeline.models import set_drop_path_noise
 from pipeline.train.engines import Engine
+from pipeline.train.objective import Objective, forward
 
 _STEP_STREAM = 102
+
+
+class StepResult(NamedTuple):
+    """What a step gave; 0-D tensors that may still be being computed.
+
+    Attributes:
+        loss: mean loss of this process.
+        norm: gradient norm.
+        skipped: 1.0 if the update was skipped.
+        parts: terms of the loss before they are weighed, where it has several.
+    """
+
+    loss: torch.Tensor
+    norm: torch.Tensor
+    skipped: torch.Tensor
+    parts: dict[str, torch.Tensor]
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -21,29 +39,34 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def train_step(
-    engine: Engine, batch: TrainBatch, lr: float, accumulate: int, num_classes: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    engine: Engine, batch: TrainBatch, lr: float, accumulate: int, objective: Objective, device: torch.device
+) -> StepResult:
     """Train on this process's part of a global step; nothing here waits for the device.
 
     Args:
         accumulate: micro-batches; gradients are averaged over them.
-
-    Returns:
-        Mean loss of this process, gradient norm, and 1.0 if the update was skipped; 0-D tensors.
     """
     images = batch.images.to(device, non_blocking=True)
     labels = batch.labels.to(device, non_blocking=True)
     noise = batch.drop_path.to(device, non_blocking=True)
-    images, targets = apply_mix(images, labels, batch.mix.to(device), num_classes)
+    mix = batch.mix.to(device)
+    tokens = None if batch.tokens is None else batch.tokens.to(device)
+    images, classes = apply_mix(images, labels, mix, objective.num_classes)
     loss_sum = torch.zeros((), device=device)
-    micro_batches = list(zip(images.chunk(accumulate), targets.chunk(accumulate), noise.chunk(accumulate), strict=True))
-    for i, (x, y, u) in enumerate(micro_batches):
+    part_sums: dict[str, torch.Tensor] = {}
+    size = len(images) // accumulate
+    for i in range(accumulate):
+        part = slice(i * size, (i + 1) * size)
         with nullcontext() if i == accumulate - 1 else engine.accumulating():
-            set_drop_path_noise(engine.plain, u)
+            set_drop_path_noise(engine.plain, noise[part])
+            its_tokens = None if tokens is None else tokens.rows(part)
             with engine.autocast():
-                logits = engine.model(x)
-            loss = soft_target_cross_entropy(logits, y) / accumulate
-            engine.backward(loss)
-        loss_sum += loss.detach()
+                output = forward(engine.model, images[part], objective.request(its_tokens))
+            targets = objective.targets(classes[part], its_tokens, mix.rows(part))
+            loss, parts = objective.loss(output, targets)
+            engine.backward(loss / accumulate)
+        loss_sum += (loss / accumulate).detach()
+        for name, value in parts.items():
+            part_sums[name] = part_sums.get(name, 0) + value.detach() / accumulate
     norm, skipped = engine.step(lr)
-    return loss_sum, norm, skipped
+    return StepResult(loss_sum, norm, skipped, part_sums)

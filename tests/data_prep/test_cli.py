@@ -108,7 +108,12 @@ def test_ctrl_c_ends_the_workers_and_the_same_command_continues(tmp_path: Path) 
     code = "import typer; from launch.prep_cli import prep; typer.run(prep)"
     arguments = [str(source), str(out), "--workers", "2", "--shard-samples", "3", "--resize", "250"]
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", code, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Where these tests run in the background of a script, SIGINT is ignored, and a child would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 30
     while not list(out.glob("train/*.tar")) and time.monotonic() < deadline:

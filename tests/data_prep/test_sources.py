@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -127,8 +128,19 @@ def test_a_forced_kind_that_does_not_fit(tmp_path: Path, kind: str, message: str
         open_source(tmp_path / "root", PrepOptions(kind=kind))
 
 
-def test_an_empty_folder_is_no_source(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a source that is understood"):
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], ": an empty folder; a source is one of"),
+        ([".DS_Store"], ": an empty folder; a source is one of"),
+        (["a.jpg"], ": a folder with 1 file, but no class folders; a source is one of"),
+        (["a.jpg", "b.jpg"], ": a folder with 2 files, but no class folders; a source is one of"),
+    ],
+)
+def test_a_folder_without_class_folders_is_no_source(tmp_path: Path, files: list[str], message: str) -> None:
+    for file in files:
+        (tmp_path / file).touch()
+    with pytest.raises(UserError, match=re.escape(str(tmp_path) + message)):
         open_source(tmp_path)
 
 

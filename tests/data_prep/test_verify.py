@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -142,8 +143,21 @@ def test_an_unfinished_preparation_is_reported(out: Path) -> None:
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_bytes(TEXT)])
 def test_nothing_to_verify(tmp_path: Path, make: Callable[[Path], object]) -> None:
     make(tmp_path / "x")
-    with pytest.raises(UserError, match=r"no such directory|nothing here was made by"):
+    with pytest.raises(UserError, match=r"no such directory|: a file|nothing here was made by"):
         split_directories(tmp_path / "x")
+
+
+def test_a_folder_of_data_sets_names_them(out: Path, tmp_path: Path) -> None:
+    top = tmp_path / "shards"
+    for place in ("pets", "old/pets", ".hidden"):
+        shutil.copytree(out, top / place / "train")
+    shutil.copytree(out, top / "pets" / "val")
+    (top / "notes").mkdir()
+    with pytest.raises(UserError, match="it holds 2 data sets") as caught:
+        split_directories(top)
+    assert f"{top / 'old/pets'} (train), {top / 'pets'} (train, val); name one of them" in str(caught.value)
+    with pytest.raises(UserError, match=r"it holds 1 data set: .*old/pets \(train\); name it"):
+        split_directories(top / "old")
 
 
 def test_the_manifest_says_what_the_contract_asks(out: Path) -> None:

@@ -122,6 +122,7 @@ def test_a_resumed_run_continues_the_same_run(tmp_path: Path, sqlite_uri: str, c
     path = make_run(tmp_path / "r", steps=25, status=None)
     first = Mirror(path, sqlite_uri).end_if_over()
     assert client.get_run(first.run_id).info.status == "KILLED"
+    assert client.get_run(first.run_id).data.tags["state"] == "killed"
 
     longer = CONFIG | {"train": {"epochs": "20ep", "global_batch_size": 16}, "new": 1}
     run = RunDir.open(path, longer, FACTS)
@@ -132,13 +133,14 @@ def test_a_resumed_run_continues_the_same_run(tmp_path: Path, sqlite_uri: str, c
     mirror = Mirror(path, sqlite_uri)
     assert mirror.push().run_id == first.run_id
     assert client.get_run(first.run_id).info.status == "RUNNING"
-    run.close("finished")
-    mirror.push("finished")
+    assert client.get_run(first.run_id).data.tags["state"] == "running"
+    run.close("stopped")
+    mirror.push("stopped")
 
     stored = client.get_run(first.run_id)
     steps = [metric.step for metric in client.get_metric_history(first.run_id, "train/loss")]
     assert sorted(steps) == list(range(1, 41))
-    assert stored.info.status == "FINISHED"
+    assert (stored.info.status, stored.data.tags["state"]) == ("FINISHED", "stopped")
     assert stored.data.params["train.epochs"] == "10ep" and stored.data.params["new"] == "1"
     assert json.loads(stored.data.tags["config_changed"]) == {"train.epochs": "20ep"}
     assert stored.data.tags["starts"] == "2"

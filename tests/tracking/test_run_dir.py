@@ -18,10 +18,11 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.tracking import environment
+from pipeline.tracking.compare import table_columns
 from pipeline.tracking.files import file_reference, read_json, read_lines
 from pipeline.tracking.redact import redact, redact_command, without_password
 from pipeline.tracking.run_dir import RunDir, is_locked
-from pipeline.tracking.runs import run_state
+from pipeline.tracking.runs import run_state, summarize
 from tests.tracking.conftest import CONFIG, FACTS
 
 SECRET = token_hex(8)
@@ -69,6 +70,16 @@ def test_sessions_add_up_and_say_how_they_ended(tmp_path: Path, error: type[Base
         run.start_session(world_size=2, resumed_from=40)
     sessions = read_lines(tmp_path / "sessions.jsonl")
     assert [entry.get("resumed_from", entry.get("status")) for entry in sessions] == [None, status, 40, "finished"]
+
+
+def test_a_run_can_end_as_planned_before_its_schedule(tmp_path: Path) -> None:
+    with RunDir.open(tmp_path, CONFIG) as run:
+        run.start_session(world_size=1)
+        run.close("stopped")
+    assert [entry.get("status") for entry in read_lines(tmp_path / "sessions.jsonl")] == [None, "stopped"]
+    assert run_state(tmp_path) == "stopped"
+    [state] = [column for column in table_columns([summarize(tmp_path)]) if column.title == "state"]
+    assert state.cells == ["stopped, no metrics yet"]
 
 
 _HOLDER = """

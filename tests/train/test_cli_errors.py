@@ -25,7 +25,12 @@ CASES = {
     "batch above the data": (["{recipe}", "train.global_batch_size=4800"], ["train.global_batch_size", "1437"]),
     "no partner to mix with": (["{recipe}", "data.lanes=48"], ["data.lanes", "mix.prob=0"]),
     "ema weights without ema": (["{recipe}", "train.ema_decay=null", "eval.weights=ema"], ["train.ema_decay"]),
-    "warm-up as long as the run": (["{recipe}", "optim.schedule.warmup=30steps"], ["optim.schedule.warmup"]),
+    "warm-up as long as the run": (["{recipe}", "optim.schedule.warmup=30steps"], ["optim.schedule.warmup=0ep"]),
+    "cool-down as long as the rest": (
+        ["{recipe}", "optim.schedule.cooldown=20steps"],
+        ["warmup=4steps (4 steps) + cooldown=20steps (20 steps)", "optim.schedule.cooldown=0ep"],
+    ),
+    "no weights to start from": (["{recipe}", "model.init={digits}"], ["model.init={digits}", "no weights there"]),
     "channels": (["{recipe}", "augment.normalize=cifar10"], ["augment.normalize"]),
     "several nodes without a meeting point": (["{recipe}", "--nodes", "2"], ["--rendezvous"]),
 }
@@ -37,7 +42,7 @@ def test_message_and_status(case: str, recipe: Path, digits: Path, rookery: Rook
     done = rookery("train", *(a.format(recipe=recipe, digits=digits) for a in arguments), check=2)
     assert "Traceback" not in done.stdout + done.stderr
     for text in expected:
-        assert text in done.stderr, done.stderr
+        assert text.format(digits=digits) in done.stderr, done.stderr
     assert not (tmp_path / "runs").exists()
 
 

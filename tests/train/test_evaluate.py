@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import typer
+from torch.optim.swa_utils import AveragedModel
+from typer.testing import CliRunner
 
 from data_prep.options import PrepOptions
 from data_prep.prepare import prepare_splits
+from launch.eval_cli import evaluate, find_job
 from pipeline.data.augment.settings import AugmentConfig, EvalTransformConfig
 from pipeline.data.augment.transforms import build_eval_transform
 from pipeline.data.loader import decode
 from pipeline.data.shards import ShardSet
+from pipeline.errors import UserError
+from pipeline.tracking.runs import summarize
+from pipeline.train.distributed import World
+from pipeline.train.eval_worker import EvalJob, run_job
 from pipeline.train.export import load_weights
+from pipeline.train.trained import Trained
 from tests.train.conftest import Rookery
+
+app = typer.Typer()
+app.command()(evaluate)
 
 
 def counted_by_hand(weights: Path, data: Path) -> dict[str, float]:
@@ -73,14 +89,74 @@ def test_cifar10_test_split_at_1_2_and_3_processes(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["nowhere"], ["nowhere", "neither a run directory"]),
-        (["{run}", "--weights", "middle"], ["no such weights", "best and final"]),
-        (["{run}", "--data", "nowhere"], ["nowhere", "rookery prep"]),
+        (["nowhere"], ["nowhere", "no such directory"]),
+        (["{run}/config.yaml"], ["config.yaml: a file; name a run directory"]),
+        (["{run}/.."], ["neither a run directory", "it holds the runs run: name one of them"]),
+        (["{run}", "--weights", "middle"], ["no such weights", "best and final and last"]),
+        (["{run}/final"], ["pass --data"]),
         (["{run}", "--precision", "fp8"], ["fp8", "bf16"]),
+        (["{run}", "--output", "{run}"], ["a folder; name a file"]),
+        (["{run}", "--output", "nowhere/result.json"], ["can't be written (there is no folder nowhere)"]),
+        (["{run}", "--calibrate", "1:2"], ["--calibrate 1:2: write FIRST:LAST:STEP"]),
+        (["{run}", "--calibrate", "1", "--crop-pct", "1"], ["choose one of them"]),
+        (["{run}", "--holdout", "0.5"], ["add --calibrate"]),
+        (["{run}", "--calibrate", "1", "--holdout", "1"], ["--holdout 1: a part of the samples"]),
     ],
 )
-def test_mistakes(arguments: list[str], expected: list[str], trained: Path, rookery: Rookery) -> None:
-    done = rookery("eval", *(a.format(run=trained) for a in arguments), check=2)
-    assert "Traceback" not in done.stderr
+def test_mistakes(arguments: list[str], expected: list[str], trained: Path) -> None:
+    """All of them are found before anything is evaluated."""
+    outcome = CliRunner().invoke(app, [a.format(run=trained) for a in arguments])
+    assert isinstance(outcome.exception, UserError)
     for text in expected:
-        assert text in done.stderr
+        assert text in str(outcome.exception)
+
+
+def test_no_such_split(trained: Path, rookery: Rookery) -> None:
+    done = rookery("eval", trained, "--data", "nowhere", check=2)
+    assert "Traceback" not in done.stderr
+    assert "nowhere" in done.stderr and "rookery prep" in done.stderr
+
+
+@pytest.fixture
+def unfinished(trained: Path, tmp_path: Path) -> Path:
+    """The trained run without the exports, as it is between two evaluations."""
+    run = tmp_path / "unfinished"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("final", "best"))
+    return run
+
+
+def run_here(job: EvalJob) -> dict[str, Any]:
+    return run_job(replace(job, workers=0), World(0, 1, 0, torch.device("cpu")))
+
+
+def test_the_checkpoint_of_an_unfinished_run(unfinished: Path, trained: Path) -> None:
+    job = find_job(unfinished, None, None, None)
+    assert (job.weights, job.step) == (str(unfinished / "checkpoints" / "step-00000012"), 12)
+    result, final = run_here(job), run_here(find_job(trained, None, None, None))
+    assert result["step"] == 12 and "step" not in final
+    assert {k: v for k, v in result.items() if k not in ("weights", "step")} == {
+        k: v for k, v in final.items() if k != "weights"
+    }
+    (unfinished / "checkpoints" / "step-00000012" / "commit.json").unlink()
+    assert find_job(unfinished, None, None, None).step == 10
+    shutil.rmtree(unfinished / "checkpoints")
+    with pytest.raises(UserError, match="no final weights and no complete checkpoint yet"):
+        find_job(unfinished, None, None, None)
+
+
+def test_a_checkpoint_gives_the_weights_that_the_run_evaluates(unfinished: Path) -> None:
+    config = (unfinished / "config.yaml").read_text()
+    (unfinished / "config.yaml").write_text(config.replace("weights: model", "weights: ema"))
+    job = find_job(unfinished, "last", None, None)
+    model = Trained.from_checkpoint(unfinished, Path(job.weights)).model
+    saved = torch.load(Path(job.weights) / "state.pt", weights_only=True)
+    averaged = AveragedModel(copy.deepcopy(model))
+    averaged.load_state_dict(saved["ema"])
+    assert any(not torch.equal(value, saved["model"][name]) for name, value in model.state_dict().items())
+    for name, value in averaged.module.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
+def test_a_run_that_was_told_to_stop_is_not_finished(trained: Path) -> None:
+    summary = summarize(trained)
+    assert (summary.state, summary.step, summary.total_steps) == ("stopped", 12, 24)

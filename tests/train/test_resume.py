@@ -12,6 +12,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
 
 from data_prep.manifest import Manifest, load_index
 from pipeline.tracking.metrics import read_metrics
@@ -93,9 +96,35 @@ def test_another_world_size_uses_the_same_samples_and_losses(recipe: Path, rooke
         assert a == pytest.approx(b, rel=1e-5)
 
 
+def test_batch_norms_do_not_depend_on_the_world_size(recipe: Path, rookery: Rookery, tmp_path: Path) -> None:
+    """The released Refiner: statistics per lane chunk, running averages over the step, wherever the lanes are read."""
+    tree = yaml.safe_load(recipe.read_text())
+    options = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4, "aux_head": False}
+    tree["model"] = {"name": "refiner_vit_s", "in_chans": 1, "img_size": 16, "options": options}
+    tree["optim"]["lr"] = 1e-4
+    recipe.write_text(yaml.safe_dump(tree))
+    rookery("train", recipe, "name=one", "train.epochs=8steps")
+    for nproc, stop, accumulate in ((2, 3, 1), (1, 5, 3), (3, 8, 2)):
+        options = ("name=many", "train.epochs=8steps", f"train.accumulate={accumulate}")
+        rookery("train", recipe, *options, f"train.stop_after={stop}steps", "--nproc", nproc)
+    one, many = tmp_path / "runs" / "one", tmp_path / "runs" / "many"
+    assert losses(many) == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in losses(one)]
+    weights, wanted = (load_file(run / "final" / WEIGHTS) for run in (many, one))
+    running = [name for name in wanted if "running_" in name]
+    assert len(running) == 2 * (3 + 4)
+    for name in running:
+        assert not torch.equal(wanted[name], torch.full_like(wanted[name], float(name.endswith("var"))))
+        torch.testing.assert_close(weights[name], wanted[name], rtol=1e-4, atol=1e-6)
+    refused = rookery("train", recipe, "name=other", "train.accumulate=24", check=2)
+    assert "train.accumulate=24 leaves 2 samples to a micro-batch" in refused.stderr
+
+
 def test_a_finished_run_is_not_run_again(recipe: Path, rookery: Rookery, tmp_path: Path) -> None:
     first = rookery("train", recipe, "train.epochs=4steps", "optim.schedule.warmup=1steps")
     weights = (tmp_path / "runs" / "run" / "final" / WEIGHTS).read_bytes()
+    # As saved by a version that did not know these keys yet.
+    saved = tmp_path / "runs" / "run" / "config.yaml"
+    saved.write_text(yaml.safe_dump({k: v for k, v in yaml.safe_load(saved.read_text()).items() if k != "objective"}))
     again = rookery("train", recipe, "train.epochs=4steps", "optim.schedule.warmup=1steps")
     assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
     assert (tmp_path / "runs" / "run" / "final" / WEIGHTS).read_bytes() == weights

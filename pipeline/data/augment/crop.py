@@ -135,15 +135,24 @@ def pad_crop(image: Image.Image, config: PadCrop, side: int, u: Sequence[float])
     Raises:
         UserError: the padded picture is smaller than `side`.
     """
+    return cut(*padded(image, config, side, u))
+
+
+def padded(image: Image.Image, config: PadCrop, side: int, u: Sequence[float]) -> tuple[Image.Image, Box]:
+    """The padded picture, and the random square of it that is to be cut out.
+
+    Raises:
+        UserError: the padded picture is smaller than `side`.
+    """
     p = config.padding
     if config.fill == "zero":
-        padded = ImageOps.expand(image, border=p, fill=0)
+        larger = ImageOps.expand(image, border=p, fill=0)
     else:
         pixels = np.asarray(image)
-        padded = Image.fromarray(np.pad(pixels, [(p, p), (p, p), (0, 0)][: pixels.ndim], mode="reflect"))
-    width, height = padded.size
+        larger = Image.fromarray(np.pad(pixels, [(p, p), (p, p), (0, 0)][: pixels.ndim], mode="reflect"))
+    width, height = larger.size
     require_side(min(width, height) >= side, image, side, f"with {p} px of padding")
-    return cut(padded, Box(int(u[0] * (height - side + 1)), int(u[1] * (width - side + 1)), side, side))
+    return larger, Box(int(u[0] * (height - side + 1)), int(u[1] * (width - side + 1)), side, side)
 
 
 def require_side(fits: bool, image: Image.Image, side: int, how: str) -> None:

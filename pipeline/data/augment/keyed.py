@@ -33,6 +33,7 @@ class Stream(IntEnum):
     MIX_WEIGHT = 8
     MIX_PARTNER = 9
     MIX_BOX = 10
+    MIX_TOKEN = 11
 
 
 def sample_key(seed: int, epoch: int, index: int) -> int:

@@ -21,7 +21,15 @@ from pipeline.data.augment.settings import MixConfig
 from pipeline.errors import UserError
 from pipeline.hashing import permutation
 
-__all__ = ["MixConfig", "MixParams", "apply_mix", "draw_mix", "smooth_one_hot", "soft_target_cross_entropy"]
+__all__ = [
+    "MixConfig",
+    "MixParams",
+    "apply_mix",
+    "draw_mix",
+    "mix_targets",
+    "smooth_one_hot",
+    "soft_target_cross_entropy",
+]
 
 
 class MixParams(NamedTuple):
@@ -47,6 +55,11 @@ class MixParams(NamedTuple):
         """The same on `device`; copies from pinned memory do not wait."""
         fields = self._asdict().items()
         return self._replace(**{k: v.to(device, non_blocking=True) for k, v in fields if k != "label_smoothing"})
+
+    def rows(self, part: slice) -> Self:
+        """Those samples alone; partners are right only if they are whole chunks."""
+        fields = {k: v[part] for k, v in self._asdict().items() if k != "label_smoothing"}
+        return self._replace(**fields | {"partner": self.partner[part] - part.start})
 
 
 class _Chunk(NamedTuple):
@@ -192,9 +205,13 @@ def apply_mix(
     mixed = images * weight + images[params.partner] * (1 - weight)
 
     one_hot = smooth_one_hot(labels, num_classes, params.label_smoothing)
-    label = params.label[:, None]
-    targets = one_hot * label + one_hot[params.partner] * (1 - label)
-    return mixed.to(images.dtype), targets
+    return mixed.to(images.dtype), mix_targets(one_hot, params)
+
+
+def mix_targets(targets: torch.Tensor, params: MixParams) -> torch.Tensor:
+    """Targets of mixed samples: (B, ..., K) -> same shape."""
+    label = params.label.view(-1, *[1] * (targets.ndim - 1))
+    return targets * label + targets[params.partner] * (1 - label)
 
 
 def smooth_one_hot(labels: torch.Tensor, num_classes: int, smoothing: float) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from pipeline.data.augment.crop import pick_resample
+from pipeline.data.augment.geometry import PixelMap, rotation
 from pipeline.data.augment.lazy import TIMM, lazy_function
 from pipeline.data.augment.settings import Interpolation, RandAugmentConfig
 
@@ -29,10 +30,12 @@ class Op:
     Attributes:
         apply: image, argument, filter, colour of uncovered pixels -> image.
         to_arg: level in 0..1, sign (+1 or -1), picture side -> argument; None for operations without one.
+        moves: argument, width, height -> where pixels come from; None for operations that leave them in place.
     """
 
     apply: Callable[[Image.Image, Any, Image.Resampling, Fill], Image.Image]
     to_arg: Callable[[float, int, int], float] | None = None
+    moves: Callable[[float, int, int], PixelMap] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class DrawnOp:
     def apply(self, image: Image.Image, fill: Fill) -> Image.Image:
         """The image after the operation. `fill` colours what geometric operations uncover."""
         return self.op.apply(image, self.arg, self.resample, fill)
+
+    def moves(self, width: int, height: int) -> PixelMap | None:
+        """Where the pixels of a width x height picture come from; None: from where they are."""
+        return None if self.op.moves is None or self.arg is None else self.op.moves(self.arg, width, height)
 
 
 def posterize(image: Image.Image, bits: int) -> Image.Image:
@@ -98,11 +105,27 @@ def _enhance_increasing(level: float, sign: int, side: int) -> float:
     return max(0.1, 1.0 + sign * 0.9 * level)
 
 
+def _sheared_x(factor: float, width: int, height: int) -> PixelMap:
+    return (1, factor, 0, 0, 1, 0)
+
+
+def _sheared_y(factor: float, width: int, height: int) -> PixelMap:
+    return (1, 0, 0, factor, 1, 0)
+
+
+def _shifted_x(pixels: float, width: int, height: int) -> PixelMap:
+    return (1, 0, pixels, 0, 1, 0)
+
+
+def _shifted_y(pixels: float, width: int, height: int) -> PixelMap:
+    return (1, 0, 0, 0, 1, pixels)
+
+
 _COMMON = {
     "AutoContrast": Op(_plain(_timm("auto_contrast"))),
     "Equalize": Op(_plain(_timm("equalize"))),
     "Invert": Op(_plain(_timm("invert"))),
-    "Rotate": Op(_warp(_timm("rotate")), partial(_signed, 30.0)),
+    "Rotate": Op(_warp(_timm("rotate")), partial(_signed, 30.0), rotation),
     "SolarizeAdd": Op(_plain(_timm("solarize_add")), lambda level, sign, side: int(110 * level)),
 }
 
@@ -115,14 +138,10 @@ _NEST = _COMMON | {
     "Contrast": Op(_plain(_timm("contrast")), _enhance),
     "Brightness": Op(_plain(_timm("brightness")), _enhance),
     "Sharpness": Op(_plain(_timm("sharpness")), _enhance),
-    "ShearX": Op(nest_shear_x, partial(_signed, 0.3)),
-    "ShearY": Op(nest_shear_y, partial(_signed, 0.3)),
-    "TranslateX": Op(
-        _warp(_timm("translate_x_abs")), lambda level, sign, side: sign * level * nest_translate_pixels(side)
-    ),
-    "TranslateY": Op(
-        _warp(_timm("translate_y_abs")), lambda level, sign, side: sign * level * nest_translate_pixels(side)
-    ),
+    "ShearX": Op(nest_shear_x, partial(_signed, 0.3), lambda f, width, height: (1, f, -f / 2, 0, 1, 0)),
+    "ShearY": Op(nest_shear_y, partial(_signed, 0.3), lambda f, width, height: (1, 0, 0, f, 1, -f / 2)),
+    "TranslateX": Op(_warp(_timm("translate_x_abs")), _nest_shift, _shifted_x),
+    "TranslateY": Op(_warp(_timm("translate_y_abs")), _nest_shift, _shifted_y),
     "Identity": Op(_plain(lambda image: image)),
 }
 
@@ -134,10 +153,18 @@ _TIMM_INC = _COMMON | {
     "ContrastIncreasing": Op(_plain(_timm("contrast")), _enhance_increasing),
     "BrightnessIncreasing": Op(_plain(_timm("brightness")), _enhance_increasing),
     "SharpnessIncreasing": Op(_plain(_timm("sharpness")), _enhance_increasing),
-    "ShearX": Op(_warp(_timm("shear_x")), partial(_signed, 0.3)),
-    "ShearY": Op(_warp(_timm("shear_y")), partial(_signed, 0.3)),
-    "TranslateXRel": Op(_warp(_timm("translate_x_rel")), partial(_signed, 0.45)),
-    "TranslateYRel": Op(_warp(_timm("translate_y_rel")), partial(_signed, 0.45)),
+    "ShearX": Op(_warp(_timm("shear_x")), partial(_signed, 0.3), _sheared_x),
+    "ShearY": Op(_warp(_timm("shear_y")), partial(_signed, 0.3), _sheared_y),
+    "TranslateXRel": Op(
+        _warp(_timm("translate_x_rel")),
+        partial(_signed, 0.45),
+        lambda part, width, height: _shifted_x(part * width, width, height),
+    ),
+    "TranslateYRel": Op(
+        _warp(_timm("translate_y_rel")),
+        partial(_signed, 0.45),
+        lambda part, width, height: _shifted_y(part * height, width, height),
+    ),
 }
 
 POLICIES: dict[str, dict[str, Op]] = {"nest": _NEST, "timm-inc": _TIMM_INC}

@@ -173,6 +173,11 @@ class AugmentConfig(_Settings):
     antialias: bool = Field(
         default=True, description="false: resize by point sampling as in NesT's code, bilinear only"
     )
+    crop_last: bool = Field(
+        default=False,
+        description="true: mirror, affine map and RandAugment act on the whole picture, before the crop "
+        "(Refiner with token labels), which costs more time",
+    )
     hflip: Probability = Field(default=0.5, description="probability of a horizontal mirror image; 0 for digits")
     affine: AffineConfig | None = None
     rand_augment: RandAugmentConfig | None = None
@@ -186,6 +191,8 @@ class AugmentConfig(_Settings):
     def _check(self) -> Self:
         if not self.antialias and self.interpolation != "bilinear":
             raise ValueError("antialias: false needs interpolation: bilinear")
+        if self.crop_last and (self.affine or (self.rand_augment and self.rand_augment.policy == "nest")):
+            raise ValueError("crop_last: true works with neither affine nor policy nest, which count in input pixels")
         return self
 
     def mean_std(self, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

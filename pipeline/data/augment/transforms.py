@@ -1,14 +1,15 @@
 """From a decoded picture to the model's input, one sample at a time: the plain reference path.
 
 What is done to a sample is first drawn, then done; the draw is a pure function of (seed, epoch, index) and, for the
-crop, the picture's size. The order is that of the recipes: resize, crop, flip, affine and RandAugment on 8-bit pixels,
-then colour jitter, normalisation and random erasing on floats.
+crop, the picture's size. The order is that of the recipes: resize, crop, flip, affine and RandAugment on 8-bit pixels
+(with `crop_last` the crop comes after these), then colour jitter, normalisation and random erasing on floats.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -22,7 +23,7 @@ from pipeline.data.augment.crop import (
     cut,
     draw_affine,
     draw_resized_crop,
-    pad_crop,
+    padded,
     pick_resample,
     require_side,
     resize,
@@ -30,12 +31,18 @@ from pipeline.data.augment.crop import (
 )
 from pipeline.data.augment.erasing import ERASING_DRAWS, draw_erasing
 from pipeline.data.augment.evaluation import EvalTransform, to_mode, to_tensor
+from pipeline.data.augment.geometry import (
+    FLIP,
+    IDENTITY,
+    affine_pixels,
+    crop_warp,
+    mirrored,
+    pixel_warp,
+    swapped_axes,
+)
 from pipeline.data.augment.keyed import Stream, normals, sample_key, uniforms
-from pipeline.data.augment.lazy import TORCHVISION, LazyModule
 from pipeline.data.augment.randaugment import DrawnOp, draw_ops, fill_color, rand_augment_draws
 from pipeline.data.augment.settings import AugmentConfig, CenterCrop, EvalTransformConfig, PadCrop, RandomResizedCrop
-
-tvf = LazyModule(TORCHVISION)
 
 
 @dataclass(frozen=True)
@@ -87,27 +94,59 @@ class TrainTransform:
         Raises:
             UserError: the picture is too small for the configured crop.
         """
+        return self.traced(image, seed, epoch, index)[0]
+
+    def traced(
+        self, image: Image.Image, seed: int, epoch: int, index: int, swap_axes: bool = False
+    ) -> tuple[torch.Tensor, np.ndarray]:
+        """The augmented input, and where its parts come from.
+
+        Args:
+            swap_axes: give the crop as the official code of token labels reads it; see `geometry.swapped_axes`.
+
+        Returns:
+            The input as from a call, and (L, 2, 3) float32 warps that take a point of it back to the picture, in the
+            order of their application. L depends on the config alone.
+        """
         key = sample_key(seed, epoch, index)
-        image = self.crop(to_mode(image, self.in_chans), key)
-        return self.finish(image, self.draw(key), key)
+        image, drawn = to_mode(image, self.in_chans), self.draw(key)
+        moved = self._moves(drawn, image.size if self.config.crop_last else (self.img_size, self.img_size))
+        if self.config.crop_last:
+            image, box, (width, height) = self._crop(self._distort(image, drawn), key)
+        else:
+            image, box, (width, height) = self._crop(image, key)
+            image = self._distort(image, drawn)
+            box = mirrored(box, width) if drawn.flip else box
+        crop = crop_warp(box, width, height)
+        crop = swapped_axes(crop) if swap_axes else crop
+        warps = [crop, *moved] if self.config.crop_last else [*moved, crop]
+        warps.append(FLIP if drawn.flip else IDENTITY)
+        return self._finish(image, drawn, key), np.stack(warps).astype(np.float32)
 
     def crop(self, image: Image.Image, key: int) -> Image.Image:
         """Resize and crop to img_size x img_size."""
+        return self._crop(image, key)[0]
+
+    def _crop(self, image: Image.Image, key: int) -> tuple[Image.Image, Box, tuple[int, int]]:
+        """The cropped picture, and the box, which may reach over the edge, of a picture of that (width, height)."""
         config, side = self.config, self.img_size
         u = uniforms(key, Stream.CROP, CROP_DRAWS + 1).tolist()
         resample = pick_resample(config.interpolation, u[CROP_DRAWS])
         if config.resize is not None:
             image = resize_shorter_side(image, config.resize, resample, config.antialias)
         if isinstance(config.crop, RandomResizedCrop):
-            part = cut(image, draw_resized_crop(config.crop, image.width, image.height, u))
-            return resize(part, (side, side), resample, config.antialias)
+            box = draw_resized_crop(config.crop, image.width, image.height, u)
+            return resize(cut(image, box), (side, side), resample, config.antialias), box, image.size
         if isinstance(config.crop, PadCrop):
-            return pad_crop(image, config.crop, side, u)
+            larger, box = padded(image, config.crop, side, u)
+            p = config.crop.padding
+            return cut(larger, box), Box(box.top - p, box.left - p, side, side), image.size
         if isinstance(config.crop, CenterCrop):
             require_side(min(image.size) >= side, image, side, "by a centre crop")
-            return tvf.center_crop(image, [side, side])
+            box = Box(round((image.height - side) / 2), round((image.width - side) / 2), side, side)
+            return cut(image, box), box, image.size
         require_side(image.size == (side, side), image, side, "without a crop")
-        return image
+        return image, Box(0, 0, side, side), image.size
 
     def draw(self, key: int) -> SampleDraw:
         """Everything that follows the crop."""
@@ -128,14 +167,26 @@ class TrainTransform:
             erased=draw_erasing(erasing, side, u(Stream.RANDOM_ERASING, ERASING_DRAWS)) if erasing else None,
         )
 
-    def finish(self, image: Image.Image, draw: SampleDraw, key: int) -> torch.Tensor:
-        """Apply `draw` to the cropped image."""
+    def _moves(self, draw: SampleDraw, size: tuple[int, int]) -> list[np.ndarray]:
+        """Warps of the affine map and RandAugment of a picture of `size`, the last operation first."""
+        moves = [affine_pixels(draw.affine, *size)] if draw.affine else []
+        moves += [move for op in draw.ops if (move := op.moves(*size))]
+        warps = [pixel_warp(move, *size) for move in reversed(moves)]
+        layers = (self.config.rand_augment.layers if self.config.rand_augment else 0) + bool(self.config.affine)
+        return warps + [IDENTITY] * (layers - len(warps))
+
+    def _distort(self, image: Image.Image, draw: SampleDraw) -> Image.Image:
+        """What is done to 8-bit pixels besides the crop."""
         if draw.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if draw.affine is not None:
             image = apply_affine(image, draw.affine)
         for op in draw.ops:
             image = op.apply(image, self.fill)
+        return image
+
+    def _finish(self, image: Image.Image, draw: SampleDraw, key: int) -> torch.Tensor:
+        """What is done to floats."""
         pixels = to_tensor(image)
         if draw.jitter is not None:
             pixels = apply_color_jitter(pixels, draw.jitter)

@@ -66,3 +66,12 @@ class Engine(ABC):
         Raises:
             UserError: the files belong to another model.
         """
+
+    @staticmethod
+    @abstractmethod
+    def saved_weights(directory: Path, weights: str) -> dict[str, torch.Tensor]:
+        """What `full_weights` gave when `save` wrote the directory; needs no engine, and no process group.
+
+        Raises:
+            OSError, RuntimeError, KeyError: the directory holds no such weights.
+        """

@@ -13,8 +13,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
+from pipeline.models.batch_norm import group_statistics, update_groups
 from pipeline.train.distributed import World
 from pipeline.train.engines.base import PRECISIONS, Engine
+from pipeline.train.objective import sum_of_outputs
 from pipeline.train.optim import make_optimizer
 
 STATE = "state.pt"
@@ -38,13 +40,17 @@ class DdpEngine(Engine):
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16")
         self.ema = None
         if config.train.ema_decay is not None:
-            self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.train.ema_decay))
+            average = get_ema_multi_avg_fn(config.train.ema_decay)
+            self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self.batch_norms = group_statistics(model, _lane_chunk(config))
         if config.train.compile:
             model.compile()
         self.model = model
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
-            self.model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+            self.model = DistributedDataParallel(
+                model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
             self._settle_buckets(config)
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -75,6 +81,7 @@ class DdpEngine(Engine):
             self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        update_groups(self.batch_norms, skipped, _sum_over_processes if self.world.size > 1 else None)
         if self.ema is not None:
             self.ema.update_parameters(self.plain)
         return norm, skipped
@@ -102,6 +109,15 @@ class DdpEngine(Engine):
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
 
+    @staticmethod
+    def saved_weights(directory: Path, weights: str) -> dict[str, torch.Tensor]:
+        state = torch.load(directory / STATE, map_location="cpu", weights_only=True, mmap=True)
+        if weights != "ema":
+            return state["model"]
+        # AveragedModel puts its copy of the model under `module`, beside the number of updates.
+        prefix = "module."
+        return {k.removeprefix(prefix): v for k, v in state["ema"].items() if k.startswith(prefix)}
+
     def _settle_buckets(self, config: RunConfig) -> None:
         """One throw-away backward, after which DDP arranges its buckets in the order in which gradients come.
 
@@ -112,9 +128,10 @@ class DdpEngine(Engine):
         size = config.model.img_size
         assert size is not None, "resolve fills in the image size"
         buffers = [buffer.clone() for buffer in self.plain.buffers()]
+        images = torch.zeros(micro_batch, config.model.in_chans, size, size, device=self.world.device)
         with self.autocast():
-            logits = self.model(torch.zeros(micro_batch, config.model.in_chans, size, size, device=self.world.device))
-        logits.float().sum().backward()
+            total = sum_of_outputs(self.model, images, config.objective)
+        total.backward()
         self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.plain.buffers(), buffers, strict=True):
             buffer.copy_(before)
@@ -130,3 +147,13 @@ class DdpEngine(Engine):
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
         }
+
+
+def _lane_chunk(config: RunConfig) -> int:
+    """Samples of a lane in a step: what BatchNorms take their statistics over, wherever the lane is read."""
+    assert config.data.lanes is not None, "resolve fills in the lanes"
+    return config.train.global_batch_size // config.data.lanes
+
+
+def _sum_over_processes(tensor: torch.Tensor) -> None:
+    torch.distributed.all_reduce(tensor)

@@ -1,0 +1,59 @@
+"""Where a point of the augmented picture was in the original one: what a dense label has to know of the augmentation.
+
+Coordinates are parts of a picture's width and height, (0, 0) its upper left corner, (1, 1) its lower right one. A
+*warp* is a (2, 3) matrix that takes a point of a picture after an operation to where it was before it. Several
+operations are kept as several warps: what any of them moved in from outside its picture has no original place.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from pipeline.data.augment.crop import Affine, Box
+
+# Coefficients (a, b, c, d, e, f) of Pillow's transform: a pixel at (x, y) comes from (a x + b y + c, d x + e y + f).
+PixelMap = tuple[float, float, float, float, float, float]
+
+IDENTITY = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+FLIP = np.array([[-1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+
+
+def crop_warp(box: Box, width: int, height: int) -> np.ndarray:
+    """Of cutting `box` out of a width x height picture; it may reach over the edge."""
+    return np.array([[box.width / width, 0, box.left / width], [0, box.height / height, box.top / height]])
+
+
+def mirrored(box: Box, width: int) -> Box:
+    """Where a box of a picture is after the picture was mirrored."""
+    return Box(box.top, width - box.left - box.width, box.height, box.width)
+
+
+def swapped_axes(warp: np.ndarray) -> np.ndarray:
+    """The crop that the official code reads labels from: as wide as this one is high, as far left as it is down."""
+    return np.array([[warp[1, 1], 0, warp[1, 2]], [0, warp[0, 0], warp[0, 2]]])
+
+
+def pixel_warp(pixels: PixelMap, width: int, height: int) -> np.ndarray:
+    """Of a Pillow transform of a width x height picture."""
+    a, b, c, d, e, f = pixels
+    return np.array([[a, b * height / width, c / width], [d * width / height, e, f / height]])
+
+
+def rotation(degrees: float, width: int, height: int) -> PixelMap:
+    """Pillow's `rotate`: counter-clockwise about the centre."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    x, y = width / 2, height / 2
+    return (cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y)
+
+
+def affine_pixels(affine: Affine, width: int, height: int) -> PixelMap:
+    """torchvision's `affine`: the inverse of shearing, magnifying and rotating about the centre, then shifting."""
+    rotate, shear = math.radians(affine.angle), math.tan(math.radians(affine.shear))
+    cos, sin = affine.scale * math.cos(rotate), affine.scale * math.sin(rotate)
+    # No vertical shear here, so that the shear is the second factor of the matrix alone.
+    back = np.linalg.inv(np.array([[cos, -cos * shear - sin], [sin, -sin * shear + cos]]))
+    middle = np.array([width / 2, height / 2])
+    shift = middle - back @ (np.array(affine.translate) + middle)
+    return (*back[0].tolist(), float(shift[0]), *back[1].tolist(), float(shift[1]))

@@ -1,0 +1,98 @@
+"""Every recipe in configs/: it resolves, its dry run says so, and it trains three steps with finite losses.
+
+The batch is 2 and the shards hold a few made pictures of 32 px; everything else is the recipe's. The dry run has the
+whole model. A model above MOST_MACS takes its steps with few of its layers (SHALLOW), of its own width and at its own
+image size: all of them would cost a CPU minutes, and tests/models runs them.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from data_prep.options import PrepOptions
+from data_prep.prepare import prepare_splits
+from launch import cli
+from pipeline.config_load import load_config
+from pipeline.data.shards import ShardSet
+from pipeline.models import model_info
+from pipeline.resolve import resolve
+from pipeline.train.distributed import World
+from pipeline.train.engines import make_engine
+from pipeline.train.objective import Objective
+from pipeline.train.setup import initial_model, train_batches
+from pipeline.train.step import seed_step, train_step
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = {
+    str(path.relative_to(CONFIGS).with_suffix("")): path
+    for path in sorted(CONFIGS.rglob("*.yaml"))
+    if not path.name.startswith("_")
+}
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+# Where and how much, not what: paths, batch and the rate that follows it, loader and precision.
+SMALL = (
+    "train.global_batch_size=2",
+    "optim.lr_batch=null",
+    "data.lanes=1",
+    "data.workers=0",
+    "train.precision=fp32",
+    "tracking.mlflow=false",
+)
+MOST_MACS = 3e9
+SHALLOW = {
+    "nest": ("model.options.depths=1",),
+    "hvt": ("model.options.depth=2",),
+    "deit": ("model.options.depth=2",),
+    "refiner": ("model.options.depth=2", "objective.cos_pairs=1"),
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Splits `train`, with label maps, and `val`, of eight pictures in four classes."""
+    folder = tmp_path_factory.mktemp("recipes")
+    pictures, maps = folder / "pictures", folder / "maps"
+    draw = np.random.default_rng(0)
+    for name in (f"{split}/{label}/{number}" for split in ("train", "val") for label in "abcd" for number in range(2)):
+        picture, label_map = pictures / f"{name}.png", maps / f"{name.split('/', 1)[1]}.pt"
+        for file in (picture, label_map):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(picture)
+        top3 = np.argsort(draw.random((4, 6, 6)), axis=0)[:3]
+        torch.save(torch.from_numpy(np.stack([draw.normal(5, 3, top3.shape), top3])).half(), label_map)
+    prepare_splits(pictures, folder / "shards", PrepOptions(workers=1, token_labels=maps))
+    return folder / "shards"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(name: str, shards: Path, tmp_path: Path) -> None:
+    path, own = RECIPES[name], load_config(RECIPES[name])
+    overrides = [f"data.train={shards}/train", f"data.val={shards}/val", f"out={tmp_path}", *SMALL]
+    if own.model.init is not None:
+        overrides.append("model.init=null")
+
+    said = CliRunner().invoke(cli._commands, ["train", str(path), *overrides, "--dry-run"], env={"COLUMNS": "500"})
+    assert said.exit_code == 0, said.output
+    assert f"{tmp_path}/{own.name}" in said.output and f"{own.model.name}, " in said.output
+    assert not list(tmp_path.iterdir())
+
+    run = resolve(load_config(path, overrides), 1)
+    if run.macs > MOST_MACS:
+        run = resolve(load_config(path, [*overrides, *SHALLOW[model_info(own.model.name).family]]), 1)
+    config = run.config
+    engine = make_engine(initial_model(config, ALONE), config, ALONE)
+    batches = iter(train_batches(run, ShardSet(config.data.train), ALONE, 0))
+    objective = Objective(config.objective, run.train.num_classes, run.token_grid)
+    for step in range(3):
+        seed_step(config.seed, step, 0)
+        result = train_step(engine, next(batches), run.schedule.lr(step), 1, objective, ALONE.device)
+        assert math.isfinite(result.loss.item()) and 0 < result.norm.item() < math.inf and result.skipped.item() == 0
+        assert ("loss_tokens" in result.parts) == own.objective.token_labels

@@ -114,7 +114,7 @@ def test_batch_norms_do_not_depend_on_the_world_size(recipe: Path, rookery: Rook
     assert len(running) == 2 * (3 + 4)
     for name in running:
         assert not torch.equal(wanted[name], torch.full_like(wanted[name], float(name.endswith("var"))))
-        torch.testing.assert_close(weights[name], wanted[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(weights[name], wanted[name], rtol=1e-3, atol=1e-4)
     refused = rookery("train", recipe, "name=other", "train.accumulate=24", check=2)
     assert "train.accumulate=24 leaves 2 samples to a micro-batch" in refused.stderr
 

@@ -13,8 +13,17 @@ import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from pipeline.models import ModelInfo, create_model, list_models, model_info, num_drop_paths, set_drop_path_noise
+from pipeline.models import (
+    ModelInfo,
+    create_model,
+    list_models,
+    model_info,
+    num_drop_paths,
+    resize_pos_embed,
+    set_drop_path_noise,
+)
 from pipeline.models.drop_path import DropPath
+from pipeline.train.optim import decay_groups
 from tests.conftest import missing
 
 
@@ -176,7 +185,41 @@ def test_weights_survive_safetensors_and_deepcopy(name):
 
 
 @every_model
-def test_no_weight_decay_names_parameters(name):
+def test_decayed_parameters_are_the_official_ones(name):
+    """NesT decays all but its position embeddings; the others, as timm, matrices but neither positions nor tokens."""
     with torch.device("meta"):
         model = create_model(name)
-    assert model.no_weight_decay() <= dict(model.named_parameters()).keys()
+    nest = model_info(name).family == "nest"
+    decayed, exempt = decay_groups(model, "all" if nest else "matrices")
+    embeddings = [n for n, _ in model.named_parameters() if n.endswith(("pos_embed", "cls_token"))]
+    if nest:
+        assert exempt == embeddings == [f"levels.{i}.pos_embed" for i in range(len(model.levels))]
+    else:
+        assert exempt == [n for n, p in model.named_parameters() if p.ndim == 1 or n in embeddings]
+        pools = len(getattr(model, "pooled_layers", ()))
+        assert len(embeddings) == pools + 1 + (model_info(name).family != "hvt")
+    assert len(decayed) + len(exempt) == len(list(model.parameters()))
+    if name == "nest_tiny":
+        assert sum(model.get_parameter(n).numel() for n in decayed) == 16_530_760
+
+
+@every_model
+def test_weights_work_at_another_resolution(name):
+    """Twice the side: everything but the position embeddings stays as it is, and these keep their mean."""
+    model = small(name).eval()
+    torch.manual_seed(0)
+    options = SMALL[model_info(name).family](model_info(name))
+    larger = create_model(name, **(options | {"img_size": 2 * model.img_size}), num_classes=7).eval()
+    resized = resize_pos_embed(model.state_dict(), larger)
+    larger.load_state_dict(resized)
+    images = torch.randn(2, 3, model.img_size, model.img_size, generator=torch.Generator().manual_seed(1))
+    double = F.interpolate(images, scale_factor=2)
+    with torch.no_grad():
+        assert larger(double).isfinite().all() and larger(double).shape == (2, 7)
+        assert not torch.allclose(larger(double), create_model(name, **options, num_classes=7).eval()(images))
+    for key, value in model.state_dict().items():
+        if not key.endswith("pos_embed"):
+            assert torch.equal(resized[key], value)
+        else:
+            assert resized[key].numel() > value.numel()
+            torch.testing.assert_close(resized[key].mean(), value.mean(), rtol=0.5, atol=3e-3)

@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 
 from launch import cli
 from pipeline.config import RunConfig
-from pipeline.config_load import dump_config, flatten, load_config, parse_tree
+from pipeline.config_load import dump_config, load_config, parse_tree
 from pipeline.config_schema import config_keys, file_schema
 from pipeline.durations import Duration
 from pipeline.errors import UserError
+from pipeline.trees import flatten
 from tests.conftest import missing
 
 CONFIGS = Path(__file__).parents[1] / "configs"

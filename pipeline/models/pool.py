@@ -5,15 +5,14 @@ Pan et al., "Scalable Vision Transformers with Hierarchical Pooling", ICCV 2021,
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.errors import ModelError, check_choice
+from pipeline.models.errors import ModelError, check_choice, check_keys
 
 PoolKind = Literal["max", "avg", "conv"]
 Grid = tuple[int, int]
@@ -63,15 +62,7 @@ class Pool:
             return options
         if options is None:
             return cls(stages=0)
-        if not isinstance(options, Mapping):
-            raise ModelError(f"pool={options!r}: give a mapping such as {{stages: 3, kernel: 3}}, or null")
-        known = [field.name for field in fields(cls)]
-        for key in options:
-            if key not in known:
-                close = difflib.get_close_matches(str(key), known, n=1)
-                hint = f", did you mean {close[0]!r}?" if close else ""
-                raise ModelError(f"pool has no option {key!r}{hint}; its options are: {', '.join(known)}")
-        given = dict(options)
+        given = dict(check_keys("pool", options, cls, "{stages: 3, kernel: 3}"))
         for key in ("after", "stride"):
             if isinstance(given.get(key), Sequence):
                 given[key] = tuple(given[key])

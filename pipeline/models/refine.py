@@ -10,9 +10,8 @@ back to H. Tokens lie on both axes in raster order, the class token (if any) fir
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.models.attention import Attention, MapAttention
 from pipeline.models.batch_norm import BatchNorm2d
-from pipeline.models.errors import ModelError, check_choice
+from pipeline.models.errors import ModelError, check_choice, check_keys
 
 Flavour = Literal["official", "linear"]
 Model = TypeVar("Model", bound=nn.Module)
@@ -69,18 +68,11 @@ class Refine:
         """
         if options is None or isinstance(options, cls):
             return options
-        if not isinstance(options, Mapping):
-            raise ModelError(f"refine={options!r}: give a mapping such as {{expansion: 3, kernel: 3}}, or null")
-        known = [field.name for field in fields(cls)]
-        for key in options:
-            if key not in known:
-                close = difflib.get_close_matches(str(key), known, n=1)
-                hint = f", did you mean {close[0]!r}?" if close else ""
-                raise ModelError(f"refine has no option {key!r}{hint}; its options are: {', '.join(known)}")
-        blocks = options.get("blocks")
+        given = check_keys("refine", options, cls, "{expansion: 3, kernel: 3}")
+        blocks = given.get("blocks")
         if blocks is not None and not (isinstance(blocks, Sequence) and all(type(b) is int for b in blocks)):
             raise ModelError(f"refine.blocks={blocks!r}: give a list of layer numbers, or null for the default")
-        return cls(**{**options, "blocks": None if blocks is None else tuple(blocks)})
+        return cls(**{**given, "blocks": None if blocks is None else tuple(blocks)})
 
     def make(self, num_heads: int, head_dim: int) -> nn.Module:
         """A refiner for the maps of one layer."""

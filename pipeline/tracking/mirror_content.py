@@ -18,8 +18,8 @@ from pipeline.tracking.run_dir import (
     SESSIONS_NAME,
     RunDir,
 )
-from pipeline.tracking.runs import flatten
 from pipeline.tracking.tail import Point
+from pipeline.trees import flatten
 
 # MLflow's limits (its validation module): longer parameters and tags are refused or cut without a word.
 MAX_PARAM = 6000

@@ -19,6 +19,7 @@ from pipeline.tracking.run_dir import (
     RunDir,
     is_locked,
 )
+from pipeline.trees import flatten
 
 RunState = EndStatus | Literal["running", "killed", "unknown"]
 _MARKERS = (CONFIG_NAME, SESSIONS_NAME, METRICS_NAME)
@@ -93,14 +94,6 @@ def _search(path: Path, depth: int) -> list[Path]:
     if depth == 0 or not path.is_dir():
         return []
     return [run for child in sorted(path.iterdir()) for run in _search(child, depth - 1)]
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` to `{"a.b": 1}`; lists stay values, empty sections too."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
 
 
 def run_state(path: Path) -> RunState:

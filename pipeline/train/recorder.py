@@ -12,7 +12,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.config import RunConfig
-from pipeline.config_load import flatten
 from pipeline.errors import UserError
 from pipeline.resolve import Resolved
 from pipeline.tracking.background import BackgroundMirror
@@ -26,6 +25,7 @@ from pipeline.train.engines import Engine
 from pipeline.train.export import WEIGHTS, save_weights
 from pipeline.train.progress import Reporter
 from pipeline.train.state import State
+from pipeline.trees import flatten
 from pipeline.wording import counted
 
 # Keys that may differ between the starts of one run: they decide where and how fast, not what is computed.

@@ -3,7 +3,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 SEED ?= 0
-PYTEST_ARGS ?=
+# Most tests use one core at a time. A file stays together: its fixtures are made once.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint clean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from pipeline.train.objective import sum_of_outputs
 from pipeline.train.optim import make_optimizer
 
 STATE = "state.pt"
+# The statistics of BatchNorms are summed once a step, here. The option has another name since torch 2.15.
+_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+_OWN_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
 
 
 class DdpEngine(Engine):
@@ -48,9 +52,7 @@ class DdpEngine(Engine):
         self.model = model
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
-            self.model = DistributedDataParallel(
-                model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
-            )
+            self.model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **_OWN_BUFFERS)
             self._settle_buckets(config)
 
     def autocast(self) -> AbstractContextManager[None]:

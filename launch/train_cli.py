@@ -19,15 +19,16 @@ def train(
 ) -> None:
     """Train a model; the same command again continues a run that was stopped.
 
-    Exit status: 0 finished, 2 a mistake in config, data or options, 130 interrupted, 1 a failure while training.
+    Exit status: 0 finished, 2 a mistake in config, data or options, 1 a failure while training; after a checkpoint 130
+    when Ctrl-C or SIGTERM asked for it, and 75 when SIGUSR1 did, which means: submit it again.
     """
     # torch takes seconds to import; the other commands need not wait for it.
     from launch.summary import print_summary
     from launch.workers import Nodes, start_workers
     from pipeline.config_load import load_config
     from pipeline.resolve import resolve
-    from pipeline.train.process import INTERRUPTED
     from pipeline.train.setup import try_samples
+    from pipeline.train.stop import INTERRUPTED, RESUBMIT
     from pipeline.wording import counted
 
     job = Nodes(nproc, nodes, rendezvous)
@@ -38,6 +39,6 @@ def train(
         return
     typer.echo(f"starting {counted(job.nproc, 'process')} ...")
     status = start_workers("pipeline.train.worker", resolved.config.model_dump_json(), job, threads)
-    if status == INTERRUPTED:
+    if status in (INTERRUPTED, RESUBMIT):
         typer.echo("interrupted; the same command continues from the newest checkpoint", err=True)
     raise typer.Exit(status)

@@ -8,10 +8,15 @@ import logging
 import os
 import sys
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
+from types import FrameType
+
+import psutil
 
 from pipeline.errors import UserError
-from pipeline.train.process import AGENT_PID, COMMAND, INTERRUPTED
+from pipeline.train.process import AGENT_PID, COMMAND
+from pipeline.train.stop import INTERRUPTED, RESUBMIT, STATUS, catch_signals, stop_now
 
 _JOB = "ROOKERY_JOB"
 
@@ -47,7 +52,8 @@ def start_workers(module: str, payload: str, nodes: Nodes, threads: int | None =
         threads: CPU threads of each process; None shares the usable cores among them.
 
     Returns:
-        The exit status: 0, 2 for a user's mistake, 130 when interrupted, 1 for any other failure.
+        The exit status: 0, 2 for a user's mistake, 130 or 75 when a signal ended it (see `pipeline.train.stop`), 1 for
+        any other failure.
     """
     threads = threads or max(1, len(os.sched_getaffinity(0)) // nodes.nproc)
     if nodes.world_size == 1:
@@ -56,8 +62,10 @@ def start_workers(module: str, payload: str, nodes: Nodes, threads: int | None =
         raise UserError("a job of several nodes needs --rendezvous HOST:PORT, the same on every node")
     # Not `python -m module`: the loader processes would import the main module, and with it all of training, once more.
     # And no interpreter shutdown: threads of torch that still run then can end a finished worker with an abort.
+    # Signals end a worker silently until it has handlers of its own.
     program = (
-        f"import atexit, os, sys; from {module} import run; status = run(os.environ['{_JOB}']); "
+        "import atexit, os, signal, sys; [signal.signal(n, signal.SIG_DFL) for n in (2, 10, 15)]; "
+        f"from {module} import run; status = run(os.environ['{_JOB}']); "
         "atexit._run_exitfuncs(); sys.stdout.flush(); sys.stderr.flush(); os._exit(status)"
     )
     # The environment, unlike a command line, is not for every user of the machine to read.
@@ -83,11 +91,43 @@ def _torchrun(command: list[str], nodes: Nodes, threads: int) -> int:
         rdzv_endpoint=nodes.rendezvous or "localhost:0",
         max_restarts=0,
     )
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # the others are passed on, not answered by a kill
+    passed_on: list[int] = []
+    _pass_on_signals(passed_on)
     try:
         elastic_launch(launch, command[0])(*command[1:])
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
-        return next((code for code in (2, INTERRUPTED) if code in codes), 1)
+        expected = (2, RESUBMIT, INTERRUPTED)
+        return next((code for code in expected if code in codes), STATUS[passed_on[0]] if passed_on else 1)
     except (SignalException, KeyboardInterrupt):
         return INTERRUPTED
     return 0
+
+
+def _pass_on_signals(passed_on: list[int]) -> None:
+    """Hand signals to the workers, which agree on a step, save and end; before there are any, end here.
+
+    Args:
+        passed_on: gets the numbers.
+    """
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        # torchrun puts workers into sessions of their own, which a terminal's Ctrl-C does not reach.
+        children = [child.pid for child in psutil.Process().children()]
+        workers = [pid for pid in children if pid == _session(pid)]
+        if not workers:
+            stop_now(number)
+        passed_on.append(number)
+        for pid in workers:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    catch_signals(pass_on)
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None

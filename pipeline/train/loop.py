@@ -22,6 +22,7 @@ from pipeline.train.recorder import Recorder
 from pipeline.train.setup import eval_batches, initial_model, train_batches
 from pipeline.train.state import State
 from pipeline.train.step import seed_step, train_step
+from pipeline.train.stop import Stopped, StopRequest
 from pipeline.train.trace import open_trace
 
 
@@ -33,6 +34,7 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
 
     Raises:
         UserError: the data, the run directory or a checkpoint does not allow it.
+        Stopped: a signal asked for it; a checkpoint is saved.
     """
     run = resolve(config, world.size)
     config, plan = run.config, run.plan
@@ -51,6 +53,8 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
         meter = StepMeter(world, run.order.batch, run.macs)
         objective = Objective(config.objective, run.train.num_classes, run.token_grid)
         batches = iter(train_batches(run, shards, world, state.step))
+        stop = StopRequest(world)
+        stack.enter_context(stop.listening())
 
         while state.step < plan.end_step:
             with meter.waiting():
@@ -71,10 +75,13 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
                     weights = engine.eval_model(config.eval.weights)
                     state.note(evaluate(weights, validation, engine.autocast(), world))
                     recorder.evaluation(state, engine)
-            if plan.saves(state.step):
+            status = stop.decided()
+            if status is not None or plan.saves(state.step):
                 with meter.paused():
                     state.seconds = recorder.seconds()
                     store.save(state.step, asdict(state), engine.save, world)
+            if status is not None and state.step < plan.end_step:
+                raise Stopped(status)
         return recorder.finish(state, engine)
 
 

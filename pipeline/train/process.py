@@ -14,8 +14,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.train.distributed import PeerError, World, open_world
-
-INTERRUPTED = 130
+from pipeline.train.stop import Stopped, catch_signals, stop_now
 
 # Environment variables by which `launch` tells its workers who started them, and with which command.
 AGENT_PID = "ROOKERY_AGENT_PID"
@@ -23,9 +22,9 @@ COMMAND = "ROOKERY_COMMAND"
 
 
 def run_process(job: Callable[[World], object], threads: int | None = None) -> int:
-    """Run a job in this process and return its exit status: 0, 2 for a user's mistake, 130 when interrupted.
+    """Run a job in this process and return its exit status: 0, 2 for a user's mistake, see `stop` for signals.
 
-    A mistake is printed once. SIGTERM, which a scheduler sends, ends the job as Ctrl-C does.
+    A mistake is printed once.
 
     Args:
         job: gets this process's place in the world.
@@ -37,12 +36,12 @@ def run_process(job: Callable[[World], object], threads: int | None = None) -> i
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if threads is not None:
         torch.set_num_threads(threads)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    catch_signals(stop_now)
     try:
         with open_world() as world:
             job(world)
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    except Stopped as stop:
+        return stop.status
     except PeerError:
         return 2
     except UserError as error:

@@ -14,9 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.tracking.metrics import read_metrics
+from pipeline.train.checkpoint import CheckpointStore
+from pipeline.train.stop import INTERRUPTED, RESUBMIT
 from tests.train.conftest import Rookery, command, environment
-
-INTERRUPTED = 130
 
 
 @pytest.fixture
@@ -60,6 +61,8 @@ def start(started: list[subprocess.Popen[str]], recipe: Path, folder: Path, npro
         (signal.SIGINT, "group", 2),
         (signal.SIGTERM, "group", 2),
         (signal.SIGTERM, "leader", 2),
+        (signal.SIGUSR1, "leader", 1),
+        (signal.SIGUSR1, "everybody", 2),
     ],
 )
 def test_a_signal_ends_it_cleanly(
@@ -71,12 +74,20 @@ def test_a_signal_ends_it_cleanly(
         os.killpg(process.pid, number)
     else:  # as `kill` does
         process.send_signal(number)
+    if whom == "everybody":  # as Slurm does
+        for worker in workers:
+            with suppress(psutil.NoSuchProcess):
+                if os.getsid(worker.pid) == worker.pid:
+                    worker.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == INTERRUPTED
+    assert process.returncode == (RESUBMIT if number == signal.SIGUSR1 else INTERRUPTED)
     assert errors.splitlines() == ["interrupted; the same command continues from the newest checkpoint"]
     assert not psutil.wait_procs(workers, timeout=10)[1]
     last = json.loads((tmp_path / "runs" / "run" / "sessions.jsonl").read_text().splitlines()[-1])
     assert (last["event"], last["status"]) == ("end", "interrupted")
+    trained = [line["step"] for line in read_metrics(tmp_path / "runs" / "run") if line["kind"] == "train"]
+    newest = CheckpointStore(tmp_path / "runs" / "run" / "checkpoints").newest()
+    assert newest is not None and newest.step == trained[-1]
 
 
 @pytest.mark.chaos

@@ -23,8 +23,8 @@ from pipeline.train.trace import read_trace
 from tests.train.conftest import Rookery, command, environment
 
 
-def kill_after(seconds: float, run: Path, log: Path, *args: object) -> bool:
-    """Start a training, SIGKILL its whole process group after its first step plus `seconds`; whether it was alive."""
+def kill_after(seconds: float, number: int, run: Path, log: Path, *args: object) -> None:
+    """Start a training and send a signal to its process group after its first step plus `seconds`."""
     with open(log, "a") as out:
         process = subprocess.Popen(
             command("train", *args), stdout=out, stderr=out, env=environment(), cwd=log.parent, start_new_session=True
@@ -37,10 +37,8 @@ def kill_after(seconds: float, run: Path, log: Path, *args: object) -> bool:
                 break
             time.sleep(0.02)
         time.sleep(seconds)
-        alive = process.poll() is None
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, number)
         process.wait()
-    return alive
 
 
 @pytest.mark.chaos
@@ -54,8 +52,8 @@ def test_kill_and_resume_is_bit_identical(
     options = (recipe, "--nproc", nproc, "--threads", 1)
     rookery("train", *options, "name=whole")
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
-    for _ in range(kills):
-        kill_after(moments.uniform(0, 1.2), cut, tmp_path / "log", *options, "name=cut")
+    for number in [signal.SIGKILL, signal.SIGUSR1, signal.SIGKILL][:kills]:
+        kill_after(moments.uniform(0, 1.2), number, cut, tmp_path / "log", *options, "name=cut")
     rookery("train", *options, "name=cut")
 
     for weights in ("final", "best"):

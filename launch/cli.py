@@ -33,7 +33,7 @@ def app() -> None:
     try:
         _commands()
     except UserError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"rookery: {error}", markup=False)
+        Console(stderr=True, soft_wrap=True, highlight=False, emoji=False).print(f"rookery: {error}", markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -19,7 +19,7 @@ def print_summary(run: Resolved, job: Nodes) -> None:
     table.add_column(overflow="fold")
     for name, value in summary(run, job).items():
         table.add_row(name, value)
-    Console(highlight=False, soft_wrap=False).print(table)
+    Console(highlight=False, soft_wrap=False, emoji=False, markup=False).print(table)
 
 
 def summary(run: Resolved, job: Nodes) -> dict[str, str]:

@@ -44,8 +44,8 @@ class Aggregate(nn.Module):
         check_choice("aggregation", kind, Aggregation)
         check_choice("aggregation_plane", plane, Plane)
         check_choice("pool_pad", pool_pad, PoolPad)
-        if kind == "conv" and pool_pad == "symmetric":
-            raise ModelError("pool_pad=symmetric acts on pools; aggregation=conv has none, leave it out")
+        if pool_pad == "symmetric" and kind not in ("conv_pool", "max3", "avg3"):
+            raise ModelError(f"pool_pad=symmetric acts on pools of three; aggregation={kind} has none, leave it out")
         self.kind = kind
         self.pool_pad = pool_pad
         self.group = 2 * block_size if plane == "block" else None

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.errors import ModelError
+from pipeline.models.errors import ModelError, check_heads
 
 
 class Attention(nn.Module):
@@ -23,8 +23,7 @@ class Attention(nn.Module):
         self, dim: int, num_heads: int, *, multi_query: bool = False, attn_drop: float = 0.0, proj_drop: float = 0.0
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ModelError(f"{num_heads} heads don't divide {dim} channels: change num_heads or the embedding width")
+        check_heads(num_heads, dim, "the embedding width")
         head_dim = dim // num_heads
         self.num_heads = num_heads
         self.multi_query = multi_query
@@ -79,8 +78,7 @@ class MapAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ModelError(f"{num_heads} heads don't divide {dim} channels: change num_heads or the embedding width")
+        check_heads(num_heads, dim, "the embedding width")
         head_dim = dim // num_heads
         value_dim = head_dim if multi_query else dim
         self.num_heads = num_heads

@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from pipeline.models.errors import check_ints
+
 
 class ImageModel(nn.Module):
     """An image classifier: (B, in_chans, img_size, img_size) -> logits (B, num_classes).
@@ -20,6 +22,8 @@ class ImageModel(nn.Module):
 
     def __init__(self, img_size: int, in_chans: int, num_classes: int) -> None:
         super().__init__()
+        check_ints(1, img_size=img_size, in_chans=in_chans)
+        check_ints(0, num_classes=num_classes)
         self.img_size = img_size
         self.in_chans = in_chans
         self.num_classes = num_classes

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pipeline.models.base import ImageModel
 from pipeline.models.drop_path import DropPath, drop_path_rates
-from pipeline.models.errors import ModelError
-from pipeline.models.layers import run_layers
+from pipeline.models.errors import ModelError, check_heads, check_ints, check_positive, check_rates
+from pipeline.models.layers import hidden_width, run_layers
 from pipeline.models.pos_embed import Mode, resize_grid
 from pipeline.models.registry import ModelInfo, register
 from pipeline.models.tokens import token_side
@@ -53,9 +53,12 @@ class Deit(ImageModel):
 
         super().__init__(img_size, in_chans, num_classes)
         token_side(img_size, patch_size)
+        check_ints(1, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+        check_positive(mlp_ratio=mlp_ratio)
+        check_rates(drop_rate=drop_rate, attn_drop_rate=attn_drop_rate)
         self.patch_size = patch_size
-        if embed_dim % num_heads:
-            raise ModelError(f"{num_heads} heads don't divide {embed_dim} channels: change num_heads or embed_dim")
+        hidden_width(embed_dim, mlp_ratio)
+        check_heads(num_heads, embed_dim, "embed_dim")
         self.vit = VisionTransformer(
             img_size=img_size,
             in_chans=in_chans,

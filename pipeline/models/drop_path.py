@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.errors import ModelError
+from pipeline.models.errors import ModelError, check_rates
 
 
 class DropPath(nn.Module):
@@ -50,8 +50,7 @@ def drop_path_rates(maximum: float, depth: int) -> list[float]:
     Raises:
         ModelError: the maximum is outside [0, 1).
     """
-    if not 0.0 <= maximum < 1.0:
-        raise ModelError(f"drop_path_rate={maximum} is not in [0, 1)")
+    check_rates(drop_path_rate=maximum)
     return [maximum * i / max(depth - 1, 1) for i in range(depth)]
 
 

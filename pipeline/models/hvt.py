@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from pipeline.models.errors import ModelError, check_choice
+from pipeline.models.errors import check_bools, check_choice, check_ints
 from pipeline.models.pool import Pool, PoolKind
 from pipeline.models.refine import Refine
 from pipeline.models.registry import ModelInfo, register
 from pipeline.models.stems import PatchStem
-from pipeline.models.tokens import TokenTransformer
+from pipeline.models.tokens import TokenTransformer, token_side
 
 Head = Literal["mean", "cls"]
 
@@ -70,9 +70,9 @@ class Hvt(TokenTransformer):
         attn_drop_rate: float = 0.0,
     ) -> None:
         check_choice("head", head, Head)
-        for option, value in (("num_heads", num_heads), ("head_dim", head_dim), ("depth", depth)):
-            if type(value) is not int or value < 1:
-                raise ModelError(f"{option}={value!r} is not a positive integer")
+        check_ints(1, in_chans=in_chans, num_heads=num_heads, head_dim=head_dim)
+        check_bools(pool_pos_embed=pool_pos_embed)
+        token_side(img_size, patch_size)
         pool = {"stages": stages, "after": pool_after, "kind": pool_kind, "kernel": pool_kernel}
         dim = num_heads * head_dim
         super().__init__(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.models.drop_path import DropPath
+from pipeline.models.errors import ModelError
 
 Gelu = Literal["tanh", "erf"]
 
@@ -18,6 +19,18 @@ Gelu = Literal["tanh", "erf"]
 def gelu(kind: Gelu) -> nn.GELU:
     """GELU: `erf` is the exact form, `tanh` the approximation that JAX uses by default."""
     return nn.GELU(approximate="tanh" if kind == "tanh" else "none")
+
+
+def hidden_width(dim: int, mlp_ratio: float) -> int:
+    """Hidden channels of an MLP.
+
+    Raises:
+        ModelError: there would be none.
+    """
+    hidden = int(dim * mlp_ratio)
+    if hidden < 1:
+        raise ModelError(f"mlp_ratio={mlp_ratio!r} leaves an MLP of {dim} channels without hidden ones")
+    return hidden
 
 
 class Mlp(nn.Module):
@@ -34,7 +47,7 @@ class Mlp(nn.Module):
         self.act = gelu(act)
         self.drop1 = nn.Dropout(drop)
         self.fc2 = nn.Linear(hidden, dim)
-        self.scale = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
+        self.scale = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from pipeline.models.aggregate import Aggregate, Aggregation, Plane, PoolPad
 from pipeline.models.base import ImageModel
 from pipeline.models.blocks import blockify, unblockify
 from pipeline.models.drop_path import drop_path_rates
-from pipeline.models.errors import ModelError, check_choice
-from pipeline.models.layers import EncoderLayer, Gelu, MapLayer, Mlp, run_layers, truncated_normal_
+from pipeline.models.errors import ModelError, check_choice, check_ints, check_positive, check_rates
+from pipeline.models.layers import EncoderLayer, Gelu, MapLayer, Mlp, hidden_width, run_layers, truncated_normal_
 from pipeline.models.pos_embed import Mode, resize_blocks
 from pipeline.models.refine import Refine, make_attention, map_uses
 from pipeline.models.registry import ModelInfo, register
@@ -117,6 +117,8 @@ class Nest(ImageModel):
         check_choice("pos_embed", pos_embed, PosEmbed)
         check_choice("pool_pad", pool_pad, PoolPad)
         check_choice("init", init, Init)
+        check_positive(mlp_ratio=mlp_ratio)
+        check_rates(drop_rate=drop_rate, attn_drop_rate=attn_drop_rate)
         self.block_size = _block_size(img_size, patch_size, num_levels)
         self.attention = attention
         self.num_heads = _per_level("num_heads", num_heads, num_levels)
@@ -135,7 +137,7 @@ class Nest(ImageModel):
             for _ in range(layer_counts[i]):
                 use = next(uses)
                 attn = make_attention(use, self.refine, dim, self.num_heads[i], multi_query=multi_query, **dropout)
-                mlp = Mlp(dim, int(dim * mlp_ratio), act=gelu, drop=drop_rate)
+                mlp = Mlp(dim, hidden_width(dim, mlp_ratio), act=gelu, drop=drop_rate)
                 layer = MapLayer if use.explicit else EncoderLayer
                 layers.append(layer(dim, attn, mlp, drop_path=next(rates), norm_eps=NORM_EPS))
             aggregate: nn.Module = nn.Identity()
@@ -164,8 +166,10 @@ class Nest(ImageModel):
 
     def fit_pos_embed(self, name: str, state_dict: Mapping[str, Tensor], mode: Mode) -> Tensor | None:
         """Each block by itself while their number stays, else the image plane as a whole; see `resize_blocks`."""
-        wanted = self.get_parameter(name)
-        return resize_blocks(state_dict[name], wanted.shape[1], self.block_size, mode)
+        blocks, old_blocks = self.get_parameter(name).shape[1], state_dict[name].shape[1]
+        if (blocks == 1) != (old_blocks == 1) and name != f"levels.{len(self.levels) - 1}.pos_embed":
+            return None  # one is shared by the blocks, the other is not
+        return resize_blocks(state_dict[name], blocks, self.block_size, mode)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, in_chans, img_size, img_size) -> normalised tokens of the last level in raster order, (B, n, C)."""
@@ -185,9 +189,7 @@ class Nest(ImageModel):
 
 def _block_size(img_size: int, patch_size: int, num_levels: int) -> int:
     """Side of a block in tokens, so that 2^(num_levels-1) blocks fill one side of the image."""
-    for option, value in (("img_size", img_size), ("patch_size", patch_size), ("num_levels", num_levels)):
-        if not isinstance(value, int) or value < 1:
-            raise ModelError(f"{option}={value!r} is not a positive integer")
+    check_ints(1, img_size=img_size, patch_size=patch_size, num_levels=num_levels)
     unit = patch_size * 2 ** (num_levels - 1)
     below = img_size // unit * unit
     if below != img_size:
@@ -200,12 +202,15 @@ def _block_size(img_size: int, patch_size: int, num_levels: int) -> int:
 
 
 def _per_level(option: str, value: int | Sequence[int], num_levels: int, minimum: int = 1) -> tuple[int, ...]:
-    values = (value,) * num_levels if isinstance(value, int) else tuple(value)
+    values = (value,) * num_levels if isinstance(value, int) else value
+    if not isinstance(values, list | tuple):
+        raise ModelError(f"{option}={value!r} is neither an integer nor a list of them, one for each level")
+    values = tuple(values)
     if len(values) != num_levels:
         raise ModelError(
             f"{option} has {len(values)} entries for num_levels={num_levels}: give one each, or one integer"
         )
-    if not all(isinstance(v, int) and v >= minimum for v in values):
+    if not all(type(v) is int and v >= minimum for v in values):
         raise ModelError(f"{option}={value!r} holds something else than integers of at least {minimum}")
     return values
 

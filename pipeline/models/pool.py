@@ -5,14 +5,14 @@ Pan et al., "Scalable Vision Transformers with Hierarchical Pooling", ICCV 2021,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.errors import ModelError, check_choice, check_keys
+from pipeline.models.errors import ModelError, check_choice, check_ints, check_keys
 
 PoolKind = Literal["max", "avg", "conv"]
 Grid = tuple[int, int]
@@ -42,14 +42,18 @@ class Pool:
     def __post_init__(self) -> None:
         check_choice("pool.kind", self.kind, PoolKind)
         check_choice("pool.dims", self.dims, Literal[1, 2])
-        strides = (self.stride,) if isinstance(self.stride, int) else self.stride
-        for name, value, low in [("kernel", self.kernel, 1), ("stages", self.stages, 0)] + [
-            ("stride", stride, 1) for stride in strides
-        ]:
-            if type(value) is not int or value < low:
-                raise ModelError(f"pool.{name}={value!r} is not an integer of at least {low}")
+        strides = self.stride if isinstance(self.stride, tuple) else (self.stride,)
+        check_ints(1, **{"pool.kernel": self.kernel})
+        check_ints(0, **{"pool.stages": self.stages})
+        for stride in strides:
+            check_ints(1, **{"pool.stride": stride})
+        if self.after is not None and not (
+            isinstance(self.after, tuple) and all(type(layer) is int for layer in self.after)
+        ):
+            raise ModelError(f"pool.after={self.after!r}: give a list of layer numbers, or null to go by the stages")
         if len(strides) not in (1, self.dims):
-            raise ModelError(f"pool.stride={list(strides)} has two numbers: set pool.dims=2, or give one")
+            wanted = "one number, or rows and columns" if self.dims == 2 else "one number, or set pool.dims=2"
+            raise ModelError(f"pool.stride={list(strides)}: give {wanted}")
 
     @classmethod
     def of(cls, options: Self | Mapping[str, Any] | None) -> Self:
@@ -64,7 +68,7 @@ class Pool:
             return cls(stages=0)
         given = dict(check_keys("pool", options, cls, "{stages: 3, kernel: 3}"))
         for key in ("after", "stride"):
-            if isinstance(given.get(key), Sequence):
+            if isinstance(given.get(key), list):
                 given[key] = tuple(given[key])
         return cls(**given)
 
@@ -132,7 +136,8 @@ class Pool:
 
     @property
     def _strides(self) -> tuple[int, ...]:
-        return (self.stride,) * self.dims if isinstance(self.stride, int) else self.stride
+        strides = self.stride if isinstance(self.stride, tuple) else (self.stride,)
+        return strides * self.dims if len(strides) == 1 else strides
 
 
 class TokenPool(nn.Module):

@@ -23,7 +23,7 @@ def resize_pos_embed(state_dict: Mapping[str, Tensor], model: ImageModel, mode: 
     Args:
         state_dict: weights trained at another image size, block grid or both.
         model: the model they are meant for.
-        mode: "bicubic" (pixel centres aligned), or "bilinear" (corners aligned), the rule of NesT's and Refiner's code.
+        mode: "bicubic" (pixel centres aligned), or "bilinear" (corners aligned), the rule of NesT's code.
 
     Raises:
         ModelError: an embedding can't be fitted, for another reason than the size of the image.
@@ -60,7 +60,8 @@ def resize_grid(old: Tensor, extra: int, side: int, mode: Mode) -> Tensor | None
 
     The first `extra` ones, of a class token, stay as they are. None: not of that form.
     """
-    if old.ndim != 3 or isqrt(old.shape[1] - extra) ** 2 != old.shape[1] - extra:
+    tokens = old.shape[1] - extra if old.ndim == 3 else 0
+    if tokens < 1 or isqrt(tokens) ** 2 != tokens:
         return None
     first, grid = old[:, :extra], old[:, extra:]
     s = isqrt(grid.shape[1])
@@ -77,15 +78,13 @@ def resize_plane(old: Tensor, old_shape: tuple[int, int], new_shape: tuple[int, 
 
 def resize_raster(
     old: Tensor, old_side: int, new_side: int, new_length: int, step: float, first: float, mode: Mode
-) -> Tensor | None:
+) -> Tensor:
     """Embeddings of a sequence pooled along the raster order of a square grid: (1, N, C) -> (1, new_length, C).
 
     Token j of such a sequence has its middle at place `first + step * j` of the unpooled raster order, in the old grid
     as in the new. So the sequence is spread over the old grid, the grid is interpolated, and the new sequence is taken
-    from it: rows stay rows, which interpolating along the sequence would not keep. None: not of that form.
+    from it: rows stay rows, which interpolating along the sequence would not keep.
     """
-    if old.ndim != 3:
-        return None
     places = (torch.arange(old_side**2) - first) / step
     grid = _sample(old, places).unflatten(1, (old_side, old_side))
     raster = _interpolate(grid, new_side, new_side, mode).flatten(1, 2)

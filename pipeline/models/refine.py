@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.models.attention import Attention, MapAttention
 from pipeline.models.batch_norm import BatchNorm2d
-from pipeline.models.errors import ModelError, check_choice, check_keys
+from pipeline.models.errors import ModelError, check_bools, check_choice, check_ints, check_keys
 
 Flavour = Literal["official", "linear"]
 Model = TypeVar("Model", bound=nn.Module)
@@ -51,9 +51,8 @@ class Refine:
 
     def __post_init__(self) -> None:
         check_choice("refine.flavour", self.flavour, Flavour)
-        for name, value in (("expansion", self.expansion), ("kernel", self.kernel)):
-            if type(value) is not int or value < 1:
-                raise ModelError(f"refine.{name}={value!r} is not a positive integer")
+        check_ints(1, **{"refine.expansion": self.expansion, "refine.kernel": self.kernel})
+        check_bools(**{"refine.reduction": self.reduction, "refine.sharing": self.sharing})
         if self.kernel % 2 == 0:
             raise ModelError(f"refine.kernel={self.kernel} has no middle: choose an odd one (1, 3, 5)")
         if self.flavour == "official" and not self.reduction:
@@ -126,8 +125,10 @@ def _refined_layers(refine: Refine, runs: Sequence[int], firsts: Sequence[int], 
     if refine.blocks is None and not refine.sharing:
         return set(range(depth))
     if refine.blocks is None:
-        starts = (first for first in firsts)
-        return {s + j for s, n in zip(starts, (n for n in runs if n), strict=True) for j in range(1, n, 2)}
+        second = {s + j for s, n in zip(firsts, (n for n in runs if n), strict=True) for j in range(1, n, 2)}
+        if not second:
+            raise ModelError("refine.sharing=true needs two layers of equal sequence length; set it to false")
+        return second
     refined = set(refine.blocks)
     unknown = sorted(refined - set(range(depth)))
     if unknown:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.dense import DenseOutput, DenseRequest
-from pipeline.models.errors import ModelError, check_choice
+from pipeline.models.errors import ModelError, check_bools, check_choice, check_ints, check_positive
 from pipeline.models.pool import Pool
 from pipeline.models.refine import Flavour, Refine, fold_refiners
 from pipeline.models.registry import ModelInfo, register
 from pipeline.models.stems import ConvStem, PatchStem
-from pipeline.models.tokens import TokenTransformer, cosine
+from pipeline.models.tokens import TokenTransformer, cosine, token_side
 
 Stem = Literal["conv", "patch"]
 
@@ -86,6 +86,12 @@ class Refiner(TokenTransformer):
         attn_drop_rate: float = 0.0,
     ) -> None:
         check_choice("stem", stem, Stem)
+        check_ints(1, in_chans=in_chans, embed_dim=embed_dim, num_heads=num_heads)
+        check_bools(aux_head=aux_head)
+        for option, value in (("aux_weight", aux_weight), ("layer_scale", layer_scale)):
+            if value != 0:
+                check_positive(**{option: value})
+        token_side(img_size, patch_size)
         sharing = flavour == "official" if sharing is None else sharing
         refine = {"flavour": flavour, "expansion": expansion, "kernel": kernel, "reduction": reduction}
         make_stem = ConvStem if stem == "conv" else PatchStem

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from pipeline.models.base import ImageModel
 from pipeline.models.drop_path import drop_path_rates
-from pipeline.models.errors import ModelError
-from pipeline.models.layers import EncoderLayer, MapLayer, Mlp, normal_, run_layer
+from pipeline.models.errors import ModelError, check_ints, check_positive, check_rates
+from pipeline.models.layers import EncoderLayer, MapLayer, Mlp, hidden_width, normal_, run_layer
 from pipeline.models.pool import Pool
 from pipeline.models.pos_embed import Mode, resize_grid, resize_plane, resize_raster
 from pipeline.models.refine import Refine, make_attention, map_uses
@@ -84,6 +84,9 @@ class TokenTransformer(ImageModel):
         attn_drop_rate: float,
     ) -> None:
         super().__init__(img_size, in_chans, num_classes)
+        check_ints(1, depth=depth)
+        check_positive(mlp_ratio=mlp_ratio, residual_scale=residual_scale)
+        check_rates(drop_rate=drop_rate, attn_drop_rate=attn_drop_rate)
         side = token_side(img_size, patch_size)
         self.patch_size = patch_size
         self.pooled_layers = pool.layers(depth)
@@ -103,7 +106,7 @@ class TokenTransformer(ImageModel):
         grid = (side, side)
         for i, (use, rate) in enumerate(zip(uses, rates, strict=True)):
             attn = make_attention(use, refine, dim, num_heads, attn_drop=attn_drop_rate, proj_drop=drop_rate)
-            mlp = Mlp(dim, int(dim * mlp_ratio), act="erf", drop=drop_rate, layer_scale=layer_scale)
+            mlp = Mlp(dim, hidden_width(dim, mlp_ratio), act="erf", drop=drop_rate, layer_scale=layer_scale)
             kind = MapLayer if use.explicit else EncoderLayer
             self.blocks.append(kind(dim, attn, mlp, drop_path=rate, norm_eps=NORM_EPS, residual_scale=residual_scale))
             if i in self.pooled_layers:
@@ -136,12 +139,16 @@ class TokenTransformer(ImageModel):
         extra = 0 if self.cls_token is None else 1
         if name == "pos_embed":
             return resize_grid(state_dict[name], extra, side, mode)
-        old_side = isqrt(state_dict["pos_embed"].shape[1] - extra)
+        if "pos_embed" not in state_dict or state_dict["pos_embed"].ndim != 3:
+            return None
+        old_side = isqrt(max(0, state_dict["pos_embed"].shape[1] - extra))
         depth, number = len(self.blocks), self.pooled_layers.index(int(name.split(".")[1]))
         shape = self.pool_options.grids(side, depth)[number]
         old_shape = self.pool_options.grids(old_side, depth)[number]
         if self.pool_options.dims == 2:
             return resize_plane(state_dict[name], old_shape, shape, mode)
+        if state_dict[name].ndim != 3 or state_dict[name].shape[1] != old_shape[1]:
+            return None  # of another kernel or stride
         step, first = self.pool_options.raster(number + 1)
         return resize_raster(state_dict[name], old_side, side, shape[1], step, first, mode)
 
@@ -184,9 +191,7 @@ def token_side(img_size: int, patch_size: int) -> int:
     Raises:
         ModelError: the patches don't fill the image.
     """
-    for option, value in (("img_size", img_size), ("patch_size", patch_size)):
-        if type(value) is not int or value < 1:
-            raise ModelError(f"{option}={value!r} is not a positive integer")
+    check_ints(1, img_size=img_size, patch_size=patch_size)
     if img_size % patch_size:
         below = img_size // patch_size * patch_size
         nearest = f"{below} or {below + patch_size}" if below else str(patch_size)

@@ -76,7 +76,9 @@ def with_ratio(settings: EvalTransformConfig, crop_pct: float) -> EvalTransformC
         return EvalTransformConfig.model_validate(settings.model_dump() | {"resize": "crop_pct", "crop_pct": crop_pct})
     except ValidationError as error:
         reason = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-        raise UserError(f"crop ratio {crop_pct:g}: {reason[0].lower()}{reason[1:]}") from error
+        raise UserError(
+            f"crop ratio {crop_pct:g}: {reason[0].lower()}{reason[1:]}; give one such as 0.875 or 1.1"
+        ) from error
 
 
 def own_ratio(settings: EvalTransformConfig) -> float | None:

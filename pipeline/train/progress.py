@@ -18,7 +18,7 @@ class Reporter:
 
     def __init__(self, active: bool, total: int) -> None:
         self._active, self._total = active, total
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
         self._bar: Progress | None = None
 
     def begin(self, step: int) -> None:

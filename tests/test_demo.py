@@ -12,7 +12,7 @@ from tests.train.conftest import ROOT, rookery  # noqa: F401 - a fixture
 
 def test_demo(rookery, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
     rookery("prep", "digits", "shards/digits")
-    done = rookery("train", ROOT / "configs" / "demo.yaml", "--nproc", 2, "seed=1", "name=demo-seed1", timeout=500)
+    done = rookery("train", ROOT / "configs" / "demo.yaml", "--nproc", 2, "seed=1", "name=demo-seed1", timeout=1000)
     last = done.stdout.splitlines()[-1]
     found = re.fullmatch(r"run=(\S+) top1=([0-9.]+)", last)
     assert found is not None, last

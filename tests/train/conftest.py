@@ -96,7 +96,7 @@ def rookery(tmp_path: Path) -> Rookery:
     return partial(run_command, tmp_path)
 
 
-def run_command(folder: Path, *args: object, check: int = 0, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run_command(folder: Path, *args: object, check: int = 0, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """Run `rookery` in a folder and expect the exit status `check`."""
     done = subprocess.run(
         command(*args), cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout

@@ -45,7 +45,7 @@ def test_nest_tiny_learns_and_survives_a_kill(real_data: Path, rookery: Rookery,
         "--threads",
         1,
     )
-    rookery("train", *arguments, "name=whole", timeout=550)
+    rookery("train", *arguments, "name=whole", timeout=1000)
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
 
     with open(tmp_path / "log", "w") as log:
@@ -62,7 +62,7 @@ def test_nest_tiny_learns_and_survives_a_kill(real_data: Path, rookery: Rookery,
         os.killpg(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     assert KILLED_AFTER <= len(losses(cut)) < STEPS
-    rookery("train", *arguments, "name=cut", timeout=550)
+    rookery("train", *arguments, "name=cut", timeout=1000)
 
     assert sha256(cut / "final" / WEIGHTS) == sha256(whole / "final" / WEIGHTS)
     assert losses(cut) == losses(whole)

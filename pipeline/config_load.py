@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a recipe and apply `key.path=value` overrides (values are YAML).
 
     Overrides change a recipe as a recipe changes its `base:`: sections are merged key by key, anything else is
-    replaced, and a section whose `kind` changes starts anew. Without a `name` of its own, the run is named after the
-    file: `configs/demo.yaml` is `demo`, `configs/nest/tiny_cifar10.yaml` is `nest_tiny_cifar10`.
+    replaced, and a section whose `kind` changes, or that is set to null before, starts anew. Without a `name` of its
+    own, the run is named after the file: `configs/demo.yaml` is `demo`, `configs/nest/tiny_cifar10.yaml` is
+    `nest_tiny_cifar10`.
 
     Raises:
         UserError: unreadable file, unknown key (with the nearest known one), a value or combination that can't be.
@@ -169,12 +171,19 @@ def _places(node: yaml.Node, place: Callable[[int], str], parents: KeyPath = ())
         yield from _places(value, place, path)
 
 
+class _Anew(dict[str, Any]):
+    """A section that was set to null before it was filled: it takes nothing from those it is merged over."""
+
+
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+    merged = copy(base)
     for key, value in over.items():
-        known = merged.get(key)
-        if isinstance(known, dict) and isinstance(value, dict) and _same_kind(known, value):
-            value = _merge(known, value)
+        if isinstance(value, dict) and not isinstance(value, _Anew) and key in merged:
+            known = merged[key]
+            if known is None:
+                value = _Anew(value)
+            elif isinstance(known, dict) and _same_kind(known, value):
+                value = _merge(known, value)
         merged[key] = value
     return merged
 

@@ -19,6 +19,7 @@ from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
 from pipeline.models import ImageModel, create_model, num_drop_paths
 from pipeline.models.batch_norm import BatchNorm2d
+from pipeline.models.errors import UnknownOption
 from pipeline.models.facts import count_macs
 from pipeline.train.checkpoint import COMMIT
 from pipeline.train.init_weights import check_init
@@ -124,6 +125,11 @@ def build_model(config: RunConfig, device: str | torch.device) -> ImageModel:
             model = create_model(config.model.name, **config.model.overrides())
         if config.train.activation_checkpointing:
             model.set_grad_checkpointing(True)
+    except UnknownOption as error:
+        raise UserError(
+            f"model: {error}. To leave out the options of another model that a recipe comes with, "
+            "write model.options=null before your own"
+        ) from error
     except (ValueError, TypeError) as error:
         raise UserError(f"model: {error}") from error
     return model

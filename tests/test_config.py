@@ -185,6 +185,21 @@ def test_section_of_another_kind_starts_anew(tmp_path: Path) -> None:
         assert load_config(paths["base"], overrides) == load_config(paths["top"], ["name=base"])
 
 
+def test_section_set_to_null_starts_anew(tmp_path: Path) -> None:
+    paths = write(
+        tmp_path,
+        options=SMALL.replace("model:\n", "model:\n  options: {depths: 1, gelu: erf}\n"),
+        dropped="base: options.yaml\nmodel: {options: null}\n",
+        filled="base: dropped.yaml\nmodel: {options: {stages: 2}}\n",
+    )
+    assert load_config(paths["dropped"]).model.options == {}
+    assert load_config(paths["filled"]).model.options == {"stages": 2}
+    overrides = ["model.options=null", "model.options.stages=2", "model.options.pool_dims=2"]
+    assert load_config(paths["options"], overrides).model.options == {"stages": 2, "pool_dims": 2}
+    assert load_config(paths["options"], ["model.options.gelu=tanh"]).model.options == {"depths": 1, "gelu": "tanh"}
+    assert load_config(paths["options"], overrides[:1]).model.options == {}
+
+
 @pytest.mark.parametrize(
     ("override", "key", "value"),
     [
@@ -397,7 +412,7 @@ def test_command_prints_what_a_recipe_becomes(tmp_path: Path) -> None:
     ("override", "said"),
     [
         ("model.name=nest_tny", "unknown model 'nest_tny', did you mean"),
-        ("model.options={depth: 3}", "has no option 'depth'"),
+        ("model.options={depth: 3}", "model.options=null before your own"),
         ("model.img_size=30", "30"),
     ],
 )

@@ -18,6 +18,10 @@ class ModelError(UserError, ValueError):
     """
 
 
+class UnknownOption(ModelError):
+    """An argument that the architecture doesn't have."""
+
+
 def check_choice(option: str, value: Any, choices: Any) -> None:
     """Raise ModelError unless `value` is one of `choices`, a `Literal[...]`."""
     if value not in get_args(choices):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.models.base import ImageModel
-from pipeline.models.errors import ModelError
+from pipeline.models.errors import ModelError, UnknownOption
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def create_model(name: str, **overrides: Any) -> ImageModel:
     given = {key: value for key, value in overrides.items() if value is not None}
     for key in given:
         if key not in valid:
-            raise ModelError(
+            raise UnknownOption(
                 f"model {name!r} has no option {key!r}{_suggest(key, valid)}; its options are: {', '.join(valid)}"
             )
     return info.build(**{**info.config, **given})

@@ -13,6 +13,7 @@ from enum import IntEnum
 
 import numpy as np
 
+from pipeline.errors import UserError
 from pipeline.hashing import hash64
 
 # They keep these keys apart from each other and from the other users of `hash64`.
@@ -47,6 +48,24 @@ def sample_key(seed: int, epoch: int, index: int) -> int:
 def chunk_key(seed: int, step: int, lane: int) -> int:
     """The 64-bit key of the samples that a global step takes of one lane: what mixing draws from."""
     return int(hash64(_CHUNK, seed, step, lane))
+
+
+def check_partners(chunk: int, what: str, instead: str) -> None:
+    """Refuse a lane chunk of one sample, which has no partner.
+
+    Args:
+        chunk: samples that a step takes of each lane.
+        what: what takes partners.
+        instead: the setting that does without.
+
+    Raises:
+        UserError: the chunk has one sample.
+    """
+    if chunk < 2:
+        raise UserError(
+            f"{what} its partners from the same lane chunk, and a chunk of 1 sample has none: "
+            f"set a smaller data.lanes or a larger train.global_batch_size, or {instead}"
+        )
 
 
 def uniforms(key: int, stream: Stream, n: int) -> np.ndarray:

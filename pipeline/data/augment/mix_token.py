@@ -13,8 +13,7 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 
-from pipeline.data.augment.keyed import Stream, chunk_key, uniforms
-from pipeline.errors import UserError
+from pipeline.data.augment.keyed import Stream, check_partners, chunk_key, uniforms
 
 
 class MixTokenParams(NamedTuple):
@@ -48,11 +47,7 @@ def draw_mix_token(seed: int, step: int, lanes: Iterable[int], chunk: int, grid:
     Raises:
         UserError: a chunk has one sample, which has no partner.
     """
-    if chunk < 2:
-        raise UserError(
-            "MixToken takes its partners from the same lane chunk, and a chunk of 1 sample has none: "
-            "set a smaller data.lanes or a larger train.global_batch_size, or objective.mix_token=false"
-        )
+    check_partners(chunk, "MixToken takes", "objective.mix_token=false")
     boxes = np.array([_draw_box(chunk_key(seed, step, int(lane)), grid) for lane in lanes]).reshape(-1, 4)
     own = 1 - (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2]) / grid**2
     first = np.arange(len(boxes))[:, None] * chunk

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from pipeline.data.augment.keyed import Stream, chunk_key, generator, uniforms
+from pipeline.data.augment.keyed import Stream, check_partners, chunk_key, generator, uniforms
 from pipeline.data.augment.settings import MixConfig
-from pipeline.errors import UserError
 from pipeline.hashing import permutation
 
 __all__ = [
@@ -86,11 +85,8 @@ def draw_mix(config: MixConfig, seed: int, step: int, lanes: Iterable[int], chun
     Raises:
         UserError: mixing is on and a chunk has one sample, which has no partner.
     """
-    if config.active and chunk < 2:
-        raise UserError(
-            "mixup and CutMix take their partners from the same lane chunk, and a chunk of 1 sample has none: "
-            "set a smaller data.lanes or a larger train.global_batch_size, or mix.prob=0"
-        )
+    if config.active:
+        check_partners(chunk, "mixup and CutMix take", "mix.prob=0")
     chunks = [_draw_chunk(config, chunk_key(seed, step, int(lane)), chunk, img_size) for lane in lanes]
     shifted = [c._replace(partner=c.partner + i * chunk) for i, c in enumerate(chunks)]
     partner, box, inside, outside, label = (np.concatenate(parts) for parts in zip(*shifted, strict=True))

@@ -28,7 +28,8 @@ def summary(run: Resolved, job: Nodes) -> dict[str, str]:
     train, optim = config.train, config.optim
     local = order.batch // job.world_size
     rule = f" = {optim.lr:g} x {order.batch} / {optim.lr_batch}" if optim.lr_batch else ""
-    state = run.params * 4 * (_OPTIMIZER_COPIES + (train.ema_decay is not None)) / 1e9
+    parts = job.world_size if config.engine.name == "fsdp" else 1
+    state = run.params * 4 * (_OPTIMIZER_COPIES + (train.ema_decay is not None)) / parts / 1e9
     ends = "" if plan.end_step == plan.total_steps else f", stops after {plan.end_step:,}"
     return {
         "run": f"{config.out}/{config.name}",

@@ -194,7 +194,7 @@ class TrackingConfig(Section):
 class EngineConfig(Section):
     """How the model is spread over the processes."""
 
-    name: Literal["ddp"] = "ddp"
+    name: Literal["ddp", "fsdp"] = Field("ddp", description="ddp: whole copies; fsdp: shards of everything (FSDP2)")
 
 
 class RunConfig(Section):

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from pipeline.config_load import load_config
 from pipeline.data.augment.mixing import apply_mix, soft_target_cross_entropy
 from pipeline.data.shards import ShardSet
+from pipeline.errors import UserError
 from pipeline.models import set_drop_path_noise
 from pipeline.resolve import resolve
 from pipeline.tracking.metrics import read_metrics
 from pipeline.train.distributed import World
-from pipeline.train.engines import make_engine
+from pipeline.train.engines import Engine, make_engine, saved_weights
 from pipeline.train.setup import initial_model, train_batches
 from tests.train.conftest import Rookery
 
+ENGINES = ["ddp", "fsdp"]
 STEPS = 20
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def leave_group() -> Iterator[None]:
+    """Leave the process group that an engine opens in a process without one."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def engine_alone(recipe: Path, *overrides: str) -> Engine:
+    run = resolve(load_config(recipe, list(overrides)), 1)
+    return make_engine(initial_model(run.config, ALONE), run.config, ALONE)
 
 
 def reference_losses(recipe: Path, precision: str, lr_scale: float = 1.0) -> list[float]:
@@ -52,7 +69,7 @@ def reference_losses(recipe: Path, precision: str, lr_scale: float = 1.0) -> lis
     return losses
 
 
-@pytest.mark.parametrize("engine", ["ddp"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 5e-3)])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_two_processes_train_as_one(
@@ -69,18 +86,18 @@ def test_two_processes_train_as_one(
     assert max(abs(a - b) / b for a, b in zip(expected, untrained, strict=True)) > 3 * tolerance
 
 
+@pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_bad_step_is_skipped_and_training_goes_on(precision: str, recipe: Path) -> None:
-    run = resolve(load_config(recipe, [f"train.precision={precision}"]), 1)
-    engine = make_engine(initial_model(run.config, ALONE), run.config, ALONE)
+def test_a_bad_step_is_skipped_and_training_goes_on(precision: str, name: str, recipe: Path) -> None:
+    engine = engine_alone(recipe, f"engine.name={name}", f"train.precision={precision}")
 
     def one_step(scale: float) -> tuple[float, bool]:
-        before = {name: p.detach().clone() for name, p in engine.plain.named_parameters()}
+        before = {name: tensor.clone() for name, tensor in engine.full_weights("model").items()}
         with engine.autocast():
             logits = engine.model(torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0)))
         engine.backward(logits.float().square().mean() * scale)
         norm, skipped = engine.step(1e-3)
-        same = all(torch.equal(before[name], p) for name, p in engine.plain.named_parameters())
+        same = all(torch.equal(before[name], tensor) for name, tensor in engine.full_weights("model").items())
         assert same == bool(skipped)
         return norm.item(), bool(skipped)
 
@@ -90,28 +107,73 @@ def test_a_bad_step_is_skipped_and_training_goes_on(precision: str, recipe: Path
     assert not skipped and 0 < norm < float("inf")
 
 
-def test_the_average_follows_the_weights(recipe: Path) -> None:
-    run = resolve(load_config(recipe), 1)
-    engine = make_engine(initial_model(run.config, ALONE), run.config, ALONE)
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_average_follows_the_weights(name: str, recipe: Path) -> None:
+    engine = engine_alone(recipe, f"engine.name={name}")
     expected: dict[str, torch.Tensor] = {}
     for _ in range(4):
-        with engine.autocast():
-            engine.backward(engine.model(torch.ones(2, 1, 16, 16)).square().mean())
-        engine.step(1e-2)
-        for name, parameter in engine.plain.named_parameters():
-            now = parameter.detach().clone()
-            expected[name] = 0.9 * expected[name] + 0.1 * now if name in expected else now
+        train_on_ones(engine)
+        for key, now in engine.full_weights("model").items():
+            expected[key] = 0.9 * expected[key] + 0.1 * now if key in expected else now.clone()
+        with torch.no_grad():
+            # An evaluation between steps: the next one has to see the average as it is then.
+            logits = engine.eval_model("ema").eval()(torch.ones(2, 1, 16, 16))
     averaged = engine.full_weights("ema")
-    for name, value in expected.items():
-        torch.testing.assert_close(averaged[name], value)
+    assert averaged.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(averaged[key], value)
     assert not torch.equal(averaged["head.weight"], engine.full_weights("model")["head.weight"])
+    plain = initial_model(resolve(load_config(recipe), 1).config, ALONE).eval()
+    plain.load_state_dict(expected)
+    torch.testing.assert_close(logits, plain(torch.ones(2, 1, 16, 16)))
 
 
+def train_on_ones(engine: Engine) -> float:
+    with engine.autocast():
+        loss = engine.model(torch.ones(2, 1, 16, 16)).square().mean()
+    engine.backward(loss)
+    engine.step(1e-2)
+    return loss.item()
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_checkpoint_holds_all_that_training_needs(name: str, recipe: Path, tmp_path: Path) -> None:
+    arguments = (recipe, f"engine.name={name}", "train.precision=fp16", "model.drop_path_rate=0")
+    engine, folder = engine_alone(*arguments), tmp_path / "checkpoint"
+    folder.mkdir()
+    for _ in range(3):
+        train_on_ones(engine)
+    engine.save(folder)
+    for weights in ("model", "ema"):
+        saved, full = saved_weights(name, folder, weights), engine.full_weights(weights)
+        assert saved.keys() == full.keys()
+        assert all(torch.equal(saved[key], full[key]) for key in full)
+    other = engine_alone(*arguments, "seed=1")
+    other.load(folder)
+    assert [train_on_ones(other) for _ in range(3)] == [train_on_ones(engine) for _ in range(3)]
+    for weights in ("model", "ema"):
+        full = engine.full_weights(weights)
+        assert all(torch.equal(tensor, full[key]) for key, tensor in other.full_weights(weights).items())
+
+    for option in ("depths=2", "embed_dims=[16,32,24]", "depths=[1,1,0]"):
+        with pytest.raises(UserError, match="is of another model"):
+            engine_alone(*arguments, f"model.options.{option}").load(folder)
+    largest = max(folder.iterdir(), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:1000])
+    with pytest.raises((OSError, RuntimeError)):
+        saved_weights(name, folder, "model")
+    with pytest.raises((OSError, RuntimeError)):
+        engine.save(largest / "a-file-is-no-directory")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("override", ["train.compile=true", "train.activation_checkpointing=true"])
-def test_faster_or_smaller_but_the_same(override: str, recipe: Path, rookery: Rookery, tmp_path: Path) -> None:
+def test_faster_or_smaller_but_the_same(
+    override: str, engine: str, recipe: Path, rookery: Rookery, tmp_path: Path
+) -> None:
     short = ("train.stop_after=3steps", "data.val=null")
     rookery("train", recipe, *short, "name=plain")
-    rookery("train", recipe, *short, "name=other", override)
+    rookery("train", recipe, *short, "name=other", f"engine.name={engine}", override)
     plain, other = (
         [line["loss"] for line in read_metrics(tmp_path / "runs" / name) if line["kind"] == "train"]
         for name in ("plain", "other")

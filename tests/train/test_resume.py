@@ -42,14 +42,14 @@ def kill_after(seconds: float, number: int, run: Path, log: Path, *args: object)
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize(("nproc", "kills"), [(1, 1), (2, 3), (3, 1)])
+@pytest.mark.parametrize(("engine", "nproc", "kills"), [("ddp", 1, 1), ("ddp", 2, 3), ("ddp", 3, 1), ("fsdp", 2, 2)])
 def test_kill_and_resume_is_bit_identical(
-    recipe: Path, rookery: Rookery, tmp_path: Path, nproc: int, kills: int
+    recipe: Path, rookery: Rookery, tmp_path: Path, engine: str, nproc: int, kills: int
 ) -> None:
     seed = random.SystemRandom().randrange(10**6)
     print(f"kill moments from seed {seed}")
     moments = random.Random(seed)
-    options = (recipe, "--nproc", nproc, "--threads", 1)
+    options = (recipe, f"engine.name={engine}", "--nproc", nproc, "--threads", 1)
     rookery("train", *options, "name=whole")
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
     for number in [signal.SIGKILL, signal.SIGUSR1, signal.SIGKILL][:kills]:
@@ -85,13 +85,14 @@ def test_another_world_size_uses_the_same_samples_and_losses(recipe: Path, rooke
     # A small rate: Adam divides by the gradient's size, so at a large one rounding grows faster than it would in SGD.
     recipe.write_text(recipe.read_text().replace("lr: 0.001", "lr: 0.0001"))
     rookery("train", recipe, "name=one")
-    for nproc, stop in ((2, 8), (1, 12), (3, 17), (2, 24)):
-        rookery("train", recipe, "name=many", f"train.stop_after={stop}steps", "--nproc", nproc)
-    one, many = tmp_path / "runs" / "one", tmp_path / "runs" / "many"
-    assert read_trace(many) == read_trace(one)
-    assert [step for step, _ in losses(many)] == [step for step, _ in losses(one)]
-    for (_, a), (_, b) in zip(losses(many), losses(one), strict=True):
-        assert a == pytest.approx(b, rel=1e-5)
+    one = tmp_path / "runs" / "one"
+    for engine in ("ddp", "fsdp"):
+        options = (recipe, f"name={engine}", f"engine.name={engine}")
+        for nproc, stop in ((2, 8), (1, 12), (3, 17), (2, 24)):
+            rookery("train", *options, f"train.stop_after={stop}steps", "--nproc", nproc)
+        many = tmp_path / "runs" / engine
+        assert read_trace(many) == read_trace(one)
+        assert losses(many) == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in losses(one)]
 
 
 def test_batch_norms_do_not_depend_on_the_world_size(recipe: Path, rookery: Rookery, tmp_path: Path) -> None:
@@ -105,14 +106,17 @@ def test_batch_norms_do_not_depend_on_the_world_size(recipe: Path, rookery: Rook
     for nproc, stop, accumulate in ((2, 3, 1), (1, 5, 3), (3, 8, 2)):
         options = ("name=many", "train.epochs=8steps", f"train.accumulate={accumulate}")
         rookery("train", recipe, *options, f"train.stop_after={stop}steps", "--nproc", nproc)
-    one, many = tmp_path / "runs" / "one", tmp_path / "runs" / "many"
-    assert losses(many) == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in losses(one)]
-    weights, wanted = (load_file(run / "final" / WEIGHTS) for run in (many, one))
+    rookery("train", recipe, "name=sharded", "train.epochs=8steps", "engine.name=fsdp", "--nproc", 2)
+    one = tmp_path / "runs" / "one"
+    wanted = load_file(one / "final" / WEIGHTS)
     running = [name for name in wanted if "running_" in name]
     assert len(running) == 2 * (3 + 4)
-    for name in running:
-        assert not torch.equal(wanted[name], torch.full_like(wanted[name], float(name.endswith("var"))))
-        torch.testing.assert_close(weights[name], wanted[name], rtol=1e-3, atol=1e-4)
+    for other in (tmp_path / "runs" / "many", tmp_path / "runs" / "sharded"):
+        assert losses(other) == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in losses(one)]
+        weights = load_file(other / "final" / WEIGHTS)
+        for name in running:
+            assert not torch.equal(wanted[name], torch.full_like(wanted[name], float(name.endswith("var"))))
+            torch.testing.assert_close(weights[name], wanted[name], rtol=1e-3, atol=1e-4)
     refused = rookery("train", recipe, "name=other", "train.accumulate=24", check=2)
     assert "train.accumulate=24 leaves 2 samples to a micro-batch" in refused.stderr
 

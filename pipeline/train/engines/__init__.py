@@ -25,6 +25,10 @@ def saved_weights(engine: str, checkpoint: Path, weights: str) -> dict[str, torc
 
 
 def _engine(name: str) -> type[Engine]:
+    if name == "fsdp":
+        from pipeline.train.engines.fsdp import FsdpEngine
+
+        return FsdpEngine
     from pipeline.train.engines.ddp import DdpEngine
 
     return {"ddp": DdpEngine}[name]

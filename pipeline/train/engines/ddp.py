@@ -14,9 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-from pipeline.models.batch_norm import group_statistics, update_groups
 from pipeline.train.distributed import World
-from pipeline.train.engines.base import PRECISIONS, Engine
+from pipeline.train.engines.native import NativeEngine
 from pipeline.train.objective import sum_of_outputs
 from pipeline.train.optim import make_optimizer
 
@@ -26,7 +25,7 @@ _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.
 _OWN_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
 
 
-class DdpEngine(Engine):
+class DdpEngine(NativeEngine):
     """torch's `DistributedDataParallel`, or the bare model when there is one process.
 
     Args:
@@ -36,17 +35,12 @@ class DdpEngine(Engine):
     """
 
     def __init__(self, model: nn.Module, config: RunConfig, world: World) -> None:
-        self.plain = model
-        self.world = world
-        self.dtype = PRECISIONS[config.train.precision]
-        self.clip = config.train.clip_grad_norm
+        super().__init__(model, config, world)
         self.optimizer = make_optimizer(model, config.optim, config.optim.peak_lr(config.train.global_batch_size))
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16")
         self.ema = None
         if config.train.ema_decay is not None:
             average = get_ema_multi_avg_fn(config.train.ema_decay)
             self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-        self.batch_norms = group_statistics(model, _lane_chunk(config))
         if config.train.compile:
             model.compile()
         self.model = model
@@ -55,38 +49,8 @@ class DdpEngine(Engine):
             self.model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **_OWN_BUFFERS)
             self._settle_buckets(config)
 
-    def autocast(self) -> AbstractContextManager[None]:
-        if self.dtype is None:
-            return nullcontext()
-        return torch.autocast(self.world.device.type, self.dtype)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        self.scaler.scale(loss).backward()
-
     def accumulating(self) -> AbstractContextManager[None]:
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
-
-    def step(self, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.scaler.unscale_(self.optimizer)
-        parameters = [p for p in self.plain.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
-        skipped = (~torch.isfinite(norm)).float()
-        if self.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm, foreach=True)
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            # The fused update reads this flag on the device and leaves weights and moments alone when it is 1.
-            self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        update_groups(self.batch_norms, skipped, _sum_over_processes if self.world.size > 1 else None)
-        if self.ema is not None:
-            self.ema.update_parameters(self.plain)
-        return norm, skipped
 
     def eval_model(self, weights: str) -> nn.Module:
         return self._averaged().module if weights == "ema" else self.plain
@@ -138,6 +102,10 @@ class DdpEngine(Engine):
         for buffer, before in zip(self.plain.buffers(), buffers, strict=True):
             buffer.copy_(before)
 
+    def _update_average(self) -> None:
+        if self.ema is not None:
+            self.ema.update_parameters(self.plain)
+
     def _averaged(self) -> AveragedModel:
         assert self.ema is not None, "the config checks that eval.weights=ema comes with train.ema_decay"
         return self.ema
@@ -149,13 +117,3 @@ class DdpEngine(Engine):
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
         }
-
-
-def _lane_chunk(config: RunConfig) -> int:
-    """Samples of a lane in a step: what BatchNorms take their statistics over, wherever the lane is read."""
-    assert config.data.lanes is not None, "resolve fills in the lanes"
-    return config.train.global_batch_size // config.data.lanes
-
-
-def _sum_over_processes(tensor: torch.Tensor) -> None:
-    torch.distributed.all_reduce(tensor)

@@ -1,0 +1,248 @@
+"""Fully sharded data parallel (FSDP2): every process holds its part of weights, gradients, moments and average.
+
+Each encoder layer is gathered just before it computes, in forward and again in backward, and its gradients go back to
+their owners as means over the processes. What lies between the layers (stem, positions, aggregation, heads) is one more
+such unit.
+
+Weights are gathered, and gradients reduced, in float32, and bf16 and fp16 are autocast's, as with the `ddp` engine: the
+operations and so the losses are those of one process. FSDP's own mixed precision would gather bfloat16 copies, half the
+bytes, and also run LayerNorms and residual sums in bfloat16: another model.
+
+A checkpoint is torch's distributed one (DCP): each process writes its shards, any number of processes reads them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from pipeline.config import RunConfig
+from pipeline.errors import UserError
+from pipeline.models.layers import EncoderLayer
+from pipeline.train.distributed import World
+from pipeline.train.engines.native import NativeEngine
+from pipeline.train.optim import make_optimizer
+
+
+class FsdpEngine(NativeEngine):
+    """torch's `fully_shard` around every encoder layer and the model; on one process too.
+
+    Args:
+        model: the plain model, already on the device and equal on all processes; it is sharded in place.
+        config: the resolved run.
+        world: this process among the others.
+    """
+
+    def __init__(self, model: nn.Module, config: RunConfig, world: World) -> None:
+        super().__init__(model, config, world)
+        mesh = _mesh(world)
+        decay = config.train.ema_decay
+        # Copied before it is sharded: FSDP can't copy a sharded module.
+        self.average = None if decay is None else _Average(deepcopy(model), decay, mesh)
+        self.model = model
+        self._sharded = _shard(model, mesh)
+        self.optimizer = make_optimizer(model, config.optim, config.optim.peak_lr(config.train.global_batch_size))
+        if config.train.compile:
+            _compile_layers(model)
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        self._sharded.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self._sharded.set_requires_gradient_sync(True)
+
+    def eval_model(self, weights: str) -> nn.Module:
+        return self._averaged().module if weights == "ema" else self.plain
+
+    def full_weights(self, weights: str) -> dict[str, torch.Tensor]:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        gathered = get_model_state_dict(self.eval_model(weights), options=options)
+        return cast(dict[str, torch.Tensor], gathered) if self.world.is_main else {}
+
+    def save(self, directory: Path) -> None:
+        with _as_runtime_error():
+            dcp.save(self._state(), checkpoint_id=directory)
+
+    def load(self, directory: Path) -> None:
+        state = self._state()
+        try:
+            with _as_runtime_error():
+                _check_names(dcp.FileSystemReader(directory), state["model"])
+                dcp.load(state, checkpoint_id=directory)
+        except (OSError, RuntimeError) as error:
+            self.world.fail(f"{directory}: the checkpoint is of another model: {error}")
+        # Tensors of models are read in place; numbers, and what the optimizer keeps by itself, are not.
+        set_optimizer_state_dict(self.plain, self.optimizer, state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.updates = state["averaged"]
+
+    @staticmethod
+    def saved_weights(directory: Path, weights: str) -> dict[str, torch.Tensor]:
+        prefix = f"{weights}."
+        with _as_runtime_error():
+            reader = dcp.FileSystemReader(directory)
+            saved = {
+                name: torch.empty(entry.size, dtype=entry.properties.dtype)
+                for name, entry in reader.read_metadata().state_dict_metadata.items()
+                if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+            }
+            if not saved:
+                raise KeyError(f"no weights named {weights}")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+                dcp.load(saved, storage_reader=reader, no_dist=True)
+        return {name.removeprefix(prefix): tensor for name, tensor in saved.items()}
+
+    def _total_norm(self, grads: list[torch.Tensor]) -> torch.Tensor:
+        norm = super()._total_norm(grads)
+        assert isinstance(norm, DTensor)
+        return norm.full_tensor()
+
+    def _update_average(self) -> None:
+        if self.average is not None:
+            self.average.update(self.plain)
+
+    def _averaged(self) -> _Average:
+        assert self.average is not None, "the config checks that eval.weights=ema comes with train.ema_decay"
+        return self.average
+
+    def _state(self) -> dict[str, Any]:
+        """The run's state; its tensors are those of the engine itself, or shards of them."""
+        state: dict[str, Any] = {
+            "model": get_model_state_dict(self.plain),
+            "optimizer": get_optimizer_state_dict(self.plain, self.optimizer),
+            "scaler": self.scaler.state_dict(),
+        }
+        if self.average is not None:
+            state |= {"ema": get_model_state_dict(self.average.module), "averaged": self.average.updates}
+        return state
+
+
+class _Average:
+    """Exponential moving average of the weights and buffers, each process its own shards.
+
+    What `torch.optim.swa_utils.AveragedModel` does, which can't mix sharded weights and whole buffers.
+
+    Attributes:
+        module: holds the average.
+        updates: how many there were; the first copies the weights.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, mesh: DeviceMesh) -> None:
+        _shard(module, mesh)
+        self.module = module
+        self.updates = 0
+        self._move = get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        pairs = list(zip(_local_tensors(self.module), _local_tensors(model), strict=True))
+        for floating in (True, False):
+            chosen = [pair for pair in pairs if pair[0].is_floating_point() == floating]
+            if not chosen:
+                continue
+            averages, values = map(list, zip(*chosen, strict=True))
+            if self.updates:
+                self._move(averages, values, self.updates)
+            else:
+                torch._foreach_copy_(averages, values)
+        self.updates += 1
+
+
+def _local_tensors(model: nn.Module) -> list[torch.Tensor]:
+    """This process's shards of the parameters, then the buffers, which every process has whole."""
+    shards = [cast(DTensor, parameter.detach()).to_local() for parameter in model.parameters()]
+    return [*shards, *model.buffers()]
+
+
+def _mesh(world: World) -> DeviceMesh:
+    if not dist.is_initialized():
+        # FSDP talks to a process group even where there is nobody else.
+        backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return init_device_mesh(world.device.type, (world.size,))
+
+
+def _shard(model: nn.Module, mesh: DeviceMesh) -> FSDPModule:
+    """Shard in place; returns the model, which is an `FSDPModule` now."""
+
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        # torch cuts the first dimension and pads the parts to equal size. A position embedding has length 1 there: it
+        # would be one process's alone, and padding would gather it as often as there are processes.
+        if parameter.ndim == 0 or parameter.shape[0] >= mesh.size():
+            return None
+        even = [dim for dim, size in enumerate(parameter.shape) if size % mesh.size() == 0]
+        return Shard(even[-1]) if even else None
+
+    units = [module for module in model.modules() if isinstance(module, EncoderLayer)]
+    # Always resharded: weights that stay whole after an evaluation would not see the next update.
+    for unit in units:
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, shard_placement_fn=placement)
+    return fully_shard(model, mesh=mesh, reshard_after_forward=True, shard_placement_fn=placement)
+
+
+def _compile_layers(model: nn.Module) -> None:
+    """Compile what each encoder layer computes; FSDP's gathering stays outside.
+
+    Layers differ in what the compiler takes for constants (drop-path rate and column). Counted together, their versions
+    would soon reach torch's limit for one function, beyond which it stops compiling.
+
+    Raises:
+        UserError: this torch can't keep them apart.
+    """
+    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+        raise UserError(
+            f"train.compile=true with engine.name=fsdp needs a newer torch than {torch.__version__}; "
+            "2.15 will do; or set train.compile=false, or engine.name=ddp"
+        )
+    for module in model.modules():
+        if isinstance(module, EncoderLayer):
+            compiled = torch.compile(module.forward, isolate_recompiles=True)  # type: ignore[call-overload]
+            module.forward = compiled  # type: ignore[method-assign]
+
+
+def _check_names(reader: dcp.FileSystemReader, model: dict[str, Any]) -> None:
+    """DCP reads what it is asked for and is silent about what else there is.
+
+    Raises:
+        RuntimeError: the checkpoint's model has weights that this one lacks.
+    """
+    prefix = "model."
+    names = {n.removeprefix(prefix) for n in reader.read_metadata().state_dict_metadata if n.startswith(prefix)}
+    if more := sorted(names - model.keys()):
+        raise RuntimeError(f"it has {', '.join(more[:5])}{', ...' if len(more) > 5 else ''}")
+
+
+@contextmanager
+def _as_runtime_error() -> Iterator[None]:
+    """DCP's error is no `Exception`, and nobody expects another kind."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        raise RuntimeError(f"{reason} (on process {rank})") from error

@@ -22,6 +22,9 @@ from pipeline.train.export import WEIGHTS
 from pipeline.train.trace import read_trace
 from tests.train.conftest import Rookery, command, environment
 
+DDP = ("engine.name=ddp",)
+ZERO1, ZERO2, ZERO3 = (("engine.name=deepspeed", f"engine.zero_stage={stage}") for stage in (1, 2, 3))
+
 
 def kill_after(seconds: float, run: Path, log: Path, *args: object) -> bool:
     """Start a training, SIGKILL its whole process group after its first step plus `seconds`; whether it was alive."""
@@ -44,14 +47,16 @@ def kill_after(seconds: float, run: Path, log: Path, *args: object) -> bool:
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize(("nproc", "kills"), [(1, 1), (2, 3), (3, 1)])
+@pytest.mark.parametrize(
+    ("engine", "nproc", "kills"), [(DDP, 1, 1), (DDP, 2, 3), (DDP, 3, 1), (ZERO1, 2, 1), (ZERO3, 2, 1)]
+)
 def test_kill_and_resume_is_bit_identical(
-    recipe: Path, rookery: Rookery, tmp_path: Path, nproc: int, kills: int
+    engine: tuple[str, ...], recipe: Path, rookery: Rookery, tmp_path: Path, nproc: int, kills: int
 ) -> None:
     seed = random.SystemRandom().randrange(10**6)
     print(f"kill moments from seed {seed}")
     moments = random.Random(seed)
-    options = (recipe, "--nproc", nproc, "--threads", 1)
+    options = (recipe, *engine, "--nproc", nproc, "--threads", 1)
     rookery("train", *options, "name=whole")
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
     for _ in range(kills):
@@ -83,12 +88,20 @@ def test_an_epoch_uses_every_sample_once(recipe: Path, rookery: Rookery, tmp_pat
         assert set(used.values()) == {1} and len(used) == steps * 48 and used.keys() <= set(every)
 
 
-def test_another_world_size_uses_the_same_samples_and_losses(recipe: Path, rookery: Rookery, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "engines",
+    # The file of a checkpoint is the same for all engines, so one chain shows a change of stage and of engine as well.
+    [(DDP, DDP, DDP, DDP), (ZERO3, ZERO1, ZERO2, ZERO3), (ZERO1, DDP, ZERO3, ZERO1)],
+    ids=["ddp", "stages", "engines"],
+)
+def test_another_world_size_uses_the_same_samples_and_losses(
+    engines: tuple[tuple[str, ...], ...], recipe: Path, rookery: Rookery, tmp_path: Path
+) -> None:
     # A small rate: Adam divides by the gradient's size, so at a large one rounding grows faster than it would in SGD.
     recipe.write_text(recipe.read_text().replace("lr: 0.001", "lr: 0.0001"))
     rookery("train", recipe, "name=one")
-    for nproc, stop in ((2, 8), (1, 12), (3, 17), (2, 24)):
-        rookery("train", recipe, "name=many", f"train.stop_after={stop}steps", "--nproc", nproc)
+    for engine, nproc, stop in zip(engines, (2, 1, 3, 2), (8, 12, 17, 24), strict=True):
+        rookery("train", recipe, *engine, "name=many", f"train.stop_after={stop}steps", "--nproc", nproc)
     one, many = tmp_path / "runs" / "one", tmp_path / "runs" / "many"
     assert read_trace(many) == read_trace(one)
     assert [step for step, _ in losses(many)] == [step for step, _ in losses(one)]

@@ -25,6 +25,10 @@ def saved_weights(engine: str, checkpoint: Path, weights: str) -> dict[str, torc
 
 
 def _engine(name: str) -> type[Engine]:
+    if name == "deepspeed":
+        from pipeline.train.engines.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine
     from pipeline.train.engines.ddp import DdpEngine
 
     return {"ddp": DdpEngine}[name]

@@ -117,8 +117,8 @@ def test_batch_norms_do_not_depend_on_the_world_size(recipe: Path, rookery: Rook
     tree["optim"]["lr"] = 1e-4
     recipe.write_text(yaml.safe_dump(tree))
     rookery("train", recipe, "name=one", "train.epochs=8steps")
-    for nproc, stop, accumulate in ((2, 3, 1), (1, 5, 3), (3, 8, 2)):
-        options = ("name=many", "train.epochs=8steps", f"train.accumulate={accumulate}")
+    for engine, nproc, stop, accumulate in ((ZERO3, 2, 3, 1), (ZERO1, 1, 5, 3), (DDP, 3, 8, 2)):
+        options = (*engine, "name=many", "train.epochs=8steps", f"train.accumulate={accumulate}")
         rookery("train", recipe, *options, f"train.stop_after={stop}steps", "--nproc", nproc)
     one, many = tmp_path / "runs" / "one", tmp_path / "runs" / "many"
     assert losses(many) == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in losses(one)]

@@ -180,6 +180,7 @@ class CheckpointConfig(Section):
 
     every: Interval = Field(Duration(1, "ep"), description="how often; the end is always saved")
     keep_last: int = Field(2, ge=1, description="newest complete checkpoints that stay")
+    asynchronous: bool = Field(True, description="write a copy of the state while training goes on")
 
 
 class TrackingConfig(Section):
@@ -194,7 +195,13 @@ class TrackingConfig(Section):
 class EngineConfig(Section):
     """How the model is spread over the processes."""
 
-    name: Literal["ddp", "fsdp"] = Field("ddp", description="ddp: whole copies; fsdp: shards of everything (FSDP2)")
+    name: Literal["ddp", "fsdp", "deepspeed"] = Field(
+        "ddp", description="what each one shards and costs: docs/engines.md"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="deepspeed: 1 shards the optimizer's state, 2 gradients as well, 3 weights as well, 0 nothing"
+    )
+    offload_optimizer: bool = Field(False, description="deepspeed: optimizer's state and step on the CPU (stage 1-3)")
 
 
 class RunConfig(Section):
@@ -249,6 +256,8 @@ class RunConfig(Section):
             yield "model.init_head=new goes with weights to start from: set model.init, or leave model.init_head out"
         if self.eval.weights == "ema" and self.train.ema_decay is None:
             yield "eval.weights=ema needs an average to evaluate: set train.ema_decay (0.9999, say)"
+        if self.engine.offload_optimizer and (self.engine.name != "deepspeed" or self.engine.zero_stage == 0):
+            yield "engine.offload_optimizer=true goes with engine.name=deepspeed and engine.zero_stage=1, 2 or 3"
         peak, schedule = self.optim.peak_lr(batch), self.optim.schedule
         for key, rate in (("min_lr", schedule.min_lr), ("warmup_lr", schedule.warmup_lr)):
             if rate > peak:

@@ -26,12 +26,14 @@ class World:
         size: number of processes.
         local_rank: rank on this host.
         device: the device this process computes on.
+        group: whom the collectives are with; None: all.
     """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    group: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -39,12 +41,12 @@ class World:
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(self.group)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over all processes, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def any(self, flag: bool) -> bool:
@@ -67,7 +69,7 @@ class World:
                 box[0] = work()
             except UserError as error:
                 box[1] = error
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, src=0, device=self.device, group=self.group)
         if box[1] is not None:
             self.fail(str(box[1]))
         return box[0]

@@ -19,6 +19,7 @@ from pipeline.train.evaluate import evaluate
 from pipeline.train.meters import StepMeter
 from pipeline.train.objective import Objective
 from pipeline.train.recorder import Recorder
+from pipeline.train.saver import Saver
 from pipeline.train.setup import eval_batches, initial_model, train_batches
 from pipeline.train.state import State
 from pipeline.train.step import seed_step, train_step
@@ -46,6 +47,7 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
         validation = None if run.val is None else eval_batches(config, world)
         store = CheckpointStore(Path(config.out, config.name, "checkpoints"), config.checkpoint.keep_last)
         newest = world.on_main(store.newest)
+        saver = stack.enter_context(Saver(store, world, config.checkpoint.asynchronous))
         engine = make_engine(initial_model(config, world, newest is not None), config, world)
         state = restore(engine, newest)
         recorder.start(state, world)
@@ -79,9 +81,11 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
             if status is not None or plan.saves(state.step):
                 with meter.paused():
                     state.seconds = recorder.seconds()
-                    store.save(state.step, asdict(state), engine.save, world)
+                    saver.save(state.step, asdict(state), engine)
             if status is not None and state.step < plan.end_step:
+                saver.wait()
                 raise Stopped(status)
+        saver.wait()
         return recorder.finish(state, engine)
 
 

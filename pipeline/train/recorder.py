@@ -45,6 +45,7 @@ FREE_KEYS = (
     "eval.every",
     "eval.batch_size",
     "checkpoint.",
+    "engine.",
     "tracking.",
 )
 

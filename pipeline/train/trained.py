@@ -66,7 +66,7 @@ class Trained:
         config = parse_tree(RunDir.saved_config(run) or {}, str(run / "config.yaml"))
         model = build_model(config, "cpu")
         try:
-            model.load_state_dict(saved_weights(config.engine.name, checkpoint, config.eval.weights))
+            model.load_state_dict(saved_weights(checkpoint, config.eval.weights))
         except (OSError, RuntimeError, KeyError) as error:
             raise UserError(f"{checkpoint}: can't be read as a checkpoint of {config.model.name}: {error}") from error
         return cls(

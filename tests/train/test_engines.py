@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,9 +23,9 @@ from pipeline.tracking.metrics import read_metrics
 from pipeline.train.distributed import World
 from pipeline.train.engines import Engine, make_engine, saved_weights
 from pipeline.train.setup import initial_model, train_batches
-from tests.train.conftest import Rookery
+from tests.train.conftest import Rookery, write_recipe
+from tests.train.many_runs import train_all
 
-ENGINES = ["ddp", "fsdp"]
 STEPS = 20
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -40,6 +43,7 @@ def engine_alone(recipe: Path, *overrides: str) -> Engine:
     return make_engine(initial_model(run.config, ALONE), run.config, ALONE)
 
 
+@cache
 def reference_losses(recipe: Path, precision: str, lr_scale: float = 1.0) -> list[float]:
     """Losses of the run by a plain loop: whole batches, torch's own AdamW and clipping, data as the run has them."""
     run = resolve(load_config(recipe), 1)
@@ -69,27 +73,64 @@ def reference_losses(recipe: Path, precision: str, lr_scale: float = 1.0) -> lis
     return losses
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 5e-3)])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_train_as_one(
-    engine: str, precision: str, tolerance: float, accumulate: int, recipe: Path, rookery: Rookery, tmp_path: Path
-) -> None:
-    overrides = (f"engine.name={engine}", f"train.precision={precision}", f"train.accumulate={accumulate}")
-    rookery("train", recipe, *overrides, f"train.stop_after={STEPS}steps", "data.val=null", "--nproc", 2)
-    lines = [line for line in read_metrics(tmp_path / "runs" / "run") if line["kind"] == "train"]
+ENGINES = {
+    "ddp": ["engine.name=ddp"],
+    "fsdp": ["engine.name=fsdp"],
+    **{f"zero{stage}": ["engine.name=deepspeed", f"engine.zero_stage={stage}"] for stage in range(4)},
+    "offload": ["engine.name=deepspeed", "engine.zero_stage=2", "engine.offload_optimizer=true"],
+    "compiled": ["engine.name=deepspeed", "engine.zero_stage=1", "train.compile=true"],
+    "recomputed": ["engine.name=deepspeed", "engine.zero_stage=3", "train.activation_checkpointing=true"],
+}
+PLAIN = ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]
+
+TABLE = [
+    *itertools.product(PLAIN, ["fp32", "bf16"], [1, 2]),
+    ("offload", "bf16", 2),
+    ("compiled", "fp32", 1),
+    ("recomputed", "bf16", 2),
+]
+
+
+@pytest.fixture(scope="module")
+def table(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A recipe, next to the directories of its runs over `TABLE` on two processes, and what these printed."""
+    folder = tmp_path_factory.mktemp("table")
+    recipe = write_recipe(digits, folder)
+    short = [f"train.stop_after={STEPS}steps", "data.val=null", "data.trace=false"]
+    configs = [
+        load_config(recipe, [*ENGINES[e], f"name={e}-{p}-{a}", f"train.precision={p}", f"train.accumulate={a}", *short])
+        for e, p, a in TABLE
+    ]
+    done = train_all(configs, 2, folder)
+    return recipe, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("engine", "precision", "accumulate"), TABLE)
+def test_two_processes_train_as_one(engine: str, precision: str, accumulate: int, table: tuple[Path, str]) -> None:
+    recipe, printed = table
+    tolerance = {"fp32": 1e-5, "bf16": 5e-3}[precision]
+    run = recipe.parent / "runs" / f"{engine}-{precision}-{accumulate}"
+    lines = [line for line in read_metrics(run) if line["kind"] == "train"]
     expected = reference_losses(recipe, precision)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["loss"] for line in lines] == pytest.approx(expected, rel=tolerance)
     # The comparison means something only if the updates change the losses by far more than the tolerance.
     untrained = reference_losses(recipe, precision, lr_scale=0.0)
     assert max(abs(a - b) / b for a, b in zip(expected, untrained, strict=True)) > 3 * tolerance
+    assert not any(word in printed for word in ("DeepSpeed", "[INFO]", "[WARNING]"))
 
 
-@pytest.mark.parametrize("name", ENGINES)
+def test_a_missing_package_is_named(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = resolve(load_config(recipe, ENGINES["zero1"]), 1)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(UserError, match=r"pip install 'rookery\[deepspeed\]'"):
+        make_engine(initial_model(run.config, ALONE), run.config, ALONE)
+
+
+@pytest.mark.parametrize("name", [*PLAIN, "offload"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_bad_step_is_skipped_and_training_goes_on(precision: str, name: str, recipe: Path) -> None:
-    engine = engine_alone(recipe, f"engine.name={name}", f"train.precision={precision}")
+    engine = engine_alone(recipe, *ENGINES[name], f"train.precision={precision}")
 
     def one_step(scale: float) -> tuple[float, bool]:
         before = {name: tensor.clone() for name, tensor in engine.full_weights("model").items()}
@@ -107,9 +148,9 @@ def test_a_bad_step_is_skipped_and_training_goes_on(precision: str, name: str, r
     assert not skipped and 0 < norm < float("inf")
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero2", "zero3"])
 def test_the_average_follows_the_weights(name: str, recipe: Path) -> None:
-    engine = engine_alone(recipe, f"engine.name={name}")
+    engine = engine_alone(recipe, *ENGINES[name])
     expected: dict[str, torch.Tensor] = {}
     for _ in range(4):
         train_on_ones(engine)

@@ -22,6 +22,9 @@ from pipeline.train.export import WEIGHTS
 from pipeline.train.trace import read_trace
 from tests.train.conftest import Rookery, command, environment
 
+DDP, FSDP = ("engine.name=ddp",), ("engine.name=fsdp",)
+ZERO1, ZERO2, ZERO3 = (("engine.name=deepspeed", f"engine.zero_stage={stage}") for stage in (1, 2, 3))
+
 
 def kill_after(seconds: float, number: int, run: Path, log: Path, *args: object) -> None:
     """Start a training and send a signal to its process group after its first step plus `seconds`."""
@@ -42,14 +45,17 @@ def kill_after(seconds: float, number: int, run: Path, log: Path, *args: object)
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize(("engine", "nproc", "kills"), [("ddp", 1, 1), ("ddp", 2, 3), ("ddp", 3, 1), ("fsdp", 2, 2)])
+@pytest.mark.parametrize(
+    ("engine", "nproc", "kills"),
+    [(DDP, 1, 1), (DDP, 2, 3), (DDP, 3, 1), (FSDP, 2, 2), (ZERO1, 2, 1), (ZERO3, 2, 1)],
+)
 def test_kill_and_resume_is_bit_identical(
-    recipe: Path, rookery: Rookery, tmp_path: Path, engine: str, nproc: int, kills: int
+    engine: tuple[str, ...], recipe: Path, rookery: Rookery, tmp_path: Path, nproc: int, kills: int
 ) -> None:
     seed = random.SystemRandom().randrange(10**6)
     print(f"kill moments from seed {seed}")
     moments = random.Random(seed)
-    options = (recipe, f"engine.name={engine}", "--nproc", nproc, "--threads", 1)
+    options = (recipe, *engine, "--nproc", nproc, "--threads", 1)
     rookery("train", *options, "name=whole")
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
     for number in [signal.SIGKILL, signal.SIGUSR1, signal.SIGKILL][:kills]:
@@ -81,18 +87,29 @@ def test_an_epoch_uses_every_sample_once(recipe: Path, rookery: Rookery, tmp_pat
         assert set(used.values()) == {1} and len(used) == steps * 48 and used.keys() <= set(every)
 
 
-def test_another_world_size_uses_the_same_samples_and_losses(recipe: Path, rookery: Rookery, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "engines",
+    # Every engine goes on from the checkpoint of any other, so a chain may change it as well.
+    [
+        (DDP, DDP, DDP, DDP),
+        (FSDP, FSDP, FSDP, FSDP),
+        (ZERO3, ZERO1, ZERO2, ZERO3),
+        (DDP, FSDP, ZERO3, FSDP),
+        (ZERO1, DDP, FSDP, ZERO2),
+    ],
+    ids=["ddp", "fsdp", "stages", "ddp to fsdp to deepspeed", "deepspeed to ddp to fsdp"],
+)
+def test_another_world_size_uses_the_same_samples_and_losses(
+    engines: tuple[tuple[str, ...], ...], recipe: Path, rookery: Rookery, tmp_path: Path
+) -> None:
     # A small rate: Adam divides by the gradient's size, so at a large one rounding grows faster than it would in SGD.
     recipe.write_text(recipe.read_text().replace("lr: 0.001", "lr: 0.0001"))
     rookery("train", recipe, "name=one")
-    one = tmp_path / "runs" / "one"
-    for engine in ("ddp", "fsdp"):
-        options = (recipe, f"name={engine}", f"engine.name={engine}")
-        for nproc, stop in ((2, 8), (1, 12), (3, 17), (2, 24)):
-            rookery("train", *options, f"train.stop_after={stop}steps", "--nproc", nproc)
-        many = tmp_path / "runs" / engine
-        assert read_trace(many) == read_trace(one)
-        assert losses(many) == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in losses(one)]
+    for engine, nproc, stop in zip(engines, (2, 1, 3, 2), (8, 12, 17, 24), strict=True):
+        rookery("train", recipe, *engine, "name=many", f"train.stop_after={stop}steps", "--nproc", nproc)
+    one, many = tmp_path / "runs" / "one", tmp_path / "runs" / "many"
+    assert read_trace(many) == read_trace(one)
+    assert losses(many) == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in losses(one)]
 
 
 def test_batch_norms_do_not_depend_on_the_world_size(recipe: Path, rookery: Rookery, tmp_path: Path) -> None:
@@ -103,8 +120,8 @@ def test_batch_norms_do_not_depend_on_the_world_size(recipe: Path, rookery: Rook
     tree["optim"]["lr"] = 1e-4
     recipe.write_text(yaml.safe_dump(tree))
     rookery("train", recipe, "name=one", "train.epochs=8steps")
-    for nproc, stop, accumulate in ((2, 3, 1), (1, 5, 3), (3, 8, 2)):
-        options = ("name=many", "train.epochs=8steps", f"train.accumulate={accumulate}")
+    for engine, nproc, stop, accumulate in ((ZERO3, 2, 3, 1), (ZERO1, 1, 5, 3), (DDP, 3, 8, 2)):
+        options = (*engine, "name=many", "train.epochs=8steps", f"train.accumulate={accumulate}")
         rookery("train", recipe, *options, f"train.stop_after={stop}steps", "--nproc", nproc)
     rookery("train", recipe, "name=sharded", "train.epochs=8steps", "engine.name=fsdp", "--nproc", 2)
     one = tmp_path / "runs" / "one"

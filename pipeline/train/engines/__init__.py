@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import torch
 from torch import nn
 
 from pipeline.config import RunConfig
 from pipeline.train.distributed import World
 from pipeline.train.engines.base import Engine
+from pipeline.train.engines.whole import saved_weights
 
 __all__ = ["Engine", "make_engine", "saved_weights"]
 
@@ -19,16 +17,15 @@ def make_engine(model: nn.Module, config: RunConfig, world: World) -> Engine:
     return _engine(config.engine.name)(model, config, world)  # type: ignore[call-arg]
 
 
-def saved_weights(engine: str, checkpoint: Path, weights: str) -> dict[str, torch.Tensor]:
-    """All weights in a checkpoint that an engine of this name saved, on the CPU; see `Engine.saved_weights`."""
-    return _engine(engine).saved_weights(checkpoint, weights)
-
-
 def _engine(name: str) -> type[Engine]:
     if name == "fsdp":
         from pipeline.train.engines.fsdp import FsdpEngine
 
         return FsdpEngine
+    if name == "deepspeed":
+        from pipeline.train.engines.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine
     from pipeline.train.engines.ddp import DdpEngine
 
     return {"ddp": DdpEngine}[name]

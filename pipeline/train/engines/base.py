@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import nn
+
+from pipeline.train.distributed import World
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -21,10 +24,12 @@ class Engine(ABC):
     Attributes:
         model: call it for a training forward; same interface as the plain model.
         plain: the underlying model, for noise, names and evaluation.
+        world: this process among the others.
     """
 
     model: nn.Module
     plain: nn.Module
+    world: World
 
     @abstractmethod
     def autocast(self) -> AbstractContextManager[None]:
@@ -56,22 +61,22 @@ class Engine(ABC):
         """All weights on the CPU of rank 0 (an empty dict elsewhere)."""
 
     @abstractmethod
+    def snapshot(self) -> Callable[[Path, World], None]:
+        """Copy everything needed to go on, so that training may.
+
+        Returns:
+            What writes the copy into a checkpoint's directory. Every process calls it, with the processes to write
+            it with; not before all are ready, but while they train on.
+        """
+
     def save(self, directory: Path) -> None:
         """Write everything needed to go on."""
+        self.snapshot()(directory, self.world)
 
     @abstractmethod
     def load(self, directory: Path) -> None:
-        """Go on from what `save` wrote.
+        """Go on from what any engine wrote.
 
         Raises:
             UserError: the files belong to another model.
-        """
-
-    @staticmethod
-    @abstractmethod
-    def saved_weights(directory: Path, weights: str) -> dict[str, torch.Tensor]:
-        """What `full_weights` gave when `save` wrote the directory; needs no engine, and no process group.
-
-        Raises:
-            OSError, RuntimeError, KeyError: the directory holds no such weights.
         """

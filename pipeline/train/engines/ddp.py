@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.train.distributed import World
 from pipeline.train.engines.native import NativeEngine
+from pipeline.train.engines.whole import WholeState
 from pipeline.train.objective import sum_of_outputs
 from pipeline.train.optim import make_optimizer
 
-STATE = "state.pt"
 # The statistics of BatchNorms are summed once a step, here. The option has another name since torch 2.15.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
 _OWN_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
@@ -60,29 +61,32 @@ class DdpEngine(NativeEngine):
             return {}
         return {k: v.detach().cpu() for k, v in self.eval_model(weights).state_dict().items()}
 
-    def save(self, directory: Path) -> None:
-        if self.world.is_main:
-            torch.save(self._state(), directory / STATE)
+    def snapshot(self) -> Callable[[Path, World], None]:
+        if not self.world.is_main:
+            return lambda directory, world: None
+        average = None if self.ema is None else copied(self.ema.module.state_dict())
+        updates = 0 if self.ema is None else int(self.ema.n_averaged)
+        state = self.optimizer.state
+        moments = {name: copied(state[p]) for name, p in self.plain.named_parameters() if p in state}
+        whole = WholeState(copied(self.plain.state_dict()), moments, self.scaler.state_dict(), average, updates)
+        return lambda directory, world: whole.write(directory)
 
     def load(self, directory: Path) -> None:
-        state = torch.load(directory / STATE, map_location="cpu", weights_only=True)
+        whole = WholeState.read(directory)
         try:
-            self.plain.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
+            self.plain.load_state_dict(whole.model)
+        except RuntimeError as error:
             raise UserError(f"{directory}: the checkpoint is of another model: {error}") from error
-        self.scaler.load_state_dict(state["scaler"])
+        parameters = dict(self.plain.named_parameters())
+        for name, moments in whole.moments.items():
+            # The count of steps goes to the device as well: the update is fused.
+            state = {key: value.to(self.world.device, copy=True) for key, value in moments.items()}
+            self.optimizer.state[parameters[name]] = state
+        if whole.scaler:
+            self.scaler.load_state_dict(dict(whole.scaler))
         if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-
-    @staticmethod
-    def saved_weights(directory: Path, weights: str) -> dict[str, torch.Tensor]:
-        state = torch.load(directory / STATE, map_location="cpu", weights_only=True, mmap=True)
-        if weights != "ema":
-            return state["model"]
-        # AveragedModel puts its copy of the model under `module`, beside the number of updates.
-        prefix = "module."
-        return {k.removeprefix(prefix): v for k, v in state["ema"].items() if k.startswith(prefix)}
+            self.ema.module.load_state_dict(whole.average(directory))
+            self.ema.n_averaged.fill_(whole.averaged)
 
     def _settle_buckets(self, config: RunConfig) -> None:
         """One throw-away backward, after which DDP arranges its buckets in the order in which gradients come.
@@ -110,10 +114,7 @@ class DdpEngine(NativeEngine):
         assert self.ema is not None, "the config checks that eval.weights=ema comes with train.ema_decay"
         return self.ema
 
-    def _state(self) -> dict[str, Any]:
-        return {
-            "model": self.plain.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
-        }
+
+def copied(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies on the CPU."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}

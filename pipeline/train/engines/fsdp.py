@@ -14,8 +14,7 @@ A checkpoint is torch's distributed one (DCP): each process writes its shards, a
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -25,24 +24,26 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils._pytree import tree_map_only
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.models.layers import EncoderLayer
 from pipeline.train.distributed import World
 from pipeline.train.engines.native import NativeEngine
+from pipeline.train.engines.sharded_files import as_runtime_error
+from pipeline.train.engines.whole import STATE, WholeState
 from pipeline.train.optim import make_optimizer
 
 
@@ -83,40 +84,51 @@ class FsdpEngine(NativeEngine):
         gathered = get_model_state_dict(self.eval_model(weights), options=options)
         return cast(dict[str, torch.Tensor], gathered) if self.world.is_main else {}
 
-    def save(self, directory: Path) -> None:
-        with _as_runtime_error():
-            dcp.save(self._state(), checkpoint_id=directory)
+    def snapshot(self) -> Callable[[Path, World], None]:
+        state = self._state(copied=True)
+
+        def write(directory: Path, world: World) -> None:
+            with as_runtime_error():
+                dcp.save(state, checkpoint_id=directory, process_group=world.group)
+
+        return write
 
     def load(self, directory: Path) -> None:
-        state = self._state()
         try:
-            with _as_runtime_error():
-                _check_names(dcp.FileSystemReader(directory), state["model"])
-                dcp.load(state, checkpoint_id=directory)
-        except (OSError, RuntimeError) as error:
+            if (directory / STATE).exists():
+                self._load_whole(WholeState.read(directory), directory)
+            else:
+                self._load_sharded(directory)
+        except (OSError, RuntimeError, KeyError) as error:
             self.world.fail(f"{directory}: the checkpoint is of another model: {error}")
+
+    def _load_sharded(self, directory: Path) -> None:
+        state = self._state()
+        with as_runtime_error():
+            reader = dcp.FileSystemReader(directory)
+            _check_names(reader, state["model"])
+            dcp.load(state, storage_reader=reader)
         # Tensors of models are read in place; numbers, and what the optimizer keeps by itself, are not.
-        set_optimizer_state_dict(self.plain, self.optimizer, state["optimizer"])
+        self._set_moments(state["moments"])
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.updates = state["averaged"]
 
-    @staticmethod
-    def saved_weights(directory: Path, weights: str) -> dict[str, torch.Tensor]:
-        prefix = f"{weights}."
-        with _as_runtime_error():
-            reader = dcp.FileSystemReader(directory)
-            saved = {
-                name: torch.empty(entry.size, dtype=entry.properties.dtype)
-                for name, entry in reader.read_metadata().state_dict_metadata.items()
-                if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-            }
-            if not saved:
-                raise KeyError(f"no weights named {weights}")
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "torch.distributed is disabled")
-                dcp.load(saved, storage_reader=reader, no_dist=True)
-        return {name.removeprefix(prefix): tensor for name, tensor in saved.items()}
+    def _load_whole(self, whole: WholeState, directory: Path) -> None:
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.plain, dict(whole.model), options=options)
+        if whole.moments:
+            self._set_moments(whole.moments, options)
+        if whole.scaler:
+            self.scaler.load_state_dict(dict(whole.scaler))
+        if self.average is not None:
+            set_model_state_dict(self.average.module, dict(whole.average(directory)), options=options)
+            self.average.updates = whole.averaged
+
+    def _set_moments(self, moments: Mapping[str, Any], options: StateDictOptions | None = None) -> None:
+        groups = get_optimizer_state_dict(self.plain, self.optimizer)["param_groups"]
+        state: dict[str, Any] = {"state": dict(moments), "param_groups": groups}
+        set_optimizer_state_dict(self.plain, self.optimizer, state, options=options)
 
     def _total_norm(self, grads: list[torch.Tensor]) -> torch.Tensor:
         norm = super()._total_norm(grads)
@@ -131,15 +143,21 @@ class FsdpEngine(NativeEngine):
         assert self.average is not None, "the config checks that eval.weights=ema comes with train.ema_decay"
         return self.average
 
-    def _state(self) -> dict[str, Any]:
-        """The run's state; its tensors are those of the engine itself, or shards of them."""
+    def _state(self, copied: bool = False) -> dict[str, Any]:
+        """The fields of `WholeState`; its tensors are those of the engine itself or shards of them, or copies."""
+        options = StateDictOptions(cpu_offload=copied)
         state: dict[str, Any] = {
-            "model": get_model_state_dict(self.plain),
-            "optimizer": get_optimizer_state_dict(self.plain, self.optimizer),
+            "model": get_model_state_dict(self.plain, options=options),
+            "moments": get_optimizer_state_dict(self.plain, self.optimizer, options=options)["state"],
             "scaler": self.scaler.state_dict(),
+            "averaged": 0,
         }
         if self.average is not None:
-            state |= {"ema": get_model_state_dict(self.average.module), "averaged": self.average.updates}
+            state["ema"] = get_model_state_dict(self.average.module, options=options)
+            state["averaged"] = self.average.updates
+        if copied and self.world.device.type == "cpu":
+            # To the CPU is then no copy yet.
+            state = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), state)
         return state
 
 
@@ -236,13 +254,3 @@ def _check_names(reader: dcp.FileSystemReader, model: dict[str, Any]) -> None:
     names = {n.removeprefix(prefix) for n in reader.read_metadata().state_dict_metadata if n.startswith(prefix)}
     if more := sorted(names - model.keys()):
         raise RuntimeError(f"it has {', '.join(more[:5])}{', ...' if len(more) > 5 else ''}")
-
-
-@contextmanager
-def _as_runtime_error() -> Iterator[None]:
-    """DCP's error is no `Exception`, and nobody expects another kind."""
-    try:
-        yield
-    except CheckpointException as error:
-        rank, (reason, _) = next(iter(error.failures.items()))
-        raise RuntimeError(f"{reason} (on process {rank})") from error

@@ -33,7 +33,7 @@ class NativeEngine(Engine):
         self.dtype = PRECISIONS[config.train.precision]
         self.clip = config.train.clip_grad_norm
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16")
-        self.batch_norms = group_statistics(model, _lane_chunk(config))
+        self.batch_norms = group_statistics(model, lane_chunk(config))
 
     def autocast(self) -> AbstractContextManager[None]:
         if self.dtype is None:
@@ -60,7 +60,7 @@ class NativeEngine(Engine):
             self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        update_groups(self.batch_norms, skipped, _sum_over_processes if self.world.size > 1 else None)
+        update_groups(self.batch_norms, skipped, sum_over_processes if self.world.size > 1 else None)
         self._update_average()
         return norm, skipped
 
@@ -73,11 +73,11 @@ class NativeEngine(Engine):
         """Move the average of the weights, if there is one, towards the weights."""
 
 
-def _lane_chunk(config: RunConfig) -> int:
+def lane_chunk(config: RunConfig) -> int:
     """Samples of a lane in a step: what BatchNorms take their statistics over, wherever the lane is read."""
     assert config.data.lanes is not None, "resolve fills in the lanes"
     return config.train.global_batch_size // config.data.lanes
 
 
-def _sum_over_processes(tensor: torch.Tensor) -> None:
+def sum_over_processes(tensor: torch.Tensor) -> None:
     torch.distributed.all_reduce(tensor)

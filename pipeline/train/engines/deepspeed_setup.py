@@ -1,0 +1,72 @@
+"""DeepSpeed's config, made from ours, and its import."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+
+from pipeline.config import RunConfig
+from pipeline.train.distributed import World
+
+# Gradients are averaged, and weights gathered, in pieces of this many elements (32 MB).
+_BUCKET = 2**23
+# ZeRO 3 leaves smaller parameters whole: biases and norms, which cost more to gather than to keep.
+_SMALL = 4096
+
+
+def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
+    """DeepSpeed's own config for a run; nobody writes it by hand.
+
+    Micro-batches are counted and gradients divided by the loop, so DeepSpeed is told of none to accumulate.
+    """
+    on_gpu = world.device.type == "cuda"
+    stage = config.engine.zero_stage
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": on_gpu,
+        "reduce_bucket_size": _BUCKET,
+        "allgather_bucket_size": _BUCKET,
+        "stage3_prefetch_bucket_size": _BUCKET,
+        "stage3_param_persistence_threshold": _SMALL,
+    }
+    if config.engine.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    return {
+        "train_micro_batch_size_per_gpu": config.train.global_batch_size // world.size // config.train.accumulate,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0 if stage == 0 else config.train.clip_grad_norm or 0.0,
+        "zero_optimization": zero,
+        # Its own Adam for the CPU is compiled at the first start; torch's fused one needs no compiler.
+        "zero_force_ds_cpu_optimizer": False,
+        "timers": {"throughput": {"enabled": False}},
+    }
+
+
+def import_deepspeed(config: RunConfig, world: World) -> Any:
+    """The deepspeed package, silent, and without what it would compile.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    # It would look for a GPU by itself, and print what it found.
+    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    # Its tuner, of no use here, imports MLflow where it finds it. That takes several seconds on every process.
+    blocked = "mlflow" not in sys.modules and not (world.is_main and config.tracking.mlflow)
+    if blocked:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        import deepspeed
+    except ImportError:
+        world.fail(
+            "engine.name=deepspeed needs the deepspeed package; install it with: pip install 'rookery[deepspeed]'"
+        )
+    finally:
+        if blocked:
+            del sys.modules["mlflow"]
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Its shared-memory collectives for CPUs are compiled at the first start; torch's gloo needs no compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,0 +1,82 @@
+"""A run's whole state, by parameter names: what every engine can make of its own and go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+
+STATE = "state.pt"
+
+
+@dataclass(frozen=True)
+class WholeState:
+    """Weights, optimizer and average of a run, whole, on the CPU.
+
+    Attributes:
+        model: the model's state dict.
+        moments: by parameter name, AdamW's state (step, exp_avg, exp_avg_sq); empty before the first update.
+        scaler: of the loss; empty without.
+        ema: the average's state dict, None without.
+        averaged: updates of the average.
+    """
+
+    model: Mapping[str, Tensor]
+    moments: Mapping[str, Mapping[str, Tensor]]
+    scaler: Mapping[str, Any]
+    ema: Mapping[str, Tensor] | None
+    averaged: int
+
+    def write(self, directory: Path) -> None:
+        """Write it into a checkpoint's directory, as one file."""
+        torch.save({field.name: getattr(self, field.name) for field in fields(self)}, directory / STATE)
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """Read it from what any engine wrote into a checkpoint's directory.
+
+        Raises:
+            OSError, RuntimeError, KeyError: the files are missing or damaged.
+        """
+        if (directory / STATE).exists():
+            return cls(**torch.load(directory / STATE, map_location="cpu", weights_only=True, mmap=True))
+        from pipeline.train.engines.sharded_files import read_whole
+
+        return cls(**read_whole(directory))
+
+    def weights(self, name: str) -> Mapping[str, Tensor]:
+        """The state dict of `model` or `ema`.
+
+        Raises:
+            KeyError: there is no average.
+        """
+        if name != "ema":
+            return self.model
+        if self.ema is None:
+            raise KeyError("there is no average of the weights")
+        return self.ema
+
+    def average(self, directory: Path) -> Mapping[str, Tensor]:
+        """The average's state dict, for a run that keeps one.
+
+        Raises:
+            UserError: the checkpoint has none.
+        """
+        if self.ema is None:
+            raise UserError(f"{directory}: no average of the weights in it; set train.ema_decay=null to go on without")
+        return self.ema
+
+
+def saved_weights(directory: Path, weights: str) -> Mapping[str, Tensor]:
+    """`model` or `ema` weights of a checkpoint that any engine wrote, on the CPU; needs no engine.
+
+    Raises:
+        OSError, RuntimeError, KeyError: the directory holds no such weights.
+    """
+    return WholeState.read(directory).weights(weights)

@@ -21,6 +21,7 @@ from pipeline.tracking.metrics import read_metrics
 from pipeline.train.export import WEIGHTS
 from pipeline.train.trace import read_trace
 from tests.train.conftest import Rookery, command, environment
+from tests.train.forked import ForkServer
 
 DDP, FSDP = ("engine.name=ddp",), ("engine.name=fsdp",)
 ZERO1, ZERO2, ZERO3 = (("engine.name=deepspeed", f"engine.zero_stage={stage}") for stage in (1, 2, 3))
@@ -47,7 +48,8 @@ def kill_after(seconds: float, number: int, run: Path, log: Path, *args: object)
 @pytest.mark.chaos
 @pytest.mark.parametrize(
     ("engine", "nproc", "kills"),
-    [(DDP, 1, 1), (DDP, 2, 3), (DDP, 3, 1), (FSDP, 2, 2), (ZERO1, 2, 1), (ZERO3, 2, 1)],
+    # The rest of the engines: test_chaos.py.
+    [(DDP, 1, 1), (DDP, 2, 3), (FSDP, 3, 1), (ZERO2, 2, 1)],
 )
 def test_kill_and_resume_is_bit_identical(
     engine: tuple[str, ...], recipe: Path, rookery: Rookery, tmp_path: Path, nproc: int, kills: int
@@ -100,13 +102,14 @@ def test_an_epoch_uses_every_sample_once(recipe: Path, rookery: Rookery, tmp_pat
     ids=["ddp", "fsdp", "stages", "ddp to fsdp to deepspeed", "deepspeed to ddp to fsdp"],
 )
 def test_another_world_size_uses_the_same_samples_and_losses(
-    engines: tuple[tuple[str, ...], ...], recipe: Path, rookery: Rookery, tmp_path: Path
+    engines: tuple[tuple[str, ...], ...], recipe: Path, tmp_path: Path
 ) -> None:
     # A small rate: Adam divides by the gradient's size, so at a large one rounding grows faster than it would in SGD.
     recipe.write_text(recipe.read_text().replace("lr: 0.001", "lr: 0.0001"))
-    rookery("train", recipe, "name=one")
-    for engine, nproc, stop in zip(engines, (2, 1, 3, 2), (8, 12, 17, 24), strict=True):
-        rookery("train", recipe, *engine, "name=many", f"train.stop_after={stop}steps", "--nproc", nproc)
+    with ForkServer(tmp_path) as server:
+        server.train(recipe, "name=one")
+        for engine, nproc, stop in zip(engines, (2, 1, 3, 2), (8, 12, 17, 24), strict=True):
+            server.train(recipe, *engine, "name=many", f"train.stop_after={stop}steps", nproc=nproc)
     one, many = tmp_path / "runs" / "one", tmp_path / "runs" / "many"
     assert read_trace(many) == read_trace(one)
     assert losses(many) == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in losses(one)]

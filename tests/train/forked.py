@@ -1,0 +1,144 @@
+"""Trainings in processes forked from one that has done all imports: a start takes a second instead of ten.
+
+Everything but the launcher is the real thing: separate processes, their own process group, real signals. What the
+launcher adds is tested with the command line itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.train.conftest import environment
+
+
+class ForkServer:
+    """A process that forks trainings on demand. Use as a context manager.
+
+    Args:
+        folder: the working directory of the trainings; what they print goes to `log` in it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.log = folder / "log"
+
+    def __enter__(self) -> ForkServer:
+        folder, command = self.folder, [sys.executable, "-m", __name__]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, cwd=folder, env=environment(), stdin=pipe, stdout=pipe, text=True)
+        assert self._ask({"hello": None}) == "ready"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def start(self, recipe: Path, *overrides: str, nproc: int = 1) -> Job:
+        """Start a training."""
+        return Job(self, self._ask({"recipe": str(recipe), "overrides": overrides, "nproc": nproc}))
+
+    def train(self, recipe: Path, *overrides: str, nproc: int = 1) -> None:
+        """Train to the end."""
+        statuses = self.start(recipe, *overrides, nproc=nproc).wait()
+        assert statuses == [0] * nproc, f"exit statuses {statuses}\n{self.log.read_text()[-5000:]}"
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, f"the fork server ended\n{self.log.read_text()[-5000:] if self.log.exists() else ''}"
+        return json.loads(answer)
+
+
+@dataclass
+class Job:
+    """The processes of a training."""
+
+    server: ForkServer
+    pids: list[int]
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal to all processes; finished ones don't mind."""
+        for pid in self.pids:
+            os.kill(pid, number)
+
+    def alive(self) -> bool:
+        """Whether the first process has not ended."""
+        return Path(f"/proc/{self.pids[0]}/exe").exists()
+
+    def wait(self) -> list[int]:
+        """The exit statuses; negative numbers are signals."""
+        return self.server._ask({"wait": self.pids})
+
+
+def _serve() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    os.dup2(1, 2)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    sys.modules["mlflow"] = None  # type: ignore[assignment]  # as `import_deepspeed` does
+    import deepspeed  # noqa: F401
+    import torch
+
+    import pipeline.train.engines.deepspeed
+    import pipeline.train.engines.fsdp
+    import pipeline.train.loop
+    import pipeline.train.process  # noqa: F401
+
+    del sys.modules["mlflow"]
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer: Any = "ready"
+        if "recipe" in request:
+            answer = _fork(request["recipe"], request["overrides"], request["nproc"])
+        elif "wait" in request:
+            answer = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in request["wait"]]
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _fork(recipe: str, overrides: list[str], nproc: int) -> list[int]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    agent, pids = os.getpid(), []
+    for rank in range(nproc):
+        pid = os.fork()
+        if pid == 0:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ROOKERY_AGENT_PID": agent}
+            os.environ.update({key: str(value) for key, value in place.items()})
+            os._exit(_train(recipe, overrides))
+        pids.append(pid)
+    return pids
+
+
+def _train(recipe: str, overrides: list[str]) -> int:
+    from pipeline.config_load import load_config
+    from pipeline.train.loop import train
+    from pipeline.train.process import run_process
+
+    sys.stdin.close()
+    try:
+        config = load_config(recipe, overrides)
+        return run_process(lambda world: train(config, world), 1)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,105 @@
+"""A run killed again and again ends with the bits of one that was left alone. `make chaos` kills 200 times."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.tracking.metrics import read_metrics
+from pipeline.train.export import WEIGHTS
+from pipeline.train.trace import read_trace
+from tests.train.conftest import write_recipe
+from tests.train.forked import ForkServer, Job
+
+KILLS = int(os.environ.get("ROOKERY_CHAOS_KILLS", 30))
+ENGINES = {
+    "ddp": ["engine.name=ddp"],
+    "fsdp": ["engine.name=fsdp"],
+    "zero1": ["engine.name=deepspeed", "engine.zero_stage=1"],
+    "zero3": ["engine.name=deepspeed", "engine.zero_stage=3"],
+}
+# About 4 steps survive a kill.
+LENGTH = ("train.epochs=10000steps", f"train.stop_after={6 * KILLS}steps")
+OFTEN = ("checkpoint.every=5steps", "eval.every=7steps", "eval.batch_size=10")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    with ForkServer(tmp_path_factory.mktemp("chaos")) as server:
+        yield server
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("engine", ENGINES)
+def test_chaos(engine: str, digits: Path, server: ForkServer) -> None:
+    seed = int(os.environ.get("ROOKERY_CHAOS_SEED", random.SystemRandom().randrange(10**6)))
+    moments = random.Random(seed)
+    recipe = write_recipe(digits, server.folder)
+    options = (*ENGINES[engine], *LENGTH, *OFTEN)
+    whole, cut = (server.folder / "runs" / f"{engine}-{name}" for name in ("whole", "cut"))
+    server.train(recipe, *options, f"name={whole.name}", nproc=2)
+
+    hits: Counter[str] = Counter()
+    while hits.total() < KILLS:
+        job = server.start(recipe, *options, f"name={cut.name}", nproc=2)
+        hits[kill_somewhere(job, cut, moments)] += 1
+        assert set(job.wait()) == {-9}, f"ROOKERY_CHAOS_SEED={seed}\n{server.log.read_text()[-5000:]}"
+    print(f"ROOKERY_CHAOS_SEED={seed}: {hits.total()} kills, {dict(hits)}")
+    server.train(recipe, *options, f"name={cut.name}", nproc=2)
+
+    for weights in ("final", "best"):
+        assert (cut / weights / WEIGHTS).read_bytes() == (whole / weights / WEIGHTS).read_bytes(), seed
+    assert read_trace(cut) == read_trace(whole)
+    assert train_lines(cut) == train_lines(whole)
+    results = [json.loads((run / "result.json").read_text()) for run in (cut, whole)]
+    assert all(result.pop("wall_seconds") > 0 for result in results)
+    assert results[0] == results[1]
+    assert KILLS < 10 or min(hits.values()) > 0
+    shutil.rmtree(cut)
+
+
+def kill_somewhere(job: Job, run: Path, moments: random.Random) -> str:
+    """Kill a job while it starts, in a step, in an evaluation or in a save; which of them."""
+    metrics, parts = run / "metrics.jsonl", run / "checkpoints"
+    where = moments.choice(["start", "step", "step", "evaluation", "save"])
+    if where == "start":
+        time.sleep(moments.uniform(0, 1.5))
+        job.kill()
+        return where
+    before = lines(metrics)
+    wanted = moments.randrange(1, 9)
+
+    def reached() -> bool:
+        if where == "save":
+            return any(parts.glob(".part-*")) and lines(metrics) > before
+        done = lines(metrics) - before
+        return done >= wanted if where == "step" else done > 0 and last_step(metrics) % 7 == 0
+
+    deadline = time.monotonic() + 60
+    while not reached() and time.monotonic() < deadline and job.alive():
+        time.sleep(0.001)
+    time.sleep(moments.uniform(0, 0.03))
+    job.kill()
+    return where
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def last_step(path: Path) -> int:
+    """Of the last whole line; 1 when there is none."""
+    whole = path.read_bytes().split(b"\n")[:-1]
+    return json.loads(whole[-1]).get("step", 1) if whole else 1
+
+
+def train_lines(run: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_metrics(run) if line["kind"] == "train"]

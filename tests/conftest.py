@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# Tests run two at a time: threads of one would wait for those of the other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 REQUIRE_ALL = os.environ.get("ROOKERY_REQUIRE_ALL") == "1"
 
 

@@ -30,9 +30,9 @@ STEPS = 20
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def leave_group() -> Iterator[None]:
-    """Leave the process group that an engine opens in a process without one."""
+    """Leave the process group that an engine opens in a process without one. DeepSpeed wants the same all the time."""
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -177,16 +177,16 @@ def train_on_ones(engine: Engine) -> float:
     return loss.item()
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_checkpoint_holds_all_that_training_needs(name: str, recipe: Path, tmp_path: Path) -> None:
-    arguments = (recipe, f"engine.name={name}", "train.precision=fp16", "model.drop_path_rate=0")
+    arguments = (recipe, *ENGINES[name], "train.precision=fp16", "model.drop_path_rate=0")
     engine, folder = engine_alone(*arguments), tmp_path / "checkpoint"
     folder.mkdir()
     for _ in range(3):
         train_on_ones(engine)
     engine.save(folder)
     for weights in ("model", "ema"):
-        saved, full = saved_weights(name, folder, weights), engine.full_weights(weights)
+        saved, full = saved_weights(folder, weights), engine.full_weights(weights)
         assert saved.keys() == full.keys()
         assert all(torch.equal(saved[key], full[key]) for key in full)
     other = engine_alone(*arguments, "seed=1")
@@ -202,19 +202,19 @@ def test_a_checkpoint_holds_all_that_training_needs(name: str, recipe: Path, tmp
     largest = max(folder.iterdir(), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:1000])
     with pytest.raises((OSError, RuntimeError)):
-        saved_weights(name, folder, "model")
+        saved_weights(folder, "model")
     with pytest.raises((OSError, RuntimeError)):
         engine.save(largest / "a-file-is-no-directory")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 @pytest.mark.parametrize("override", ["train.compile=true", "train.activation_checkpointing=true"])
 def test_faster_or_smaller_but_the_same(
     override: str, engine: str, recipe: Path, rookery: Rookery, tmp_path: Path
 ) -> None:
     short = ("train.stop_after=3steps", "data.val=null")
     rookery("train", recipe, *short, "name=plain")
-    rookery("train", recipe, *short, "name=other", f"engine.name={engine}", override)
+    rookery("train", recipe, *short, "name=other", *ENGINES[engine], override)
     plain, other = (
         [line["loss"] for line in read_metrics(tmp_path / "runs" / name) if line["kind"] == "train"]
         for name in ("plain", "other")

@@ -209,7 +209,7 @@ class DeepSpeedEngine(Engine):
     def _writable(self) -> AbstractContextManager[None]:
         if self.stage < 3:
             return nullcontext()
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         return GatheredParameters(list(self.plain.parameters()), modifier_rank=0)
 

@@ -108,8 +108,14 @@ def variables() -> dict[str, str]:
 
 def packages() -> dict[str, str]:
     """Every installed distribution and its version."""
-    found = {(dist.name or ""): dist.version for dist in metadata.distributions()}
-    return {name: found[name] for name in sorted(found, key=str.lower) if name}
+    found: dict[str, str] = {}
+    for dist in metadata.distributions():
+        # `dist.name` would parse the whole file, more than a second for all of them.
+        head = (dist.read_text("METADATA") or dist.read_text("PKG-INFO") or "").partition("\n\n")[0]
+        fields = dict(line.split(": ", 1) for line in head.splitlines() if line.startswith(("Name: ", "Version: ")))
+        if fields.keys() >= {"Name", "Version"}:
+            found.setdefault(fields["Name"], fields["Version"])
+    return {name: found[name] for name in sorted(found, key=str.lower)}
 
 
 def key_versions() -> dict[str, str]:

@@ -89,6 +89,7 @@ def _serve() -> None:
     sys.modules["mlflow"] = None  # type: ignore[assignment]  # as `import_deepspeed` does
     import deepspeed  # noqa: F401
     import torch
+    import torch._dynamo  # which torch's convolutions and optimizers import when they are first used
 
     import pipeline.train.engines.deepspeed
     import pipeline.train.engines.fsdp

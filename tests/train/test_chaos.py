@@ -42,7 +42,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
 def test_chaos(engine: str, digits: Path, server: ForkServer) -> None:
     seed = int(os.environ.get("ROOKERY_CHAOS_SEED", random.SystemRandom().randrange(10**6)))
     moments = random.Random(seed)
-    recipe = write_recipe(digits, server.folder)
+    recipe = write_recipe(digits, server.folder, augment=False)
     options = (*ENGINES[engine], *LENGTH, *OFTEN)
     whole, cut = (server.folder / "runs" / f"{engine}-{name}" for name in ("whole", "cut"))
     server.train(recipe, *options, f"name={whole.name}", nproc=2)

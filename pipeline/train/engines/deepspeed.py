@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -200,7 +200,7 @@ class DeepSpeedEngine(Engine):
                 moments[name] = copied(state)
         return moments
 
-    def _check_shapes(self, weights: dict[str, Tensor]) -> None:
+    def _check_shapes(self, weights: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             shape = getattr(parameter, "ds_shape", parameter.shape)
             if weights[name].shape != shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -46,6 +47,6 @@ class LossScale:
             "_growth_tracker": self.streak,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if self.enabled:
             self.value, self.streak = float(state["scale"]), int(state["_growth_tracker"])

@@ -5,6 +5,7 @@ Everything is fp32 here: the engine lets autocast do lower precision, so that De
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Replicated:
         """AdamW's whole moments and number of steps of a parameter; empty before the first update; collective."""
         return dict(self.optimizer.state.get(parameter, {}))
 
-    def set_moments(self, states: list[tuple[nn.Parameter, dict[str, Tensor]]]) -> None:
+    def set_moments(self, states: Sequence[tuple[nn.Parameter, Mapping[str, Tensor]]]) -> None:
         """Set what `moments` gives, for all parameters at once."""
         for parameter, state in states:
             self.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
@@ -64,7 +65,7 @@ class SplitMoments(Replicated):
 
         return {"step": self._steps()[0]} | {key: safe_get_full_optimizer_state(parameter, key) for key in AVERAGES}
 
-    def set_moments(self, states: list[tuple[nn.Parameter, dict[str, Tensor]]]) -> None:
+    def set_moments(self, states: Sequence[tuple[nn.Parameter, Mapping[str, Tensor]]]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
         self._set_steps(states)
@@ -92,7 +93,7 @@ class SplitMoments(Replicated):
         """AdamW's counts of updates, all the same."""
         return [self.optimizer.state[flat]["step"] for flat in self._flat_parts()]
 
-    def _set_steps(self, states: list[tuple[nn.Parameter, dict[str, Tensor]]]) -> None:
+    def _set_steps(self, states: Sequence[tuple[nn.Parameter, Mapping[str, Tensor]]]) -> None:
         for step in self._steps():
             step.copy_(states[0][1]["step"])
 
@@ -120,7 +121,7 @@ class SplitWeights(SplitMoments):
         parts = {key: safe_get_local_optimizer_state(parameter, key) for key in AVERAGES}
         return {"step": self._steps()[0]} | {key: self.whole(part, parameter) for key, part in parts.items()}
 
-    def set_moments(self, states: list[tuple[nn.Parameter, dict[str, Tensor]]]) -> None:
+    def set_moments(self, states: Sequence[tuple[nn.Parameter, Mapping[str, Tensor]]]) -> None:
         from deepspeed.utils import safe_set_local_optimizer_state
 
         self._set_steps(states)

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 from pipeline.tracking.metrics import read_metrics
-from tests.train.conftest import ROOT, rookery  # noqa: F401 - a fixture
+from tests.train.commands import ROOT
+from tests.train.conftest import rookery  # noqa: F401 - a fixture
 
 
 def test_demo(rookery, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]  # noqa: F811

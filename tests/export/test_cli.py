@@ -14,7 +14,8 @@ from data_prep.prepare import prepare_splits
 from launch.cli import app
 from pipeline.train.export import load_weights
 from pipeline.train.trained import Trained
-from tests.train.conftest import run_command, write_recipe
+from tests.train.commands import run_command
+from tests.train.conftest import write_recipe
 
 Export = Callable[..., tuple[int, str, str]]
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,8 @@ import yaml
 
 from data_prep.options import PrepOptions
 from data_prep.prepare import prepare_splits
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.train.commands import run_command
+from tests.train.forked import ForkServer
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +90,13 @@ def write_recipe(digits: Path, folder: Path, augment: bool = True) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Trains in processes that start quickly: `fork_server.train(recipe, "train.epochs=2", nproc=2)`."""
+    with ForkServer(tmp_path_factory.mktemp("forked")) as server:
+        yield server
+
+
 Rookery = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -99,22 +104,3 @@ Rookery = Callable[..., subprocess.CompletedProcess[str]]
 def rookery(tmp_path: Path) -> Rookery:
     """Runs the command line in `tmp_path`: `rookery("train", recipe, "--nproc", 2)`."""
     return partial(run_command, tmp_path)
-
-
-def run_command(folder: Path, *args: object, check: int = 0, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """Run `rookery` in a folder and expect the exit status `check`."""
-    done = subprocess.run(
-        command(*args), cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout
-    )
-    assert done.returncode == check, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
-
-
-def command(*args: object) -> list[str]:
-    return [sys.executable, "-c", "from launch.cli import app; app()", *map(str, args)]
-
-
-def environment() -> dict[str, str]:
-    """The environment of a fresh shell, with one thread per process."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "WORLD_SIZE", "RANK")}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.train.conftest import environment
+from tests.train.commands import environment
 
 
 class ForkServer:

@@ -12,7 +12,7 @@ from launch.workers import Nodes, start_workers
 from pipeline.config import RunConfig
 from pipeline.train.loop import train
 from pipeline.train.process import run_process
-from tests.train.conftest import environment
+from tests.train.commands import environment
 
 
 def run(payload: str, threads: int | None = None) -> int:

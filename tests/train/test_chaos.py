@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,29 +29,23 @@ LENGTH = ("train.epochs=10000steps", f"train.stop_after={6 * KILLS}steps")
 OFTEN = ("checkpoint.every=5steps", "eval.every=7steps", "eval.batch_size=10")
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    with ForkServer(tmp_path_factory.mktemp("chaos")) as server:
-        yield server
-
-
 @pytest.mark.chaos
 @pytest.mark.parametrize("engine", ENGINES)
-def test_chaos(engine: str, digits: Path, server: ForkServer) -> None:
+def test_chaos(engine: str, digits: Path, tmp_path: Path, fork_server: ForkServer) -> None:
     seed = int(os.environ.get("ROOKERY_CHAOS_SEED", random.SystemRandom().randrange(10**6)))
     moments = random.Random(seed)
-    recipe = write_recipe(digits, server.folder, augment=False)
+    recipe = write_recipe(digits, tmp_path, augment=False)
     options = (*ENGINES[engine], *LENGTH, *OFTEN)
-    whole, cut = (server.folder / "runs" / f"{engine}-{name}" for name in ("whole", "cut"))
-    server.train(recipe, *options, f"name={whole.name}", nproc=2)
+    whole, cut = (tmp_path / "runs" / f"{engine}-{name}" for name in ("whole", "cut"))
+    fork_server.train(recipe, *options, f"name={whole.name}", nproc=2)
 
     hits: Counter[str] = Counter()
     while hits.total() < KILLS:
-        job = server.start(recipe, *options, f"name={cut.name}", nproc=2)
+        job = fork_server.start(recipe, *options, f"name={cut.name}", nproc=2)
         hits[kill_somewhere(job, cut, moments)] += 1
-        assert set(job.wait()) == {-9}, f"ROOKERY_CHAOS_SEED={seed}\n{server.log.read_text()[-5000:]}"
+        assert set(job.wait()) == {-9}, f"ROOKERY_CHAOS_SEED={seed}\n{fork_server.log.read_text()[-5000:]}"
     print(f"ROOKERY_CHAOS_SEED={seed}: {hits.total()} kills, {dict(hits)}")
-    server.train(recipe, *options, f"name={cut.name}", nproc=2)
+    fork_server.train(recipe, *options, f"name={cut.name}", nproc=2)
 
     for weights in ("final", "best"):
         assert (cut / weights / WEIGHTS).read_bytes() == (whole / weights / WEIGHTS).read_bytes(), seed
@@ -63,7 +55,6 @@ def test_chaos(engine: str, digits: Path, server: ForkServer) -> None:
     assert all(result.pop("wall_seconds") > 0 for result in results)
     assert results[0] == results[1]
     assert KILLS < 10 or min(hits.values()) > 0
-    shutil.rmtree(cut)
 
 
 def kill_somewhere(job: Job, run: Path, moments: random.Random) -> str:

@@ -18,7 +18,8 @@ from data_prep.prepare import prepare_splits
 from pipeline.tracking.metrics import read_metrics
 from pipeline.train.export import WEIGHTS
 from pipeline.train.trace import read_trace
-from tests.train.conftest import ROOT, Rookery, command, environment
+from tests.train.commands import ROOT, command, environment
+from tests.train.conftest import Rookery
 
 STEPS, BATCH, KILLED_AFTER = 60, 16, 33
 

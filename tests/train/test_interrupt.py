@@ -17,7 +17,8 @@ import pytest
 from pipeline.tracking.metrics import read_metrics
 from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.stop import INTERRUPTED, RESUBMIT
-from tests.train.conftest import Rookery, command, environment
+from tests.train.commands import command, environment
+from tests.train.conftest import Rookery
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from data_prep.manifest import Manifest, load_index
 from pipeline.tracking.metrics import read_metrics
 from pipeline.train.export import WEIGHTS
 from pipeline.train.trace import read_trace
-from tests.train.conftest import Rookery, command, environment
+from tests.train.commands import command, environment
+from tests.train.conftest import Rookery
 from tests.train.forked import ForkServer
 
 DDP, FSDP = ("engine.name=ddp",), ("engine.name=fsdp",)
@@ -102,31 +103,32 @@ def test_an_epoch_uses_every_sample_once(recipe: Path, rookery: Rookery, tmp_pat
     ids=["ddp", "fsdp", "stages", "ddp to fsdp to deepspeed", "deepspeed to ddp to fsdp"],
 )
 def test_another_world_size_uses_the_same_samples_and_losses(
-    engines: tuple[tuple[str, ...], ...], recipe: Path, tmp_path: Path
+    engines: tuple[tuple[str, ...], ...], recipe: Path, tmp_path: Path, fork_server: ForkServer
 ) -> None:
     # A small rate: Adam divides by the gradient's size, so at a large one rounding grows faster than it would in SGD.
     recipe.write_text(recipe.read_text().replace("lr: 0.001", "lr: 0.0001"))
-    with ForkServer(tmp_path) as server:
-        server.train(recipe, "name=one")
-        for engine, nproc, stop in zip(engines, (2, 1, 3, 2), (8, 12, 17, 24), strict=True):
-            server.train(recipe, *engine, "name=many", f"train.stop_after={stop}steps", nproc=nproc)
+    fork_server.train(recipe, "name=one")
+    for engine, nproc, stop in zip(engines, (2, 1, 3, 2), (8, 12, 17, 24), strict=True):
+        fork_server.train(recipe, *engine, "name=many", f"train.stop_after={stop}steps", nproc=nproc)
     one, many = tmp_path / "runs" / "one", tmp_path / "runs" / "many"
     assert read_trace(many) == read_trace(one)
     assert losses(many) == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in losses(one)]
 
 
-def test_batch_norms_do_not_depend_on_the_world_size(recipe: Path, rookery: Rookery, tmp_path: Path) -> None:
+def test_batch_norms_do_not_depend_on_the_world_size(
+    recipe: Path, rookery: Rookery, fork_server: ForkServer, tmp_path: Path
+) -> None:
     """The released Refiner: statistics per lane chunk, running averages over the step, wherever the lanes are read."""
     tree = yaml.safe_load(recipe.read_text())
     options = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4, "aux_head": False}
     tree["model"] = {"name": "refiner_vit_s", "in_chans": 1, "img_size": 16, "options": options}
     tree["optim"]["lr"] = 1e-4
     recipe.write_text(yaml.safe_dump(tree))
-    rookery("train", recipe, "name=one", "train.epochs=8steps")
+    fork_server.train(recipe, "name=one", "train.epochs=8steps")
     for engine, nproc, stop, accumulate in ((ZERO3, 2, 3, 1), (ZERO1, 1, 5, 3), (DDP, 3, 8, 2)):
         options = (*engine, "name=many", "train.epochs=8steps", f"train.accumulate={accumulate}")
-        rookery("train", recipe, *options, f"train.stop_after={stop}steps", "--nproc", nproc)
-    rookery("train", recipe, "name=sharded", "train.epochs=8steps", "engine.name=fsdp", "--nproc", 2)
+        fork_server.train(recipe, *options, f"train.stop_after={stop}steps", nproc=nproc)
+    fork_server.train(recipe, "name=sharded", "train.epochs=8steps", "engine.name=fsdp", nproc=2)
     one = tmp_path / "runs" / "one"
     wanted = load_file(one / "final" / WEIGHTS)
     running = [name for name in wanted if "running_" in name]

@@ -3,11 +3,11 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 SEED ?= 0
-# Most tests use one core at a time. A file stays together: its fixtures are made once.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# Most tests use one core at a time. A file stays together: its fixtures are made once. Long files come first.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test chaos lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -31,6 +31,9 @@ demo: setup  ## shard the digits, train a small NesT with two processes, evaluat
 
 test: setup lint  ## run all tests
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+chaos: setup  ## kill runs of every engine 200 times and compare the bits (ROOKERY_CHAOS_SEED repeats one)
+	@ROOKERY_CHAOS_KILLS=200 $(BIN)/python -m pytest -s --timeout 7200 tests/train/test_chaos.py
 
 lint: setup
 	@$(BIN)/ruff check .

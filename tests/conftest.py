@@ -27,3 +27,24 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         missing("real images left out: set ROOKERY_TEST_DATA to a folder with cifar10/ and imagenet-sample/")
     return Path(str(folder))
+
+
+# Files that take minutes come first, so that short ones fill the gaps at the end, when two processes share the work.
+_LONG = (
+    "train/test_chaos",
+    "train/test_resume",
+    "train/test_cifar10",
+    "train/test_engines",
+    "cluster/",
+    "test_recipes",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put long files first."""
+
+    def place(item: pytest.Item) -> int:
+        path = item.path.relative_to(Path(__file__).parent).as_posix()
+        return next((i for i, start in enumerate(_LONG) if path.startswith(start)), len(_LONG))
+
+    items.sort(key=place)

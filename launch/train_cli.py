@@ -11,11 +11,22 @@ import typer
 def train(
     config: Annotated[Path, typer.Argument(help="recipe, such as configs/demo.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value ..., such as train.epochs=100")] = None,
-    nproc: Annotated[int, typer.Option(min=1, help="training processes on this node (one per GPU)")] = 1,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="training processes on each node (one per GPU); default: 1")
+    ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="nodes; run the same command on each of them")] = 1,
     rendezvous: Annotated[str | None, typer.Option(help="HOST:PORT of the first node, with several nodes")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per process; default: shared evenly")] = None,
     dry_run: Annotated[bool, typer.Option(help="print what would run, and check it, without training")] = False,
+    slurm: Annotated[bool, typer.Option("--slurm", help="submit it to Slurm, on --nodes whole nodes")] = False,
+    time: Annotated[str | None, typer.Option(help="--slurm: time limit, such as 24:00:00")] = None,
+    partition: Annotated[str | None, typer.Option(help="--slurm: partition")] = None,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="--slurm: any option of sbatch, such as --sbatch=--account=vision; repeat")
+    ] = None,
+    on_allocation: Annotated[
+        bool, typer.Option("--on-allocation", help="inside a Slurm job: start the processes on all of its nodes")
+    ] = False,
 ) -> None:
     """Train a model; the same command again continues a run that was stopped.
 
@@ -23,15 +34,29 @@ def train(
     when Ctrl-C or SIGTERM asked for it, and 75 when SIGUSR1 did, which means: submit it again.
     """
     # torch takes seconds to import; the other commands need not wait for it.
+    from launch.slurm_job import Request, run_on_nodes, submit
     from launch.summary import print_summary
     from launch.workers import Nodes, start_workers
     from pipeline.config_load import load_config
+    from pipeline.errors import UserError
     from pipeline.resolve import resolve
     from pipeline.train.setup import try_samples
     from pipeline.train.stop import INTERRUPTED, RESUBMIT
     from pipeline.wording import counted
 
-    job = Nodes(nproc, nodes, rendezvous)
+    if (slurm or on_allocation) and rendezvous is not None:
+        raise UserError("Slurm's jobs choose their own meeting point; leave --rendezvous out")
+    if not slurm and (time or partition or sbatch):
+        raise UserError("--time, --partition and --sbatch go with --slurm")
+    request = Request(config, tuple(overrides or ()), nproc, threads)
+    if slurm:
+        named = {"--time": time, "--partition": partition}
+        options = [f"{option}={value}" for option, value in named.items() if value is not None]
+        submit(request, nodes, [*options, *(sbatch or ())], dry_run)
+        return
+    if on_allocation:
+        raise typer.Exit(run_on_nodes(request))
+    job = Nodes(nproc or 1, nodes, rendezvous)
     resolved = resolve(load_config(config, overrides or []), job.world_size)
     print_summary(resolved, job)
     if dry_run:

@@ -86,7 +86,7 @@ def _torchrun(command: list[str], nodes: Nodes, threads: int) -> int:
         min_nodes=nodes.nodes,
         max_nodes=nodes.nodes,
         nproc_per_node=nodes.nproc,
-        run_id=uuid.uuid4().hex if nodes.nodes == 1 else "rookery",
+        run_id=uuid.uuid4().hex if nodes.nodes == 1 else os.environ.get("SLURM_JOB_ID", "rookery"),
         rdzv_backend="c10d",
         rdzv_endpoint=nodes.rendezvous or "localhost:0",
         max_restarts=0,

@@ -181,6 +181,11 @@ class CheckpointConfig(Section):
     every: Interval = Field(Duration(1, "ep"), description="how often; the end is always saved")
     keep_last: int = Field(2, ge=1, description="newest complete checkpoints that stay")
     asynchronous: bool = Field(True, description="write a copy of the state while training goes on")
+    margin_seconds: float = Field(
+        300,
+        ge=0,
+        description="Slurm: save and leave this long before the time limit, a tenth of the job's time at most",
+    )
 
 
 class TrackingConfig(Section):

@@ -25,6 +25,7 @@ from pipeline.train.state import State
 from pipeline.train.step import seed_step, train_step
 from pipeline.train.stop import Stopped, StopRequest
 from pipeline.train.trace import open_trace
+from pipeline.train.walltime import leave_at
 
 
 def train(config: RunConfig, world: World) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
 
     Raises:
         UserError: the data, the run directory or a checkpoint does not allow it.
-        Stopped: a signal asked for it; a checkpoint is saved.
+        Stopped: a signal or a job's time limit asked for it; a checkpoint is saved.
     """
     run = resolve(config, world.size)
     config, plan = run.config, run.plan
@@ -55,7 +56,7 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
         meter = StepMeter(world, run.order.batch, run.macs)
         objective = Objective(config.objective, run.train.num_classes, run.token_grid)
         batches = iter(train_batches(run, shards, world, state.step))
-        stop = StopRequest(world)
+        stop = StopRequest(world, leave_at(config.checkpoint.margin_seconds, may_ask=world.is_main))
         stack.enter_context(stop.listening())
 
         while state.step < plan.end_step:

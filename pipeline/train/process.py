@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from pipeline.errors import UserError
+from pipeline.train.cores import bind_cores
 from pipeline.train.distributed import PeerError, World, open_world
 from pipeline.train.stop import Stopped, catch_signals, stop_now
 
@@ -31,6 +32,7 @@ def run_process(job: Callable[[World], object], threads: int | None = None) -> i
         threads: CPU threads of torch; None leaves torch's default (OMP_NUM_THREADS).
     """
     _die_with_parent()
+    bind_cores()
     if COMMAND in os.environ:
         sys.argv = json.loads(os.environ[COMMAND])
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import nn
 
@@ -13,6 +11,7 @@ from pipeline.data.loader import Batches, EvalDataset, StepDataset, TokenLabelOp
 from pipeline.data.shards import ShardSet
 from pipeline.hashing import seed64
 from pipeline.resolve import Resolved, build_model
+from pipeline.train.cores import num_cores
 from pipeline.train.distributed import World
 from pipeline.train.init_weights import load_init
 
@@ -96,5 +95,4 @@ def try_samples(run: Resolved) -> None:
 
 def loader_workers(config: RunConfig) -> int:
     """`data.workers`, but no more than this process's share of the usable cores; the data do not depend on it."""
-    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(config.data.workers, max(1, share))
+    return min(config.data.workers, num_cores())

@@ -1,7 +1,8 @@
 """Being asked to stop: a signal on any process ends the run on all of them, after a checkpoint.
 
 SIGINT (Ctrl-C) and SIGTERM (`kill`, a scheduler's preemption) end it with status 130, SIGUSR1 (Slurm's notice before
-the time limit) with status 75, which tells a job script to submit the same again. A second SIGINT ends it at once.
+the time limit) with status 75, which tells a job script to submit the same again; so does the clock, when a Slurm
+job's time is nearly over. A second SIGINT ends it at once.
 """
 
 from __future__ import annotations
@@ -55,13 +56,18 @@ def stop_now(number: int, frame: FrameType | None = None) -> None:
 
 
 class StopRequest:
-    """What the signals of all processes ask for. Use `listening`.
+    """What the signals and clocks of all processes ask for. Use `listening`.
 
     Every step the processes tell each other what they were asked. The sum travels while the next step is computed, so
     nobody waits for it; it decides one step later, on all processes alike.
+
+    Args:
+        world: this process among the others.
+        leave_at: Unix time from which on this process asks to be submitted again; may differ between processes.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, leave_at: float | None = None) -> None:
+        self._leave_at = leave_at
         self._asked = 0
         self._since = 0.0
         self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
@@ -78,6 +84,8 @@ class StopRequest:
 
     def decided(self) -> int | None:
         """Exit status if the run is to end after this step, on all processes alike, else None; collective."""
+        if self._leave_at is not None and time.time() >= self._leave_at:
+            self._asked = 2
         if self._group is None:
             return _status(self._asked)
         answer = self._wait()

@@ -151,10 +151,11 @@ def _srun(command: list[str], nodes: Nodes, logs: Path, allocation: Allocation) 
         f"--ntasks={count}",
         "--ntasks-per-node=1",
         "--cpu-bind=none",
+        "--overlap",  # after a node failed, Slurm may still count its part of the step before as busy
         "--kill-on-bad-exit=0",
         f"--wait={_GRACE_SECONDS}",
         "--open-mode=append",
-        f"--output={logs.absolute()}/%j-%N.log",
+        f"--output={logs.absolute()}/%j-%n-%N.log",
     ]
     ending: list[int] = []
 

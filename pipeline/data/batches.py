@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
@@ -47,8 +49,10 @@ class Batches:
             # are; the fork server has no other threads.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(_PRELOAD)
-            _quiet_tracker()
-            forkserver.ensure_running()  # its imports go on while the caller sets up the rest
+            with _deaf():
+                _quiet_tracker()
+            with _deaf():
+                forkserver.ensure_running()  # its imports go on while the caller sets up the rest
             options = {
                 "prefetch_factor": prefetch,
                 "multiprocessing_context": context,
@@ -147,6 +151,20 @@ def _is_death(error: Exception) -> bool:
     if isinstance(error, RuntimeError):
         return text.startswith(("DataLoader worker (pid", "Pin memory thread exited"))
     return not text.startswith("Caught ")
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """What is started here, and its children, does not hear the signals that end a run.
+
+    Slurm sends them to every process of a job, but the trainer needs batches until its last step, and ends the loaders
+    itself. A block survives the start of another program, where a handler would not.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _quiet_tracker() -> None:

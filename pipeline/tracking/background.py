@@ -207,9 +207,9 @@ class _Child:
 def main() -> None:
     """The uploading process."""
     os.nice(_NICE_START)
-    # Ctrl-C and a scheduler's SIGTERM are for the training, which then says how the run ended.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Ctrl-C and a scheduler's signals are for the training, which then says how the run ended.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     out = os.dup(1)
     os.dup2(2, 1)
 

@@ -32,10 +32,12 @@ def started() -> Iterator[list[subprocess.Popen[str]]]:
         process.wait()
 
 
-def start(started: list[subprocess.Popen[str]], recipe: Path, folder: Path, nproc: int) -> subprocess.Popen[str]:
+def start(
+    started: list[subprocess.Popen[str]], recipe: Path, folder: Path, nproc: int, *overrides: str
+) -> subprocess.Popen[str]:
     """A training in a session of its own, that has made a checkpoint."""
     process = subprocess.Popen(
-        command("train", recipe, "--nproc", nproc, "--threads", 1, "train.epochs=2000steps"),
+        command("train", recipe, "--nproc", nproc, "--threads", 1, "train.epochs=2000steps", *overrides),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -63,13 +65,16 @@ def start(started: list[subprocess.Popen[str]], recipe: Path, folder: Path, npro
         (signal.SIGTERM, "group", 2),
         (signal.SIGTERM, "leader", 2),
         (signal.SIGUSR1, "leader", 1),
+        (signal.SIGTERM, "everybody", 1),
         (signal.SIGUSR1, "everybody", 2),
     ],
 )
 def test_a_signal_ends_it_cleanly(
     number: int, whom: str, nproc: int, recipe: Path, tmp_path: Path, started: list[subprocess.Popen[str]]
 ) -> None:
-    process = start(started, recipe, tmp_path, nproc)
+    # Every step waits for the loader processes.
+    loaders = ("data.workers=1", "data.prefetch=1") if whom == "everybody" else ()
+    process = start(started, recipe, tmp_path, nproc, *loaders)
     workers = psutil.Process(process.pid).children(recursive=True)
     if whom == "group":  # as a terminal does
         os.killpg(process.pid, number)
@@ -78,8 +83,7 @@ def test_a_signal_ends_it_cleanly(
     if whom == "everybody":  # as Slurm does
         for worker in workers:
             with suppress(psutil.NoSuchProcess):
-                if os.getsid(worker.pid) == worker.pid:
-                    worker.send_signal(number)
+                worker.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (RESUBMIT if number == signal.SIGUSR1 else INTERRUPTED)
     assert errors.splitlines() == ["interrupted; the same command continues from the newest checkpoint"]

@@ -1,0 +1,229 @@
+"""Training under a real Slurm: started by sbatch, preempted, killed, out of time, and the weights stay the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.slurm_job import newest_step
+from launch.slurm_script import LOGS, SCRIPT
+from pipeline.tracking.metrics import read_metrics
+from pipeline.train.export import WEIGHTS
+from tests.cluster.slurm_cluster import SlurmCluster, wait_for
+from tests.train.conftest import ROOT, command, run_command, write_recipe
+from tests.train.forked import ForkServer
+
+pytestmark = pytest.mark.slurm
+
+ENDLESS = "train.epochs=100000steps"
+
+
+class Work:
+    """A folder with a recipe, from which jobs are submitted."""
+
+    def __init__(self, cluster: SlurmCluster, digits: Path, folder: Path) -> None:
+        self.cluster, self.folder = cluster, folder
+        self.recipe = write_recipe(digits, folder)
+
+    def submit(self, *arguments: object, nproc: int = 1) -> str:
+        """The id of `sbatch [options] slurm/train_nest.sh ...`."""
+        more = {"ROOKERY_NPROC": str(nproc), "ROOKERY_THREADS": "1"}
+        return self.cluster.run("sbatch", "--parsable", *arguments, folder=self.folder, more=more).strip()
+
+    def run(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def end_after(self, steps: int) -> None:
+        """Let the next start of an endless run be its last."""
+        tree = yaml.safe_load(self.recipe.read_text())
+        tree["train"]["stop_after"] = f"{steps}steps"
+        self.recipe.write_text(yaml.safe_dump(tree))
+
+    def wait(self, job: str, *states: str) -> str:
+        """Until a job is in one of these states; another one from which it can't get there fails."""
+        over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+
+        def state() -> str | None:
+            now = self.cluster.facts(job)["JobState"]
+            assert now in states or now not in over, f"job {job} is {now}\n{self.logs()}"
+            return now if now in states else None
+
+        return wait_for(state, f"job {job} is {' or '.join(states)}", self.logs) or ""
+
+    def wait_for_steps(self, job: str, run: Path, count: int = 3) -> None:
+        """Until a running job has made some steps and a checkpoint of its own."""
+        self.wait(job, "RUNNING")
+        before, first = newest_step(run), lines(run)
+        wait_for(lambda: newest_step(run) > before and lines(run) >= first + count, f"steps of {run}", self.logs)
+
+    def wait_for_requeue(self, job: str, restarts: int) -> None:
+        """Until Slurm has put a job back into the queue for the n-th time; then it may start at once."""
+        wait_for(lambda: int(self.cluster.facts(job)["Restarts"]) >= restarts, f"{job} is requeued", self.logs)
+        self.wait(job, "PENDING")
+        self.cluster.hurry(job)
+
+    def logs(self) -> str:
+        files = [*self.folder.glob("slurm-*.out"), *self.folder.glob(f"runs/*/{LOGS}/*")]
+        return "\n".join([f"== {f}\n{f.read_text()[-3000:]}" for f in files] + [self.cluster.logs()])
+
+
+@pytest.fixture
+def work(cluster: SlurmCluster, digits: Path, tmp_path: Path) -> Iterator[Work]:
+    yield Work(cluster, digits, tmp_path)
+    cluster.run("scancel", "--user", os.environ.get("USER", str(os.getuid())), "--signal=KILL")
+
+
+def lines(run: Path) -> int:
+    metrics = run / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def weights(run: Path) -> bytes:
+    return (run / "final" / WEIGHTS).read_bytes()
+
+
+def sessions(run: Path) -> list[str]:
+    """How each start of a run ended; `killed` where it could not say."""
+    entries = [json.loads(line) for line in (run / "sessions.jsonl").read_text().splitlines()]
+    ends = []
+    for entry, following in zip(entries, [*entries[1:], {"event": "start"}], strict=True):
+        if entry["event"] == "start":
+            ends.append(following["status"] if following["event"] == "end" else "killed")
+    return ends
+
+
+def test_two_nodes_equal_one_machine(work: Work) -> None:
+    job = work.submit("--nodes=2", ROOT / "slurm" / "train_nest.sh", work.recipe, "name=nodes", nproc=2)
+    run_command(work.folder, "train", work.recipe, "--nproc", 4, "--threads", 1, "name=alone")
+    work.wait(job, "COMPLETED")
+    assert weights(work.run("nodes")) == weights(work.run("alone"))
+    start = json.loads((work.run("nodes") / "sessions.jsonl").read_text().splitlines()[0])
+    assert start["world_size"] == 4
+    logs = work.run("nodes") / LOGS
+    assert sorted(path.name.split("-")[:2] for path in logs.iterdir()) == [[job, "0"], [job, "1"]]
+    assert f"{LOGS}/{job}-*.log" in (work.folder / f"slurm-{job}.out").read_text()
+    script = (work.run("nodes") / SCRIPT).read_text().splitlines()
+    assert {"#SBATCH --nodes=2", "#SBATCH --exclusive", "#SBATCH --requeue", "export ROOKERY_NPROC=2"} <= {*script}
+
+
+def test_preempted_requeued_and_a_node_lost(work: Work) -> None:
+    """USR1, `scontrol requeue` and a dead node, one after the other; loader processes hear the signals too."""
+    arguments = [work.recipe, ENDLESS, "name=cut", "data.workers=1", "data.prefetch=1"]
+    run, cluster = work.run("cut"), work.cluster
+    job = work.submit("--nodes=2", ROOT / "slurm" / "train_nest.sh", *arguments)
+    work.wait_for_steps(job, run)
+    cluster.run("scancel", "--signal=USR1", job)
+    work.wait_for_requeue(job, 1)
+    assert "rookery: back in the queue after step" in (work.folder / f"slurm-{job}.out").read_text()
+
+    work.wait_for_steps(job, run)
+    cluster.run("scontrol", "requeue", job)
+    work.wait_for_requeue(job, 2)
+
+    work.wait_for_steps(job, run)
+    cluster.kill_node("node2")
+    work.wait_for_requeue(job, 3)
+    end = newest_step(run) + 3
+    work.end_after(end)
+    cluster.start_node("node2")
+    work.wait(job, "COMPLETED")
+
+    assert sessions(run)[:2] == ["interrupted", "interrupted"]
+    assert sessions(run)[2] in ("killed", "failed")
+    assert sessions(run)[3:] == ["stopped"]
+    with ForkServer(work.folder) as server:
+        server.train(work.recipe, ENDLESS, "name=whole", nproc=2)
+    assert weights(run) == weights(work.run("whole"))
+    steps = [line["step"] for line in read_metrics(run) if line["kind"] == "train"]
+    assert steps == [*range(1, end + 1)]
+
+
+def test_time_limit_seeds_and_errors(work: Work) -> None:
+    """A job of one minute saves in time and goes on; meanwhile an array of seeds runs on the other node."""
+    script = ROOT / "slurm" / "train_nest.sh"
+    # Without Slurm's own notice: what is tested is the clock.
+    limited = work.submit("--time=1", "--signal=USR1@0", script, work.recipe, ENDLESS, "name=limited")
+    array = work.submit("--array=3-4", script, work.recipe, "name=each", "train.stop_after=2steps")
+    for seed in (3, 4):
+        wait_for(lambda seed=seed: (work.run(f"each-seed{seed}") / "result.json").exists(), f"seed {seed}", work.logs)
+        saved = yaml.safe_load((work.run(f"each-seed{seed}") / "config.yaml").read_text())
+        assert saved["seed"] == seed
+        assert f"seed={seed} name=each-seed{seed}" in (work.run(f"each-seed{seed}") / SCRIPT).read_text()
+    assert weights(work.run("each-seed3")) != weights(work.run("each-seed4"))
+    work.wait(array, "COMPLETED")
+
+    run, restarts = work.run("limited"), 1
+    work.wait_for_requeue(limited, restarts)
+    while newest_step(run) == 0:  # a busy machine may spend the minute on the start
+        restarts += 1
+        work.wait_for_requeue(limited, restarts)
+    trained = [line["step"] for line in read_metrics(run) if line["kind"] == "train"]
+    assert newest_step(run) == trained[-1]
+    assert sessions(run) == ["interrupted"]
+    work.end_after(trained[-1] + 2)
+    work.wait(limited, "COMPLETED")
+    assert read_metrics(run)[-1]["step"] == trained[-1] + 2
+
+
+def test_submitted_by_rookery_and_again_by_its_script(work: Work) -> None:
+    done = rookery(
+        work, "--slurm", "--nproc", 1, "--threads", 1, "--sbatch=--comment=two words", "train.stop_after=2steps"
+    )
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.split("submitted job ")[1].split(":")[0]
+    run = work.run("run")
+    assert f"logs: {run / LOGS}" in done.stdout
+    work.wait(job, "COMPLETED")
+    assert read_metrics(run)[-1]["step"] == 2
+    assert {path.name for path in (run / LOGS).iterdir()} >= {f"slurm-{job}.out"}
+    script = (run / SCRIPT).read_text()
+    assert '#SBATCH "--comment=two words"' in script
+    (run / SCRIPT).write_text(script.replace("stop_after=2steps", "stop_after=4steps"))
+    again = work.cluster.run(run / SCRIPT, "--parsable").strip()
+    work.wait(again, "COMPLETED")
+    assert read_metrics(run)[-1]["step"] == 4
+    assert "two words" in (run / SCRIPT).read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--nproc", "1", "--partition", "nowhere"], ["sbatch refuses", "invalid partition"]),
+        (["--nproc", "1", "--time", "soon"], ["sbatch refuses", "Invalid --time"]),
+        (["--nproc", "1", "--sbatch", "--no-such-option=1"], ["sbatch refuses", "no-such-option"]),
+        (["--nproc", "1", "--sbatch", "account"], ["--sbatch=--account=vision"]),
+        (["--nproc", "5"], ["5 processes", "multiple of 5"]),
+        ([], ["--nproc"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_refused(arguments: list[str], expected: list[str], work: Work) -> None:
+    done = rookery(work, "--slurm", *arguments)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for text in expected:
+        assert text in done.stderr, done.stderr
+    assert not work.run("run").exists()
+
+
+def test_a_mistake_ends_the_job_with_its_message(work: Work) -> None:
+    job = work.submit(ROOT / "slurm" / "train_nest.sh", work.recipe, "train.epoch=3")
+    work.wait(job, "FAILED")
+    assert work.cluster.facts(job)["ExitCode"] == "2:0"
+    assert "train.epochs" in (work.folder / f"slurm-{job}.out").read_text()
+
+
+def rookery(work: Work, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command("train", work.recipe, *arguments),
+        cwd=work.folder,
+        env=work.cluster.environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )

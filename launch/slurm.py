@@ -9,8 +9,6 @@ import socket
 import subprocess
 from dataclasses import dataclass
 
-import torch
-
 from pipeline.errors import UserError
 
 _ASK_SECONDS = 60
@@ -94,7 +92,12 @@ class Allocation:
             return int(asked)
         granted = os.environ.get("SLURM_GPUS_ON_NODE") or os.environ.get("SLURM_GPUS_PER_NODE", "")
         counts = [int(count) for count in re.findall(r"(?:^|[:,])(\d+)(?=,|$)", granted)]
-        return sum(counts) or torch.cuda.device_count() or 1
+        if counts:
+            return sum(counts)
+        # The cluster does not count GPUs. torch takes seconds to import.
+        import torch
+
+        return torch.cuda.device_count() or 1
 
     def rendezvous(self) -> str:
         """`host:port` of the first node where the agents of all nodes meet."""

@@ -1,94 +1,33 @@
-"""Running on the nodes of a Slurm job, and submitting one."""
+"""Running on the nodes of a Slurm job.
+
+This module is imported without torch: the script of a job has only to start the nodes, where everything is checked.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
 import typer
 
 from launch.slurm import Allocation, slurm
-from launch.slurm_script import LOGS, SCRIPT, executable, options_of, standing_options, write_script
-from launch.summary import print_summary
-from launch.workers import Nodes
+from launch.slurm_script import LOGS, SCRIPT, Request, executable, options_of, standing_options, write_script
 from pipeline.config_load import load_config
 from pipeline.errors import UserError
-from pipeline.resolve import Resolved, resolve
 from pipeline.tracking.files import read_json, write_json
-from pipeline.train.checkpoint import COMMIT
 from pipeline.train.cores import BIND
-from pipeline.train.recorder import check_same_run
-from pipeline.train.setup import try_samples
-from pipeline.train.stop import INTERRUPTED, RESUBMIT
+from pipeline.train.status import INTERRUPTED, RESUBMIT
 
 _STARTS = "slurm.json"
 _IDLE_STARTS = 3
 _LINES = 20
 # How long the other nodes may take to end after the first has: a checkpoint is saved by then, uploads are closed.
 _GRACE_SECONDS = 60
-
-
-@dataclass(frozen=True)
-class Request:
-    """What `rookery train` was asked for, as far as a job script repeats it.
-
-    Attributes:
-        config, overrides: the recipe and its changes.
-        nproc: processes of a node; None: found out in the job.
-        threads: CPU threads of a process; None: its share of the cores.
-    """
-
-    config: Path
-    overrides: tuple[str, ...]
-    nproc: int | None
-    threads: int | None
-
-    def arguments(self) -> list[str]:
-        """Arguments of `rookery train` inside a job."""
-        counts = {"--nproc": self.nproc, "--threads": self.threads}
-        given = [text for option, value in counts.items() if value is not None for text in (option, str(value))]
-        return [str(self.config), *self.overrides, *given, "--on-allocation"]
-
-
-def submit(request: Request, nodes: int, options: Sequence[str], dry_run: bool) -> None:
-    """Check a run, write its job script into its directory and submit that.
-
-    Args:
-        options: of sbatch, besides those that every job has.
-        dry_run: only check.
-
-    Raises:
-        UserError: the run is not possible, or Slurm refuses the job.
-    """
-    if request.nproc is None:
-        raise UserError("--slurm needs to know how many processes (GPUs) a node has: --nproc 8")
-    job = Nodes(request.nproc, nodes)
-    resolved = resolve(load_config(request.config, request.overrides), job.world_size)
-    run = _directory(resolved)
-    check_same_run(run, resolved)
-    print_summary(resolved, job)
-    try_samples(resolved)
-    if dry_run:
-        return
-    slurm("sbatch", "--version")
-    is_new = not run.exists()
-    standing = [*standing_options(resolved.config.name, run), f"--nodes={nodes}", "--exclusive", "--mem=0"]
-    script = write_script(run, [*standing, *options], request.arguments())
-    try:
-        number = slurm("sbatch", "--parsable", str(script)).strip().split(";")[0]
-    except UserError:
-        if is_new:
-            script.unlink()
-            (run / LOGS).rmdir()
-            run.rmdir()
-        raise
-    typer.echo(f"submitted job {number}: {script}\nlogs: {run / LOGS}")
 
 
 def run_on_nodes(request: Request) -> int:
@@ -104,23 +43,18 @@ def run_on_nodes(request: Request) -> int:
     config = load_config(request.config, request.overrides)
     if allocation.seed is not None:
         own = (f"seed={allocation.seed}", f"name={config.name}-seed{allocation.seed}")
-        request = Request(request.config, (*request.overrides, *own), request.nproc, request.threads)
+        request = replace(request, overrides=(*request.overrides, *own))
         config = load_config(request.config, request.overrides)
-    nproc = request.nproc or allocation.processes()
-    nodes = Nodes(nproc, allocation.num_nodes, allocation.rendezvous() if allocation.num_nodes > 1 else None)
-    resolved = resolve(config, nodes.world_size)
-    run = _directory(resolved)
-    check_same_run(run, resolved)
-    print_summary(resolved, nodes)
+    run = Path(config.out, config.name)
     # A job that this very script started has asked for more than Slurm tells about it.
     if Path(allocation.facts.get("Command", "")) != (run / SCRIPT).absolute():
-        options = [*standing_options(resolved.config.name, run), *options_of(allocation.facts)]
+        options = [*standing_options(config.name, run), *options_of(allocation.facts)]
         write_script(run, options, request.arguments())
     logs = run / LOGS
     logs.mkdir(parents=True, exist_ok=True)
     typer.echo(f"job {allocation.job} on {allocation.facts['NodeList']}; logs: {logs}/{allocation.job}-*.log")
     start = Start.of(run, allocation)
-    status, is_ending = _srun(_node_command(request, nodes), nodes, logs, allocation)
+    status, is_ending = _srun(_node_command(request, allocation), logs, allocation)
     if status not in (0, RESUBMIT, INTERRUPTED):
         _show_end(logs, allocation.job)
     if is_ending and status:
@@ -130,21 +64,22 @@ def run_on_nodes(request: Request) -> int:
     return status
 
 
-def _node_command(request: Request, nodes: Nodes) -> list[str]:
-    command = [executable(), "train", str(request.config), *request.overrides, "--nproc", str(nodes.nproc)]
-    if nodes.rendezvous is not None:
-        command += ["--nodes", str(nodes.nodes), "--rendezvous", nodes.rendezvous]
+def _node_command(request: Request, allocation: Allocation) -> list[str]:
+    nproc = request.nproc or allocation.processes()
+    command = [executable(), "train", str(request.config), *request.overrides, "--nproc", str(nproc)]
+    if allocation.num_nodes > 1:
+        command += ["--nodes", str(allocation.num_nodes), "--rendezvous", allocation.rendezvous()]
     threads = request.threads or os.environ.get("ROOKERY_THREADS")
     return command if threads is None else [*command, "--threads", str(threads)]
 
 
-def _srun(command: list[str], nodes: Nodes, logs: Path, allocation: Allocation) -> tuple[int, bool]:
+def _srun(command: list[str], logs: Path, allocation: Allocation) -> tuple[int, bool]:
     """Run a command once on each node and wait.
 
     Returns:
         The highest exit status, and whether Slurm is ending the job by itself.
     """
-    count = nodes.nodes
+    count = allocation.num_nodes
     srun = [
         "srun",
         f"--nodes={count}",
@@ -210,7 +145,7 @@ def _show_end(logs: Path, job: str) -> None:
 def newest_step(run: Path) -> int:
     """Step of the newest committed checkpoint, 0 without one; its hashes are not checked."""
     steps = [0]
-    for commit in (run / "checkpoints").glob(f"step-*/{COMMIT}"):
+    for commit in (run / "checkpoints").glob("step-*/commit.json"):
         with suppress(ValueError):
             steps.append(int(commit.parent.name.removeprefix("step-")))
     return max(steps)
@@ -238,7 +173,3 @@ class Start:
             saved = now | {"restarts": allocation.restarts}
             write_json(run / _STARTS, saved)
         return cls(step, allocation.restarts - saved["restarts"] + 1)
-
-
-def _directory(resolved: Resolved) -> Path:
-    return Path(resolved.config.out, resolved.config.name)

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -45,6 +46,28 @@ _OPTIONS = {
     "ExcNodeList": "exclude",
     "Licenses": "licenses",
 }
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `rookery train` was asked for, as far as a job script repeats it.
+
+    Attributes:
+        config, overrides: the recipe and its changes.
+        nproc: processes of a node; None: found out in the job.
+        threads: CPU threads of a process; None: its share of the cores.
+    """
+
+    config: Path
+    overrides: tuple[str, ...]
+    nproc: int | None
+    threads: int | None
+
+    def arguments(self) -> list[str]:
+        """Arguments of `rookery train` inside a job."""
+        counts = {"--nproc": self.nproc, "--threads": self.threads}
+        given = [text for option, value in counts.items() if value is not None for text in (option, str(value))]
+        return [str(self.config), *self.overrides, *given, "--on-allocation"]
 
 
 def standing_options(name: str, run: Path) -> list[str]:

@@ -34,28 +34,32 @@ def train(
     when Ctrl-C or SIGTERM asked for it, and 75 when SIGUSR1 did, which means: submit it again.
     """
     # torch takes seconds to import; the other commands need not wait for it.
-    from launch.slurm_job import Request, run_on_nodes, submit
-    from launch.summary import print_summary
-    from launch.workers import Nodes, start_workers
-    from pipeline.config_load import load_config
+    from launch.slurm_job import run_on_nodes
+    from launch.slurm_script import Request
     from pipeline.errors import UserError
-    from pipeline.resolve import resolve
-    from pipeline.train.setup import try_samples
-    from pipeline.train.stop import INTERRUPTED, RESUBMIT
-    from pipeline.wording import counted
 
     if (slurm or on_allocation) and rendezvous is not None:
         raise UserError("Slurm's jobs choose their own meeting point; leave --rendezvous out")
     if not slurm and (time or partition or sbatch):
         raise UserError("--time, --partition and --sbatch go with --slurm")
     request = Request(config, tuple(overrides or ()), nproc, threads)
+    if on_allocation:
+        raise typer.Exit(run_on_nodes(request))
+
+    from launch.slurm_submit import submit
+    from launch.summary import print_summary
+    from launch.workers import Nodes, start_workers
+    from pipeline.config_load import load_config
+    from pipeline.resolve import resolve
+    from pipeline.train.setup import try_samples
+    from pipeline.train.status import INTERRUPTED, RESUBMIT
+    from pipeline.wording import counted
+
     if slurm:
         named = {"--time": time, "--partition": partition}
         options = [f"{option}={value}" for option, value in named.items() if value is not None]
         submit(request, nodes, [*options, *(sbatch or ())], dry_run)
         return
-    if on_allocation:
-        raise typer.Exit(run_on_nodes(request))
     job = Nodes(nproc or 1, nodes, rendezvous)
     resolved = resolve(load_config(config, overrides or []), job.world_size)
     print_summary(resolved, job)

@@ -16,7 +16,8 @@ import psutil
 
 from pipeline.errors import UserError
 from pipeline.train.process import AGENT_PID, COMMAND
-from pipeline.train.stop import INTERRUPTED, RESUBMIT, STATUS, catch_signals, stop_now
+from pipeline.train.status import INTERRUPTED, RESUBMIT
+from pipeline.train.stop import STATUS, catch_signals, stop_now
 
 _JOB = "ROOKERY_JOB"
 

@@ -18,10 +18,8 @@ import torch
 import torch.distributed as dist
 
 from pipeline.train.distributed import World
+from pipeline.train.status import INTERRUPTED, RESUBMIT
 
-INTERRUPTED = 130
-# EX_TEMPFAIL of sysexits.h: try again later.
-RESUBMIT = 75
 STATUS: dict[int, int] = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: INTERRUPTED, signal.SIGUSR1: RESUBMIT}
 
 # A process may get one signal twice: from the scheduler and from the agent that passes its own on.

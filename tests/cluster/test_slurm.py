@@ -22,6 +22,7 @@ from tests.train.forked import ForkServer
 pytestmark = pytest.mark.slurm
 
 ENDLESS = "train.epochs=100000steps"
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
 class Work:
@@ -47,24 +48,33 @@ class Work:
 
     def wait(self, job: str, *states: str) -> str:
         """Until a job is in one of these states; another one from which it can't get there fails."""
-        over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+        return wait_for(lambda: self.state(job, *states), f"job {job} is {' or '.join(states)}", self.logs) or ""
 
-        def state() -> str | None:
-            now = self.cluster.facts(job)["JobState"]
-            assert now in states or now not in over, f"job {job} is {now}\n{self.logs()}"
-            return now if now in states else None
-
-        return wait_for(state, f"job {job} is {' or '.join(states)}", self.logs) or ""
+    def state(self, job: str, *states: str) -> str | None:
+        """The state of a job if it is one of these."""
+        now = self.cluster.facts(job)["JobState"]
+        assert now in states or now not in OVER, f"job {job} is {now}\n{self.logs()}"
+        return now if now in states else None
 
     def wait_for_steps(self, job: str, run: Path, count: int = 3) -> None:
         """Until a running job has made some steps and a checkpoint of its own."""
         self.wait(job, "RUNNING")
         before, first = newest_step(run), lines(run)
-        wait_for(lambda: newest_step(run) > before and lines(run) >= first + count, f"steps of {run}", self.logs)
+
+        def advanced() -> bool:
+            self.state(job)
+            return newest_step(run) > before and lines(run) >= first + count
+
+        wait_for(advanced, f"steps of {run}", self.logs)
 
     def wait_for_requeue(self, job: str, restarts: int) -> None:
-        """Until Slurm has put a job back into the queue for the n-th time; then it may start at once."""
-        wait_for(lambda: int(self.cluster.facts(job)["Restarts"]) >= restarts, f"{job} is requeued", self.logs)
+        """Until Slurm has put a job back into the queue for the n-th time; then it may start soon."""
+
+        def again() -> bool:
+            self.state(job)
+            return int(self.cluster.facts(job)["Restarts"]) >= restarts
+
+        wait_for(again, f"{job} is requeued", self.logs)
         self.wait(job, "PENDING")
         self.cluster.hurry(job)
 
@@ -113,8 +123,8 @@ def test_two_nodes_equal_one_machine(work: Work) -> None:
 
 
 def test_preempted_requeued_and_a_node_lost(work: Work) -> None:
-    """USR1, `scontrol requeue` and a dead node, one after the other; loader processes hear the signals too."""
-    arguments = [work.recipe, ENDLESS, "name=cut", "data.workers=1", "data.prefetch=1"]
+    """USR1, `scontrol requeue` and a dead node, one after the other."""
+    arguments = [work.recipe, ENDLESS, "name=cut"]
     run, cluster = work.run("cut"), work.cluster
     job = work.submit("--nodes=2", ROOT / "slurm" / "train_nest.sh", *arguments)
     work.wait_for_steps(job, run)

@@ -14,9 +14,11 @@ from launch.slurm import Allocation, fields, free_port, port
 from launch.slurm_job import newest_step
 from launch.slurm_script import options_of, standing_options, write_script
 from pipeline.errors import UserError
+from pipeline.train.checkpoint import COMMIT
 from pipeline.train.cores import in_order, share
 from pipeline.train.distributed import World
-from pipeline.train.stop import RESUBMIT, StopRequest
+from pipeline.train.status import RESUBMIT
+from pipeline.train.stop import StopRequest
 from pipeline.train.walltime import leave_at
 from tests.conftest import missing
 from tests.train.conftest import ROOT, Rookery, digits, recipe, rookery
@@ -137,7 +139,7 @@ def test_newest_step(tmp_path: Path) -> None:
     for name in ("step-00000005", "step-00000020", "step-00000030", ".part-00000040"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     for name in ("step-00000005", "step-00000020"):
-        (tmp_path / "checkpoints" / name / "commit.json").touch()
+        (tmp_path / "checkpoints" / name / COMMIT).touch()
     assert newest_step(tmp_path) == 20
 
 

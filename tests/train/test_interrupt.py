@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.tracking.metrics import read_metrics
 from pipeline.train.checkpoint import CheckpointStore
-from pipeline.train.stop import INTERRUPTED, RESUBMIT
+from pipeline.train.status import INTERRUPTED, RESUBMIT
 from tests.train.commands import command, environment
 from tests.train.conftest import Rookery
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
@@ -113,6 +115,7 @@ class _Watch:
 
     def __init__(self, loader: Any) -> None:
         self._processes = loader._workers
+        _LOADERS.update(self._processes)
         self._pipe = loader._worker_result_queue._writer
         self._stopped, self._stop = multiprocessing.Pipe(duplex=False)
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -151,6 +154,18 @@ def _is_death(error: Exception) -> bool:
     if isinstance(error, RuntimeError):
         return text.startswith(("DataLoader worker (pid", "Pin memory thread exited"))
     return not text.startswith("Caught ")
+
+
+# Loader processes of this one that may still live.
+_LOADERS: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+@atexit.register
+def _kill_loaders() -> None:
+    """At the end of this process multiprocessing would send them SIGTERM, to which they are deaf, and wait for ever."""
+    for process in multiprocessing.active_children():
+        if process in _LOADERS:
+            process.kill()
 
 
 @contextmanager

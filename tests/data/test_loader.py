@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import multiprocessing
 import random
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -296,6 +298,13 @@ def test_loader_processes_end_with_a_killed_trainer() -> None:
     assert len(started) >= 3  # a fork server and two loader processes
     _, alive = psutil.wait_procs(started, timeout=30)
     assert not alive
+
+
+def test_a_trainer_that_leaves_early_does_not_wait_for_its_loaders() -> None:
+    """They do not hear the SIGTERM with which multiprocessing ends them."""
+    command = [sys.executable, "-m", "tests.data.trainer_that_leaves"]
+    root = Path(__file__).resolve().parents[2]
+    assert subprocess.run(command, cwd=root, timeout=120).returncode == 3
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ from typing import TypeVar
 import psutil
 
 from launch.slurm import fields
-from tests.train.conftest import environment
+from tests.train.commands import environment
 
 T = TypeVar("T")
 

@@ -21,7 +21,8 @@ from pipeline.train.status import RESUBMIT
 from pipeline.train.stop import StopRequest
 from pipeline.train.walltime import leave_at
 from tests.conftest import missing
-from tests.train.conftest import ROOT, Rookery, digits, recipe, rookery
+from tests.train.commands import ROOT
+from tests.train.conftest import Rookery, digits, recipe, rookery
 
 __all__ = ["digits", "recipe", "rookery"]
 

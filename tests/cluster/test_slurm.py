@@ -16,7 +16,8 @@ from launch.slurm_script import LOGS, SCRIPT
 from pipeline.tracking.metrics import read_metrics
 from pipeline.train.export import WEIGHTS
 from tests.cluster.slurm_cluster import SlurmCluster, wait_for
-from tests.train.conftest import ROOT, command, run_command, write_recipe
+from tests.train.commands import ROOT, command, run_command
+from tests.train.conftest import write_recipe
 from tests.train.forked import ForkServer
 
 pytestmark = pytest.mark.slurm

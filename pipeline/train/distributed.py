@@ -55,6 +55,13 @@ class World:
             return flag
         return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
 
+    def gather(self, item: T) -> list[T]:
+        """A (picklable) object of every process, in the order of ranks; collective."""
+        items: list[Any] = [item] * self.size
+        if self.size > 1:
+            dist.all_gather_object(items, item, group=self.group)
+        return items
+
     def on_main(self, work: Callable[[], T]) -> T:
         """Do something on rank 0 and hand its (picklable) result to every process; collective.
 

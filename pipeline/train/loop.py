@@ -64,13 +64,14 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
                 batch = next(batches)
             seed_step(config.seed, state.step, world.rank)
             lr = run.schedule.lr(state.step)
-            meter.add(train_step(engine, batch, lr, config.train.accumulate, objective, world.device))
+            result = train_step(engine, batch, lr, config.train.accumulate, objective, world.device)
+            meter.add(result, batch.samples)
             trace.add(state.step, batch.samples)
             state.step += 1
             recorder.advance(state.step)
             if plan.logs(state.step):
-                figures, bad = meter.read(state.step)
-                streak = state.note_skipped(bad)
+                figures, bad = meter.read(state.step, shards.keys)
+                streak = state.note_skipped([step for step, _ in bad])
                 recorder.train(state, lr, figures, bad)
                 stop_if_diverged(streak, config.train.max_bad_steps, world)
             if validation is not None and plan.evaluates(state.step):

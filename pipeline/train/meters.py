@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import nan
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -36,6 +37,19 @@ def peak_tflops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
+class BadStep(NamedTuple):
+    """A step without an update.
+
+    Attributes:
+        step: counted from 0.
+        causes: keys of the samples of every process whose own loss was NaN or infinite, by its rank; nobody when the
+            losses were fine and a gradient was not.
+    """
+
+    step: int
+    causes: dict[int, list[str]]
+
+
 @dataclass
 class StepMeter:
     """Collects a window of steps without asking the device anything; `read` asks once for all of them.
@@ -50,6 +64,7 @@ class StepMeter:
     batch: int
     macs: int
     _results: list[StepResult] = field(default_factory=list)
+    _samples: list[torch.Tensor] = field(default_factory=list)
     _wait: float = 0.0
     _busy: float = 0.0
     _started: bool = False
@@ -73,18 +88,24 @@ class StepMeter:
         yield
         self._mark = time.perf_counter()
 
-    def add(self, result: StepResult) -> None:
-        """One step's results, still being computed."""
+    def add(self, result: StepResult, samples: torch.Tensor) -> None:
+        """One step's results, still being computed, and the samples (b,) that this process trained on."""
         self._results.append(result)
+        self._samples.append(samples)
 
-    def read(self, step: int) -> tuple[dict[str, float], list[int]]:
+    def read(self, step: int, keys: Callable[[list[int]], list[str]]) -> tuple[dict[str, float], list[BadStep]]:
         """Figures of the window that ends after `step` steps, then empty it; collective.
 
+        Args:
+            step: steps done.
+            keys: gives samples their names.
+
         Returns:
-            The figures, and which steps of the window were skipped (counted from 0).
+            The figures, and the steps of the window that were skipped.
         """
         names = ["loss", *self._results[-1].parts]
         losses = torch.stack([torch.stack([result.loss, *result.parts.values()]) for result in self._results])
+        finite = torch.isfinite(losses[:, 0])
         losses = self.world.sum(losses) / self.world.size
         skipped = torch.stack([result.skipped for result in self._results]).tolist()
         good = [row for row, skip in zip(losses.tolist(), skipped, strict=True) if not skip]
@@ -104,8 +125,21 @@ class StepMeter:
         peak = peak_tflops(self.world.device)
         if peak is not None:
             figures["mfu"] = figures["tflops_per_process"] / peak
-        self._results, self._wait, self._busy = [], 0.0, 0.0
-        return figures, [step - steps + i for i, skip in enumerate(skipped) if skip]
+        bad = self._blame(step - steps, [i for i, skip in enumerate(skipped) if skip], finite, keys)
+        self._results, self._samples, self._wait, self._busy = [], [], 0.0, 0.0
+        return figures, bad
+
+    def _blame(
+        self, first: int, skipped: list[int], finite: torch.Tensor, keys: Callable[[list[int]], list[str]]
+    ) -> list[BadStep]:
+        """Whose losses made these steps of the window bad; collective where there are any."""
+        if not skipped:
+            return []
+        fine = finite.tolist()
+        own = {i: keys(self._samples[i].tolist()) for i in skipped if not fine[i]}
+        everybody = self.world.gather(own)
+        causes = ({rank: found[i] for rank, found in enumerate(everybody) if i in found} for i in skipped)
+        return [BadStep(first + i, cause) for i, cause in zip(skipped, causes, strict=True)]
 
     def _lap(self) -> None:
         now = time.perf_counter()

@@ -23,11 +23,14 @@ from pipeline.tracking.system import SystemSampler
 from pipeline.train.distributed import World
 from pipeline.train.engines import Engine
 from pipeline.train.export import WEIGHTS, save_weights
+from pipeline.train.meters import BadStep
 from pipeline.train.progress import Reporter
 from pipeline.train.state import State
 from pipeline.trees import flatten
 from pipeline.wording import counted
 
+# Samples of a bad step that a line names.
+_NAMED = 3
 # Keys that may differ between the starts of one run: they decide where and how fast, not what is computed.
 FREE_KEYS = (
     "name",
@@ -96,13 +99,15 @@ class Recorder:
         """Time spent on the run, over all starts."""
         return self._before + time.monotonic() - self._began
 
-    def train(self, state: State, lr: float, figures: dict[str, float], bad: list[int]) -> None:
+    def train(self, state: State, lr: float, figures: dict[str, float], bad: list[BadStep]) -> None:
         """One window of steps: figures for metrics.jsonl and a line for the reader."""
         self._log("train", state.step, lr=lr, skipped=state.skipped, **figures)
         self._report.step(state.step, self.run.plan.epoch(state.step), lr, figures)
         if bad:
-            self._log("event", state.step, event="skipped", steps=bad)
-            self._report.say(f"skipped, because a gradient was NaN or infinite: step {', '.join(map(str, bad))}")
+            causes = [{"step": step, "rank": rank, "keys": keys} for step, by in bad for rank, keys in by.items()]
+            self._log("event", state.step, event="skipped", steps=[step for step, _ in bad], causes=causes)
+            for step, by_rank in bad:
+                self._report.say(_skipped(step, by_rank))
 
     def evaluation(self, state: State, engine: Engine) -> None:
         """Figures of the evaluation at the state's step; the weights too, when they are the best so far. Collective."""
@@ -173,6 +178,19 @@ def _open(run: Resolved) -> Iterator[Recorder]:
             if mirror is not None:
                 mirror.close(status)
         run_dir.close(status)
+
+
+def _skipped(step: int, causes: dict[int, list[str]]) -> str:
+    """A line about a step without an update."""
+    if not causes:
+        return f"skipped step {step}: a gradient was NaN or infinite, the losses were not"
+    owners = (f"rank {rank} ({_few(keys)})" for rank, keys in causes.items())
+    return f"skipped step {step}: the loss was NaN or infinite on {', '.join(owners)}; metrics.jsonl names all samples"
+
+
+def _few(keys: list[str]) -> str:
+    more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
+    return ", ".join(keys[:_NAMED]) + more
 
 
 def _log_system(metrics: MetricsLog, figures: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -20,6 +19,7 @@ from launch.slurm_script import LOGS, SCRIPT, Request, executable, options_of, s
 from pipeline.config_load import load_config
 from pipeline.errors import UserError
 from pipeline.tracking.files import read_json, write_json
+from pipeline.train.again import newest_step
 from pipeline.train.cores import BIND
 from pipeline.train.status import INTERRUPTED, RESUBMIT
 
@@ -140,15 +140,6 @@ def _show_end(logs: Path, job: str) -> None:
     if written:
         lines = written[-1].read_text(errors="replace").splitlines()[-_LINES:]
         _say("\n".join([f"the end of {written[-1]}:", *lines]))
-
-
-def newest_step(run: Path) -> int:
-    """Step of the newest committed checkpoint, 0 without one; its hashes are not checked."""
-    steps = [0]
-    for commit in (run / "checkpoints").glob("step-*/commit.json"):
-        with suppress(ValueError):
-            steps.append(int(commit.parent.name.removeprefix("step-")))
-    return max(steps)
 
 
 @dataclass(frozen=True)

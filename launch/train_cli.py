@@ -17,6 +17,10 @@ def train(
     nodes: Annotated[int, typer.Option(min=1, help="nodes; run the same command on each of them")] = 1,
     rendezvous: Annotated[str | None, typer.Option(help="HOST:PORT of the first node, with several nodes")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per process; default: shared evenly")] = None,
+    restarts: Annotated[
+        int,
+        typer.Option(min=0, help="on one node: start all processes again when one died, so often at most"),
+    ] = 3,
     dry_run: Annotated[bool, typer.Option(help="print what would run, and check it, without training")] = False,
     slurm: Annotated[bool, typer.Option("--slurm", help="submit it to Slurm, on --nodes whole nodes")] = False,
     time: Annotated[str | None, typer.Option(help="--slurm: time limit, such as 24:00:00")] = None,
@@ -67,7 +71,7 @@ def train(
         try_samples(resolved)
         return
     typer.echo(f"starting {counted(job.nproc, 'process')} ...")
-    status = start_workers("pipeline.train.worker", resolved.config.model_dump_json(), job, threads)
+    status = start_workers("pipeline.train.worker", resolved.config.model_dump_json(), job, threads, restarts)
     if status in (INTERRUPTED, RESUBMIT):
         typer.echo("interrupted; the same command continues from the newest checkpoint", err=True)
     raise typer.Exit(status)

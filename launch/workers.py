@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,11 +16,10 @@ from types import FrameType
 import psutil
 
 from pipeline.errors import UserError
+from pipeline.train.again import FOLDER, JOB
 from pipeline.train.process import AGENT_PID, COMMAND
 from pipeline.train.status import INTERRUPTED, RESUBMIT
 from pipeline.train.stop import STATUS, catch_signals, stop_now
-
-_JOB = "ROOKERY_JOB"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Nodes:
         return self.nproc * self.nodes
 
 
-def start_workers(module: str, payload: str, nodes: Nodes, threads: int | None = None) -> int:
+def start_workers(module: str, payload: str, nodes: Nodes, threads: int | None = None, restarts: int = 0) -> int:
     """Run a worker module on this node's processes and wait.
 
     A job of one process runs inside this one. Workers print their own messages; nothing is added to them here.
@@ -51,6 +51,7 @@ def start_workers(module: str, payload: str, nodes: Nodes, threads: int | None =
         payload: what to do, whole, so that workers read nothing again.
         nodes: how many processes and where.
         threads: CPU threads of each process; None shares the usable cores among them.
+        restarts: how often all processes are started again after one of several has died; of one node only.
 
     Returns:
         The exit status: 0, 2 for a user's mistake, 130 or 75 when a signal ended it (see `pipeline.train.stop`), 1 for
@@ -66,15 +67,17 @@ def start_workers(module: str, payload: str, nodes: Nodes, threads: int | None =
     # Signals end a worker silently until it has handlers of its own.
     program = (
         "import atexit, os, signal, sys; [signal.signal(n, signal.SIG_DFL) for n in (2, 10, 15)]; "
-        f"from {module} import run; status = run(os.environ['{_JOB}']); "
+        f"from pipeline.train.again import work; status = work('{module}'); "
         "atexit._run_exitfuncs(); sys.stdout.flush(); sys.stderr.flush(); os._exit(status)"
     )
     # The environment, unlike a command line, is not for every user of the machine to read.
-    os.environ[_JOB] = payload
-    return _torchrun([sys.executable, "-c", program], nodes, threads)
+    os.environ[JOB] = payload
+    with tempfile.TemporaryDirectory(prefix="rookery-") as folder:
+        os.environ[FOLDER] = folder
+        return _torchrun([sys.executable, "-c", program], nodes, threads, restarts)
 
 
-def _torchrun(command: list[str], nodes: Nodes, threads: int) -> int:
+def _torchrun(command: list[str], nodes: Nodes, threads: int, restarts: int) -> int:
     os.environ["LOGLEVEL"] = "CRITICAL"  # read when the agent's modules are imported
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -90,7 +93,7 @@ def _torchrun(command: list[str], nodes: Nodes, threads: int) -> int:
         run_id=uuid.uuid4().hex if nodes.nodes == 1 else os.environ.get("SLURM_JOB_ID", "rookery"),
         rdzv_backend="c10d",
         rdzv_endpoint=nodes.rendezvous or "localhost:0",
-        max_restarts=0,
+        max_restarts=restarts if nodes.nodes == 1 else 0,
     )
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # the others are passed on, not answered by a kill
     passed_on: list[int] = []

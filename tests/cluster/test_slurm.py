@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.slurm_job import newest_step
 from launch.slurm_script import LOGS, SCRIPT
 from pipeline.tracking.metrics import read_metrics
+from pipeline.train.again import newest_step
 from pipeline.train.export import WEIGHTS
 from tests.cluster.slurm_cluster import SlurmCluster, wait_for
 from tests.train.commands import ROOT, command, run_command

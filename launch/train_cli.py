@@ -19,7 +19,7 @@ def train(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per process; default: shared evenly")] = None,
     restarts: Annotated[
         int,
-        typer.Option(min=0, help="on one node: start all processes again when one died, so often at most"),
+        typer.Option(min=0, help="start all processes again when one died, so often at most"),
     ] = 3,
     dry_run: Annotated[bool, typer.Option(help="print what would run, and check it, without training")] = False,
     slurm: Annotated[bool, typer.Option("--slurm", help="submit it to Slurm, on --nodes whole nodes")] = False,

@@ -16,10 +16,13 @@ from types import FrameType
 import psutil
 
 from pipeline.errors import UserError
-from pipeline.train.again import FOLDER, JOB
+from pipeline.train.again import FOLDER, JOB, chosen_status, most_telling
 from pipeline.train.process import AGENT_PID, COMMAND
-from pipeline.train.status import INTERRUPTED, RESUBMIT
-from pipeline.train.stop import STATUS, catch_signals, stop_now
+from pipeline.train.status import FAILED, INTERRUPTED
+from pipeline.train.stop import STATUS, Stopped, catch_signals, stop_now
+
+# How long nodes wait for each other, at the start and after a process has died.
+_JOIN_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def start_workers(module: str, payload: str, nodes: Nodes, threads: int | None =
         payload: what to do, whole, so that workers read nothing again.
         nodes: how many processes and where.
         threads: CPU threads of each process; None shares the usable cores among them.
-        restarts: how often all processes are started again after one of several has died; of one node only.
+        restarts: how often all processes are started again after one of several has died.
 
     Returns:
         The exit status: 0, 2 for a user's mistake, 130 or 75 when a signal ended it (see `pipeline.train.stop`), 1 for
@@ -79,34 +82,50 @@ def start_workers(module: str, payload: str, nodes: Nodes, threads: int | None =
 
 def _torchrun(command: list[str], nodes: Nodes, threads: int, restarts: int) -> int:
     os.environ["LOGLEVEL"] = "CRITICAL"  # read when the agent's modules are imported
+    # A store of its own for every start: in a shared one processes would find the addresses of dead ones.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousParameters
+
+    from launch.agent import run_agent
 
     # The agent's own log repeats what the workers say.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ |= {"OMP_NUM_THREADS": str(threads), AGENT_PID: str(os.getpid()), COMMAND: json.dumps(sys.argv)}
-    launch = LaunchConfig(
+    meeting = RendezvousParameters(
+        backend="c10d",
+        endpoint=nodes.rendezvous or "localhost:0",
+        run_id=uuid.uuid4().hex if nodes.nodes == 1 else os.environ.get("SLURM_JOB_ID", "rookery"),
         min_nodes=nodes.nodes,
         max_nodes=nodes.nodes,
-        nproc_per_node=nodes.nproc,
-        run_id=uuid.uuid4().hex if nodes.nodes == 1 else os.environ.get("SLURM_JOB_ID", "rookery"),
-        rdzv_backend="c10d",
-        rdzv_endpoint=nodes.rendezvous or "localhost:0",
-        max_restarts=restarts if nodes.nodes == 1 else 0,
+        join_timeout=_JOIN_SECONDS,
     )
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # the others are passed on, not answered by a kill
     passed_on: list[int] = []
     _pass_on_signals(passed_on)
     try:
-        elastic_launch(launch, command[0])(*command[1:])
-    except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
-        expected = (2, RESUBMIT, INTERRUPTED)
-        return next((code for code in expected if code in codes), STATUS[passed_on[0]] if passed_on else 1)
+        result = run_agent(command, nodes.nproc, meeting, restarts, lambda: chosen_status() is not None)
+    except RendezvousClosedError:
+        _say("another node has ended the run; its log says why")
+        return FAILED
+    except RendezvousError as error:
+        _say(
+            f"the {nodes.nodes} nodes did not come together at {nodes.rendezvous} ({error}); start the same command on "
+            "all of them, and see that they reach that port"
+        )
+        return FAILED
+    except Stopped as stop:
+        return stop.status
     except (SignalException, KeyboardInterrupt):
         return INTERRUPTED
-    return 0
+    if not result.is_failed():
+        return 0
+    told = STATUS[passed_on[0]] if passed_on else FAILED
+    return most_telling([failure.exitcode for failure in result.failures.values()], told)
+
+
+def _say(text: str) -> None:
+    print(f"rookery: {text}", file=sys.stderr, flush=True)
 
 
 def _pass_on_signals(passed_on: list[int]) -> None:

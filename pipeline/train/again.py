@@ -1,8 +1,8 @@
-"""Starting again after a process has died: what the processes of a node leave for those that follow them.
+"""Starting again after a process has died: what the processes of a node leave for their launcher and each other.
 
-torchrun starts all processes again when one ends with any other status than 0. A status that a process chose, for a
-mistake or a signal, is left in a folder of the launcher, so that those started again end with it at once; and so is
-where they began, so that one that dies again without a new checkpoint is not started for ever. Imports no torch.
+Its agent starts all processes of all nodes again when one ends with any other status than 0, unless that was chosen,
+for a mistake or a signal: then it is in a folder of the launcher. So is where processes began, so that a run which dies
+again and again without a new checkpoint comes to an end. Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,44 +12,50 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
+from pipeline.train.status import INTERRUPTED, MISTAKE, RESUBMIT
+
 # Environment variables by which the launcher tells its processes the folder, and what to do.
 FOLDER = "ROOKERY_AGAIN"
 JOB = "ROOKERY_JOB"
 
 
 def work(module: str) -> int:
-    """Run the job of this process, unless one before has ended it; returns the exit status.
+    """Run the job of this process, and leave its exit status for the launcher.
 
     Args:
         module: has `run(job) -> status`. An exception in it makes all processes start again.
     """
-    end = _folder() / "status"
-    if end.exists():
-        return int(end.read_text())
     status = import_module(module).run(os.environ[JOB])
     if status:
-        _write(end, status)
+        _write(_status_file(), status)
     return status
 
 
-def restarts() -> int:
-    """How often the processes of this job have been started again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+def chosen_status() -> int | None:
+    """The status with which a process of this node has ended the run before, None when none did."""
+    if FOLDER not in os.environ or not _status_file().exists():
+        return None
+    return int(_status_file().read_text())
 
 
-def allowed_restarts() -> int:
-    """How often they may be."""
-    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-
-
-def may_start(step: int) -> bool:
-    """Whether a process that begins at this step got further than at one of its two starts before, if there were."""
+def note_start(step: int) -> list[int]:
+    """Note at which step this process begins; returns where those in its place began before."""
     if FOLDER not in os.environ:
-        return True
+        return []
     path = _folder() / f"start-{os.environ.get('LOCAL_RANK', 0)}"
     starts = [int(line) for line in path.read_text().split()] if path.exists() else []
     _write(path, *starts, step)
-    return starts[-2:] != [step, step]
+    return starts
+
+
+def is_stuck(starts: list[int], step: int) -> bool:
+    """Whether a start at this step is the third in a row there."""
+    return starts[-2:] == [step, step]
+
+
+def most_telling(statuses: list[int], otherwise: int) -> int:
+    """Of the exit statuses of several processes, the chosen one that says most about why they ended."""
+    return next((status for status in (MISTAKE, RESUBMIT, INTERRUPTED) if status in statuses), otherwise)
 
 
 def newest_step(run: Path) -> int:
@@ -63,6 +69,10 @@ def newest_step(run: Path) -> int:
 
 def _folder() -> Path:
     return Path(os.environ[FOLDER])
+
+
+def _status_file() -> Path:
+    return _folder() / "status"
 
 
 def _write(path: Path, *numbers: int) -> None:

@@ -103,23 +103,9 @@ def open_world(timeout_minutes: float = 30) -> Iterator[World]:
         torch.cuda.set_device(device)
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        timeout = timedelta(minutes=timeout_minutes)
-        dist.init_process_group(backend, timeout=timeout, store=_store(timeout), rank=rank, world_size=size)
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     try:
         yield World(rank, size, local_rank, device)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _store(timeout: timedelta) -> dist.Store | None:
-    """Where the processes find each other; None lets torch choose.
-
-    torchrun keeps one store over all starts of its processes, so those of a later start would find the addresses of
-    dead ones. A name for every start keeps them apart. (On several nodes nothing is started again.)
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
-    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

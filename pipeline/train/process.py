@@ -15,6 +15,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.train.cores import bind_cores
 from pipeline.train.distributed import PeerError, World, open_world
+from pipeline.train.status import MISTAKE
 from pipeline.train.stop import Stopped, catch_signals, stop_now
 
 # Environment variables by which `launch` tells its workers who started them, and with which command.
@@ -45,10 +46,10 @@ def run_process(job: Callable[[World], object], threads: int | None = None) -> i
     except Stopped as stop:
         return stop.status
     except PeerError:
-        return 2
+        return MISTAKE
     except UserError as error:
         print(f"rookery: {error}", file=sys.stderr, flush=True)
-        return 2
+        return MISTAKE
     return 0
 
 

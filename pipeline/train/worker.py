@@ -1,4 +1,4 @@
-"""One training process."""
+"""The program of a training process: `launch` starts it, once per GPU."""
 
 from __future__ import annotations
 
@@ -7,21 +7,31 @@ import sys
 from pathlib import Path
 
 from pipeline.config import RunConfig
-from pipeline.train.again import allowed_restarts, may_start, newest_step, restarts
+from pipeline.train.again import is_stuck, newest_step, note_start
+from pipeline.train.distributed import World
 from pipeline.train.loop import train
 from pipeline.train.process import run_process
+from pipeline.train.status import FAILED
 
 
 def run(payload: str, threads: int | None = None) -> int:
     """Train the run that a JSON config describes; returns the exit status."""
     config = RunConfig.model_validate_json(payload)
     step = newest_step(Path(config.out, config.name))
-    if not may_start(step):
-        _say("a process died twice before there was a new checkpoint; mend that, then the same command goes on")
-        return 1
-    if restarts():
-        _say(f"a process died; all start again after step {step} (restart {restarts()} of {allowed_restarts()})")
-    return run_process(lambda world: train(config, world), threads)
+    starts = note_start(step)
+    ends = is_stuck(starts, step)
+    if starts and not ends:
+        _say(f"a process died; all start again after step {step}")
+
+    def job(world: World) -> None:
+        nonlocal ends
+        ends = world.any(ends)
+        if ends:
+            _say("processes died twice before there was a new checkpoint; mend that, then the same command goes on")
+        else:
+            train(config, world)
+
+    return run_process(job, threads) or (FAILED if ends else 0)
 
 
 def _say(text: str) -> None:

@@ -1,0 +1,80 @@
+"""The torchrun agent of a node. It knows a status that a process chose from a death, and the end of another node."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+# How often the agent looks after its processes.
+_LOOK_SECONDS = 0.1
+# How long the processes of this node may go on after another node has ended the run: uploads are closed by then.
+_GRACE_SECONDS = 60.0
+
+
+class Agent(LocalElasticAgent):
+    """Starts the processes of a node, and again when one of any node died.
+
+    Args:
+        spec: what torchrun would give its agent.
+        is_chosen: whether a process of this node has ended with a status of its own choice, which starting again would
+            not change.
+    """
+
+    def __init__(self, spec: WorkerSpec, is_chosen: Callable[[], bool]) -> None:
+        super().__init__(spec, logs_specs=DefaultLogsSpecs())
+        self._is_chosen = is_chosen
+        self._closed_since: float | None = None
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if result.is_failed() and self._is_chosen():
+            self._remaining_restarts = 0
+        elif result.state == WorkerState.HEALTHY and worker_group.spec.rdzv_handler.is_closed():
+            # Of several nodes: one has given up. Processes that wait for its processes would do so until a time-out.
+            now = time.monotonic()
+            self._closed_since = self._closed_since or now
+            if now - self._closed_since > _GRACE_SECONDS:
+                raise RendezvousClosedError
+        return result
+
+
+def run_agent(
+    command: Sequence[str],
+    nproc: int,
+    meeting: RendezvousParameters,
+    restarts: int,
+    is_chosen: Callable[[], bool],
+) -> RunResult:
+    """Run a command in all processes of this node until they end.
+
+    Args:
+        command: program and arguments.
+        nproc: processes of this node.
+        meeting: how the nodes find each other.
+        restarts: how often all are started again at most.
+        is_chosen: see `Agent`.
+
+    Raises:
+        RendezvousError: the nodes did not come together, or another one gave up.
+        SignalException: SIGHUP or SIGQUIT.
+    """
+    handler = get_rendezvous_handler(meeting)
+    spec = WorkerSpec(
+        role="default",
+        local_world_size=nproc,
+        entrypoint=command[0],
+        args=tuple(command[1:]),
+        rdzv_handler=handler,
+        max_restarts=restarts,
+        monitor_interval=_LOOK_SECONDS,
+    )
+    try:
+        return Agent(spec, is_chosen).run()
+    finally:
+        handler.shutdown()

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.errors import UserError
 from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.distributed import World
+from pipeline.train.engines.whole import STATE, saved_weights
 from tests.conftest import missing
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -37,8 +39,9 @@ def test_the_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
-@pytest.mark.parametrize("seed", range(17))
+@pytest.mark.parametrize(
+    ("damage", "seed"), [(damage, seed) for damage in ("cut", "flip", "remove") for seed in range(50)]
+)
 def test_a_damaged_one_is_passed_over_for_the_one_before(
     tmp_path: Path, damage: str, seed: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -65,6 +68,12 @@ def test_a_damaged_one_is_passed_over_for_the_one_before(
     else:
         assert newest is not None and newest.step == 1
         assert "step-00000002" in caplog.text and victim.name in caplog.text
+
+
+def test_another_layout_is_told(tmp_path: Path) -> None:
+    torch.save({"model": {}, "optimizer": {}}, tmp_path / STATE)
+    with pytest.raises(UserError, match=r"state\.pt is laid out as another version"):
+        saved_weights(tmp_path, "model")
 
 
 @pytest.fixture

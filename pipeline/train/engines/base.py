@@ -65,8 +65,8 @@ class Engine(ABC):
         """Copy everything needed to go on, so that training may.
 
         Returns:
-            What writes the copy into a checkpoint's directory. Every process calls it, with the processes to write
-            it with; not before all are ready, but while they train on.
+            What writes the copy into a checkpoint's directory, together with the processes of the given world. Each
+            process calls it once; training may go on meanwhile.
         """
 
     def save(self, directory: Path) -> None:

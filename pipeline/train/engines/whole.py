@@ -43,9 +43,17 @@ class WholeState:
 
         Raises:
             OSError, RuntimeError, KeyError: the files are missing or damaged.
+            UserError: they are laid out in another way.
         """
         if (directory / STATE).exists():
-            return cls(**torch.load(directory / STATE, map_location="cpu", weights_only=True, mmap=True))
+            saved = torch.load(directory / STATE, map_location="cpu", weights_only=True, mmap=True)
+            expected = {field.name for field in fields(cls)}
+            if not isinstance(saved, dict) or saved.keys() != expected:
+                raise UserError(
+                    f"{directory / STATE} is laid out as another version of rookery writes it; go on with that version, "
+                    "or choose another name=... to begin anew"
+                )
+            return cls(**saved)
         from pipeline.train.engines.sharded_files import read_whole
 
         return cls(**read_whole(directory))
@@ -78,5 +86,6 @@ def saved_weights(directory: Path, weights: str) -> Mapping[str, Tensor]:
 
     Raises:
         OSError, RuntimeError, KeyError: the directory holds no such weights.
+        UserError: another version wrote them.
     """
     return WholeState.read(directory).weights(weights)

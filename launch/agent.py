@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -32,6 +35,11 @@ class Agent(LocalElasticAgent):
         self._closed_since: float | None = None
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        if self._has_died() and not self._is_chosen():
+            # The others wait for it and have nothing to save. Asked to end they would not hear, for half a minute.
+            for pid in self._pids():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         result = super()._monitor_workers(worker_group)
         if result.is_failed() and self._is_chosen():
             self._remaining_restarts = 0
@@ -42,6 +50,18 @@ class Agent(LocalElasticAgent):
             if now - self._closed_since > _GRACE_SECONDS:
                 raise RendezvousClosedError
         return result
+
+    def _pids(self) -> list[int]:
+        return [] if self._pcontext is None else list(self._pcontext.pids().values())
+
+    def _has_died(self) -> bool:
+        """Whether a process has failed; torchrun itself has yet to ask for its status."""
+        for pid in self._pids():
+            with suppress(ChildProcessError):
+                ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if ended is not None and ended.si_status != 0:
+                    return True
+        return False
 
 
 def run_agent(

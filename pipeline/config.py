@@ -145,6 +145,11 @@ class TrainConfig(Section):
     clip_grad_norm: float | None = Field(None, gt=0, description="clip the global gradient norm")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="exponential moving average of the weights, per step")
     max_bad_steps: int = Field(10, ge=0, description="steps in a row skipped for a NaN or Inf before the run stops")
+    hang_minutes: float | None = Field(
+        10,
+        gt=0,
+        description="a step, or a batch of an evaluation, that takes longer hangs: start all again; null: never",
+    )
     deterministic: bool = Field(True, description="deterministic kernels only")
     log_every: Interval = Field(Duration(20, "steps"), description="how often metrics are logged")
 

@@ -26,6 +26,7 @@ from pipeline.train.step import seed_step, train_step
 from pipeline.train.stop import Stopped, StopRequest
 from pipeline.train.trace import open_trace
 from pipeline.train.walltime import leave_at
+from pipeline.train.watchdog import Watchdog
 
 
 def train(config: RunConfig, world: World) -> dict[str, Any]:
@@ -58,10 +59,13 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
         batches = iter(train_batches(run, shards, world, state.step))
         stop = StopRequest(world, leave_at(config.checkpoint.margin_seconds, may_ask=world.is_main))
         stack.enter_context(stop.listening())
+        watch = stack.enter_context(Watchdog(world, config.train.hang_minutes))
 
         while state.step < plan.end_step:
+            watch.begin(state.step, "waits for data")
             with meter.waiting():
                 batch = next(batches)
+            watch.begin(state.step, "trains")
             seed_step(config.seed, state.step, world.rank)
             lr = run.schedule.lr(state.step)
             result = train_step(engine, batch, lr, config.train.accumulate, objective, world.device)
@@ -70,6 +74,7 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
             state.step += 1
             recorder.advance(state.step)
             if plan.logs(state.step):
+                watch.begin(state.step, "logs")
                 figures, bad = meter.read(state.step, shards.keys)
                 streak = state.note_skipped([step for step, _ in bad])
                 recorder.train(state, lr, figures, bad)
@@ -77,10 +82,12 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
             if validation is not None and plan.evaluates(state.step):
                 with meter.paused():
                     weights = engine.eval_model(config.eval.weights)
-                    state.note(evaluate(weights, validation, engine.autocast(), world))
+                    seen = watch.over(validation, state.step)
+                    state.note(evaluate(weights, seen, engine.autocast(), world))
                     recorder.evaluation(state, engine)
             status = stop.decided()
             if status is not None or plan.saves(state.step):
+                watch.begin(state.step, "saves")
                 with meter.paused():
                     state.seconds = recorder.seconds()
                     saver.save(state.step, asdict(state), engine)
@@ -88,6 +95,7 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
                 saver.wait()
                 raise Stopped(status)
         saver.wait()
+        watch.close()  # uploads take the time that they take
         return recorder.finish(state, engine)
 
 

@@ -45,6 +45,7 @@ FREE_KEYS = (
     "train.stop_after",
     "train.log_every",
     "train.max_bad_steps",
+    "train.hang_minutes",
     "eval.every",
     "eval.batch_size",
     "checkpoint.",

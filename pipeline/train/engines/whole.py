@@ -50,8 +50,8 @@ class WholeState:
             expected = {field.name for field in fields(cls)}
             if not isinstance(saved, dict) or saved.keys() != expected:
                 raise UserError(
-                    f"{directory / STATE} is laid out as another version of rookery writes it; go on with that version, "
-                    "or choose another name=... to begin anew"
+                    f"{directory / STATE} is laid out as another version of rookery writes it; go on with that "
+                    "version, or choose another name=... to begin anew"
                 )
             return cls(**saved)
         from pipeline.train.engines.sharded_files import read_whole

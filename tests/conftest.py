@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,13 +32,32 @@ def real_data() -> Path:
     return Path(str(folder))
 
 
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of its own in this folder, so that it can be filled.
+
+    Args:
+        size: such as "200k" or "8m".
+    """
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    if os.geteuid() != 0 or subprocess.run(mount).returncode:
+        missing("full disk left out: mounting a small tmpfs needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
 # Files that take minutes come first, so that short ones fill the gaps at the end, when two processes share the work.
 _LONG = (
+    "cluster/",
     "train/test_chaos",
     "train/test_resume",
     "train/test_cifar10",
     "train/test_engines",
-    "cluster/",
+    "train/test_restart",
+    "train/test_watchdog",
     "test_recipes",
 )
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pipeline.errors import UserError
 from pipeline.tracking.files import cut_torn_tail, iter_lines, json_line, write_aside
+
+log = logging.getLogger("rookery")
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -22,7 +27,8 @@ class MetricsLog:
     """Appends to a run's `metrics.jsonl`; safe to call from several threads of the one process that writes the run.
 
     A line is handed to the operating system in one write, so a killed process loses at most the line it was writing,
-    and that one is cut off when the file is opened again. There is no fsync: `log` costs tens of microseconds.
+    and that one is cut off when the file is opened again. There is no fsync: `log` costs tens of microseconds. Lines wait
+    in memory while the disk is full.
 
     Args:
         run_dir: the run directory (a path, or a `RunDir`'s `path`).
@@ -37,6 +43,7 @@ class MetricsLog:
         cut_torn_tail(self.path)
         self._fd = self._open()
         self._position: dict[str, Any] = {"step": 0, "samples": 0, "epoch": 0.0}
+        self._waiting: deque[bytes] = deque()
 
     def log(
         self,
@@ -56,9 +63,6 @@ class MetricsLog:
             samples: samples seen by all processes together.
             epoch: the same as a fraction of epochs.
             values: numbers, text, lists; 0-D tensors and arrays are read with `.item()`. NaN and infinities are kept.
-
-        Raises:
-            UserError: the disk is full.
         """
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r} is none of {KINDS}")
@@ -99,9 +103,15 @@ class MetricsLog:
         return len(dropped)
 
     def close(self) -> None:
-        """Flush to disk and close; calling it again does nothing."""
+        """Flush to disk and close; calling it again does nothing.
+
+        Lines for which there is still no space are lost, with a warning.
+        """
         with self._lock:
             if self._fd >= 0:
+                fault = self._flush()
+                if fault is not None:
+                    log.warning("%s lacks its last %d lines: %s", self.path, len(self._waiting), fault)
                 os.fsync(self._fd)
                 os.close(self._fd)
                 self._fd = -1
@@ -113,14 +123,27 @@ class MetricsLog:
             raise UserError(f"{self.path} can't be opened: {error.strerror}") from error
 
     def _write(self, line: bytes) -> None:
-        try:
-            written = os.write(self._fd, line)
-        except OSError as error:
-            raise UserError(f"{self.path} can't be written: {error.strerror}; free space, then start again") from error
-        if written < len(line):
-            # Half a line would swallow the next one.
-            os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
-            raise UserError(f"{self.path} can't be written: no space left; free space, then start again")
+        """Write a line after those that found no space before it; what finds none now waits for the next."""
+        first = not self._waiting
+        self._waiting.append(line)
+        fault = self._flush()
+        if fault is not None and first:
+            log.warning("%s can't be written: %s; its lines wait in memory until it can", self.path, fault)
+
+    def _flush(self) -> str | None:
+        """Write the lines that wait; returns why some still do, None if none does."""
+        while self._waiting:
+            line = self._waiting[0]
+            try:
+                written = os.write(self._fd, line)
+            except OSError as error:
+                return str(error.strerror)
+            if written < len(line):
+                # Half a line would swallow the next one.
+                os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
+                return os.strerror(errno.ENOSPC)
+            self._waiting.popleft()
+        return None
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

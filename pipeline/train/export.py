@@ -29,6 +29,9 @@ def save_weights(
     """Write the weights that the run evaluates; collective, rank 0 writes.
 
     The directory appears, or replaces an earlier one, as a whole.
+
+    Raises:
+        UserError: on rank 0: no space, or no permission.
     """
     weights = engine.full_weights(config.eval.weights)
     if not weights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,6 +29,8 @@ from pipeline.train.progress import Reporter
 from pipeline.train.state import State
 from pipeline.trees import flatten
 from pipeline.wording import counted
+
+log = logging.getLogger("rookery")
 
 # Samples of a bad step that a line names.
 _NAMED = 3
@@ -120,7 +123,12 @@ class Recorder:
             f"  of {counted(int(figures['count']), 'sample')}"
         )
         if state.best == state.last:
-            save_weights(self.path / "best", engine, self.run.config, self.run.train.classes, figures)
+            try:
+                save_weights(self.path / "best", engine, self.run.config, self.run.train.classes, figures)
+            except UserError as error:
+                log.warning(
+                    "the best weights so far, of step %d, are not saved: %s; training goes on", state.step, error
+                )
 
     def finish(self, state: State, engine: Engine) -> dict[str, Any]:
         """Write the final weights and `result.json`; collective."""

@@ -11,6 +11,7 @@ import torch
 
 from pipeline.config import RunConfig
 from pipeline.data.shards import ShardSet
+from pipeline.errors import UserError
 from pipeline.train.distributed import World
 
 
@@ -25,10 +26,20 @@ class SampleTrace:
         self._file, self._shards = file, shards
 
     def add(self, step: int, samples: torch.Tensor) -> None:
-        """Record the samples (b,) that this process trained on in a step."""
+        """Record the samples (b,) that this process trained on in a step.
+
+        Raises:
+            UserError: no space.
+        """
         if self._file is not None:
-            self._file.write(json.dumps({"step": step, "keys": self._shards.keys(samples.tolist())}) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps({"step": step, "keys": self._shards.keys(samples.tolist())}) + "\n")
+                self._file.flush()
+            except OSError as error:
+                # A trace with holes would prove nothing.
+                raise UserError(
+                    f"{self._file.name} can't be written: {error.strerror}; free space, or set data.trace=false"
+                ) from error
 
 
 def open_trace(config: RunConfig, shards: ShardSet, world: World, stack: ExitStack) -> SampleTrace:

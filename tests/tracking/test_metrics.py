@@ -121,27 +121,31 @@ def test_damage_before_the_last_line_is_reported_with_its_place(tmp_path: Path) 
 
 _FILLER = """
 import resource, sys
-from pipeline.errors import UserError
 from pipeline.tracking.metrics import MetricsLog
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 log = MetricsLog(sys.argv[1])
-for attempt in range(2):
-    try:
-        for step in range(1, 100):
-            log.log("train", step, loss=1.0)
-    except UserError as error:
-        print(error)
+for limit in (1000, resource.RLIM_INFINITY):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    for step in range(100):
+        log.log("train", step + 1, loss=1.0)
+    content = log.path.read_bytes()
+    print(len(content), content.count(b"\\n"), content.endswith(b"\\n"))
+resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) + 10, resource.RLIM_INFINITY))
+log.log("train", 300, loss=1.0)
+log.close()
 """
 
 
-def test_no_space_is_one_message_and_leaves_whole_lines(tmp_path: Path) -> None:
-    """A limit on the file's size stands in for a full disk: a write that is cut short, then one that is refused."""
+def test_lines_wait_for_space(tmp_path: Path) -> None:
+    """A limit on the file's size stands in for a full disk: a write that is cut short, then those that are refused."""
     done = subprocess.run([sys.executable, "-c", _FILLER, str(tmp_path)], capture_output=True, text=True, check=True)
-    messages = done.stdout.splitlines()
-    assert len(messages) == 2 and all("metrics.jsonl can't be written" in m and "free space" in m for m in messages)
-    content = (tmp_path / "metrics.jsonl").read_bytes()
-    assert content.endswith(b"\n") and 900 < len(content) <= 1000
-    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, content.count(b"\n") + 1))
+    full, free = (line.split() for line in done.stdout.splitlines())
+    assert 900 < int(full[0]) <= 1000 and 0 < int(full[1]) < 100 and full[2] == "True"
+    assert free[1:] == ["200", "True"]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [*range(1, 101), *range(1, 101)]
+    warnings = done.stderr.splitlines()
+    assert len(warnings) == 3
+    assert all("can't be written" in line and "wait in memory" in line for line in warnings[:2])
+    assert "lacks its last 1 lines" in warnings[2]
 
 
 def test_threads_never_mix_their_lines(tmp_path: Path) -> None:

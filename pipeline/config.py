@@ -145,6 +145,13 @@ class TrainConfig(Section):
     clip_grad_norm: float | None = Field(None, gt=0, description="clip the global gradient norm")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="exponential moving average of the weights, per step")
     max_bad_steps: int = Field(10, ge=0, description="steps in a row skipped for a NaN or Inf before the run stops")
+    spike_factor: float | None = Field(
+        None,
+        gt=1,
+        description="back to the checkpoint before, and past these samples, when the mean loss of a log window is more "
+        "than this many times the median of the 20 before it; null: never",
+    )
+    max_rollbacks: int = Field(5, ge=0, description="roll-backs before the run stops")
     hang_minutes: float | None = Field(
         10,
         gt=0,

@@ -91,10 +91,20 @@ def resolve(config: RunConfig, world_size: int) -> Resolved:
     _check_batch(config, order, world_size)
     _check_batch_norm(config, model, order, world_size)
     _check_schedule(config, plan)
+    _check_spikes(config, plan)
     token_grid = check_objective(config, model, train, order, world_size)
     params = sum(p.numel() for p in model.parameters())
     macs = count_macs(model)
     return Resolved(config, plan, order, train, val, params, num_drop_paths(model), macs, token_grid)
+
+
+def _check_spikes(config: RunConfig, plan: Plan) -> None:
+    if config.train.spike_factor is not None and plan.save_every % plan.log_every:
+        raise UserError(
+            f"train.spike_factor: checkpoint.every={config.checkpoint.every} ({plan.save_every} steps) must be a "
+            f"multiple of train.log_every={config.train.log_every} ({plan.log_every}); "
+            "else a run that goes on there would see other windows of losses"
+        )
 
 
 def make_schedule(config: RunConfig, plan: Plan) -> CosineSchedule:

@@ -27,8 +27,8 @@ class MetricsLog:
     """Appends to a run's `metrics.jsonl`; safe to call from several threads of the one process that writes the run.
 
     A line is handed to the operating system in one write, so a killed process loses at most the line it was writing,
-    and that one is cut off when the file is opened again. There is no fsync: `log` costs tens of microseconds. Lines wait
-    in memory while the disk is full.
+    and that one is cut off when the file is opened again. There is no fsync: `log` costs tens of microseconds.
+    Lines wait in memory while the disk is full.
 
     Args:
         run_dir: the run directory (a path, or a `RunDir`'s `path`).

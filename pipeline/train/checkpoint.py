@@ -97,12 +97,15 @@ class CheckpointStore:
                 return None
         return final
 
-    def newest(self) -> Checkpoint | None:
-        """The newest checkpoint whose files are all there and unchanged."""
+    def newest(self, until: int | None = None) -> Checkpoint | None:
+        """The newest checkpoint, of step `until` at most, whose files are all there and unchanged."""
         for path in sorted(self.directory.glob("step-*"), reverse=True):
+            step = int(path.name.removeprefix("step-"))
+            if until is not None and step > until:
+                continue
             fault = _fault(path)
             if fault is None:
-                return Checkpoint(int(path.name.removeprefix("step-")), path)
+                return Checkpoint(step, path)
             log.warning("checkpoint %s is not used: %s", path, fault)
         return None
 

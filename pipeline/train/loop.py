@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ from pipeline.config import RunConfig
 from pipeline.data.shards import ShardSet
 from pipeline.resolve import resolve
 from pipeline.train.checkpoint import Checkpoint, CheckpointStore
+from pipeline.train.copies import on_device
 from pipeline.train.distributed import World
 from pipeline.train.engines import Engine, make_engine
 from pipeline.train.evaluate import evaluate
+from pipeline.train.garbage import collected_by_hand
 from pipeline.train.meters import StepMeter
 from pipeline.train.objective import Objective
 from pipeline.train.recorder import Recorder
 from pipeline.train.saver import Saver
 from pipeline.train.setup import eval_batches, initial_model, train_batches
+from pipeline.train.spikes import WINDOWS, is_spike, roll_back
 from pipeline.train.state import State
 from pipeline.train.step import seed_step, train_step
 from pipeline.train.stop import Stopped, StopRequest
@@ -56,10 +60,11 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
         trace = open_trace(config, shards, world, stack)
         meter = StepMeter(world, run.order.batch, run.macs)
         objective = Objective(config.objective, run.train.num_classes, run.token_grid)
-        batches = iter(train_batches(run, shards, world, state.step))
+        batches = on_device(train_batches(run, shards, world, state.step), world.device)
         stop = StopRequest(world, leave_at(config.checkpoint.margin_seconds, may_ask=world.is_main))
         stack.enter_context(stop.listening())
         watch = stack.enter_context(Watchdog(world, config.train.hang_minutes))
+        collect = stack.enter_context(collected_by_hand())
 
         while state.step < plan.end_step:
             watch.begin(state.step, "waits for data")
@@ -75,10 +80,17 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
             recorder.advance(state.step)
             if plan.logs(state.step):
                 watch.begin(state.step, "logs")
+                collect()
                 figures, bad = meter.read(state.step, shards.keys)
                 streak = state.note_skipped([step for step, _ in bad])
                 recorder.train(state, lr, figures, bad)
                 stop_if_diverged(streak, config.train.max_bad_steps, world)
+                if is_spike(figures["loss"], state.losses, config.train.spike_factor):
+                    saver.wait()
+                    state = roll_back(engine, store, state, plan.log_every, config.train.max_rollbacks, world)
+                    recorder.rolled_back(state, figures["loss"])
+                elif isfinite(figures["loss"]):
+                    state.losses = [*state.losses, figures["loss"]][-WINDOWS:]
             if validation is not None and plan.evaluates(state.step):
                 with meter.paused():
                     weights = engine.eval_model(config.eval.weights)

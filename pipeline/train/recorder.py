@@ -49,12 +49,16 @@ FREE_KEYS = (
     "train.log_every",
     "train.max_bad_steps",
     "train.hang_minutes",
+    "train.max_rollbacks",
     "eval.every",
     "eval.batch_size",
     "checkpoint.",
     "engine.",
     "tracking.",
 )
+
+# But these decide when a loss counts as a spike, and where to go back to.
+SPIKE_KEYS = ("train.log_every", "checkpoint.every")
 
 
 class Recorder:
@@ -112,6 +116,16 @@ class Recorder:
             self._log("event", state.step, event="skipped", steps=[step for step, _ in bad], causes=causes)
             for step, by_rank in bad:
                 self._report.say(_skipped(step, by_rank))
+
+    def rolled_back(self, state: State, loss: float) -> None:
+        """The loss spiked; where training went back to, if it did so now."""
+        if state.rollbacks and state.rollbacks[-1][1] == state.step:
+            checkpoint = state.rollbacks[-1][0]
+            self._log("event", state.step, event="rolled_back", loss=loss, checkpoint=checkpoint)
+            self._report.say(
+                f"step {state.step}: the loss spiked ({loss:.4f}); back to the checkpoint of step {checkpoint}, and on "
+                f"with the samples after step {state.step}"
+            )
 
     def evaluation(self, state: State, engine: Engine) -> None:
         """Figures of the evaluation at the state's step; the weights too, when they are the best so far. Collective."""
@@ -243,7 +257,8 @@ def check_same_run(path: Path, run: Resolved) -> None:
         raise UserError(f"{path} holds a run already and resume=never; choose another name=... or remove it")
     before, now = flatten(_with_defaults(saved)), flatten(redact(run.config.model_dump(mode="json")))
     differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    differing = [key for key in differing if not key.startswith(FREE_KEYS)]
+    bound = () if run.config.train.spike_factor is None else SPIKE_KEYS
+    differing = [key for key in differing if key in bound or not key.startswith(FREE_KEYS)]
     if differing:
         changes = "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} here" for key in differing[:5])
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -17,6 +17,8 @@ class State:
         streak: how many of them in a row end with the last one.
         last_skipped: number of the last one, counted from 0; -2: none yet.
         seconds: time spent training, over all starts.
+        losses: mean losses of the newest windows of the log, for `spikes`.
+        rollbacks: for each, the step of the checkpoint that was loaded again, and the step at which.
     """
 
     step: int = 0
@@ -26,6 +28,8 @@ class State:
     streak: int = 0
     last_skipped: int = -2
     seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    rollbacks: list[tuple[int, int]] = field(default_factory=list)
 
     def note_skipped(self, steps: list[int]) -> int:
         """Keep which steps were skipped, in rising order; returns the longest streak that they make or end."""

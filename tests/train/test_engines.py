@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -14,20 +13,16 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config_load import load_config
-from pipeline.data.augment.mixing import apply_mix, soft_target_cross_entropy
-from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
-from pipeline.models import set_drop_path_noise
 from pipeline.resolve import resolve
 from pipeline.tracking.metrics import read_metrics
-from pipeline.train.distributed import World
 from pipeline.train.engines import Engine, make_engine, saved_weights
-from pipeline.train.setup import initial_model, train_batches
+from pipeline.train.setup import initial_model
 from tests.train.conftest import write_recipe
 from tests.train.many_runs import train_all
+from tests.train.plain import ALONE, PlainTraining
 
 STEPS = 20
-ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,32 +40,9 @@ def engine_alone(recipe: Path, *overrides: str) -> Engine:
 
 @cache
 def reference_losses(recipe: Path, precision: str, lr_scale: float = 1.0) -> list[float]:
-    """Losses of the run by a plain loop: whole batches, torch's own AdamW and clipping, data as the run has them."""
-    run = resolve(load_config(recipe), 1)
-    model = initial_model(run.config, ALONE)
-    exempt = model.no_weight_decay()
-    groups = [
-        {"params": [p for n, p in model.named_parameters() if n not in exempt], "weight_decay": 0.05},
-        {"params": [p for n, p in model.named_parameters() if n in exempt], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=False, foreach=False)
-    losses = []
-    for step, batch in enumerate(train_batches(run, ShardSet(run.config.data.train), ALONE, 0)):
-        if step == STEPS:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = run.schedule.lr(step) * lr_scale
-        images, targets = apply_mix(batch.images, batch.labels, batch.mix, 10)
-        set_drop_path_noise(model, batch.drop_path)
-        with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
-            logits = model(images)
-        loss = soft_target_cross_entropy(logits, targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+    """Losses of the run by a plain loop."""
+    plain = PlainTraining(recipe, precision, lr_scale)
+    return [plain.step(step, batch) for step, batch in zip(range(STEPS), plain.batches(), strict=False)]
 
 
 ENGINES = {

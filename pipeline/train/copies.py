@@ -1,0 +1,47 @@
+"""Copies to the GPU that go on while it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from pipeline.data.loader import TrainBatch
+
+
+def on_device(batches: Iterable[TrainBatch], device: torch.device) -> Iterator[TrainBatch]:
+    """The batches, on the device but for their sample numbers, which only the host reads.
+
+    On a GPU each copy runs in a stream of its own. The host is ahead of the GPU, so it runs while the GPU still
+    computes the step before; the step itself waits for it on the GPU, and the host never does.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(device)
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            moved = TrainBatch(
+                images=batch.images.to(device, non_blocking=True),
+                labels=batch.labels.to(device, non_blocking=True),
+                samples=batch.samples,
+                drop_path=batch.drop_path.to(device, non_blocking=True),
+                mix=batch.mix.to(device),
+                tokens=None if batch.tokens is None else batch.tokens.to(device),
+            )
+        compute = torch.cuda.current_stream(device)
+        compute.wait_stream(stream)
+        for tensor in _tensors(moved):
+            if tensor.is_cuda:
+                # Its memory, of the copying stream, must not be used again before the step has read it.
+                tensor.record_stream(compute)
+        yield moved
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)

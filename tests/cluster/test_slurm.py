@@ -11,11 +11,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_prep.options import PrepOptions
+from data_prep.prepare import prepare_splits
 from launch.slurm_script import LOGS, SCRIPT
+from pipeline.data.shards import ShardSet
 from pipeline.tracking.metrics import read_metrics
 from pipeline.train.again import newest_step
 from pipeline.train.export import WEIGHTS
 from tests.cluster.slurm_cluster import SlurmCluster, wait_for
+from tests.data_prep.test_ilsvrc import devkit, train_tar, val_tar
 from tests.train.commands import ROOT, command, run_command
 from tests.train.conftest import write_recipe
 from tests.train.forked import ForkServer
@@ -227,6 +231,26 @@ def test_a_mistake_ends_the_job_with_its_message(work: Work) -> None:
     work.wait(job, "FAILED")
     assert work.cluster.facts(job)["ExitCode"] == "2:0"
     assert "train.epochs" in (work.folder / f"slurm-{job}.out").read_text()
+
+
+def test_archives_to_shards(work: Work) -> None:
+    """The job is asked to leave in the middle, and Slurm starts it again."""
+    archives, shards = work.folder / "archives", work.folder / "shards"
+    archives.mkdir()
+    train_tar(archives / "ILSVRC2012_img_train.tar", per_class=500)
+    val_tar(archives / "ILSVRC2012_img_val.tar")
+    devkit(archives, archive=True)
+    options = ["--shard-samples", 5, "--workers", 1]
+    job = work.submit(ROOT / "slurm" / "prep_imagenet.sh", archives, shards, *options)
+    wait_for(lambda: work.state(job) or len([*shards.rglob("*.tar")]) > 3, "some shards", work.logs)
+    work.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    work.wait_for_requeue(job, 1)
+    work.wait(job, "COMPLETED")
+    expected = prepare_splits(archives, work.folder / "expected", PrepOptions(shard_samples=5, workers=1))
+    for split, manifest in expected.items():
+        assert ShardSet(shards / split).manifest.fingerprint() == manifest.fingerprint()
+    said = (work.folder / f"slurm-{job}.out").read_text()
+    assert "of them finished" in said and "everything is as it was made" in said
 
 
 def rookery(work: Work, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -90,25 +90,35 @@ def test_an_epoch_uses_every_sample_once(recipe: Path, rookery: Rookery, tmp_pat
         assert set(used.values()) == {1} and len(used) == steps * 48 and used.keys() <= set(every)
 
 
+# Processes of each start, and the step after which it stops.
+TWO_ONE_THREE = [(2, 8), (1, 12), (3, 17), (2, 24)]
+UP_AND_DOWN = [(1, 5), (2, 9), (4, 14), (3, 19), (1, 24)]
+
+
 @pytest.mark.parametrize(
-    "engines",
+    ("engines", "starts"),
     # Every engine goes on from the checkpoint of any other, so a chain may change it as well.
     [
-        (DDP, DDP, DDP, DDP),
-        (FSDP, FSDP, FSDP, FSDP),
-        (ZERO3, ZERO1, ZERO2, ZERO3),
-        (DDP, FSDP, ZERO3, FSDP),
-        (ZERO1, DDP, FSDP, ZERO2),
+        ((DDP, DDP, DDP, DDP), TWO_ONE_THREE),
+        ((FSDP, FSDP, FSDP, FSDP), TWO_ONE_THREE),
+        ((ZERO3, ZERO1, ZERO2, ZERO3), TWO_ONE_THREE),
+        ((DDP, FSDP, ZERO3, FSDP), TWO_ONE_THREE),
+        ((ZERO1, DDP, FSDP, ZERO2), TWO_ONE_THREE),
+        ((FSDP, DDP, ZERO1, ZERO3, DDP), UP_AND_DOWN),
     ],
-    ids=["ddp", "fsdp", "stages", "ddp to fsdp to deepspeed", "deepspeed to ddp to fsdp"],
+    ids=["ddp", "fsdp", "stages", "ddp to fsdp to deepspeed", "deepspeed to ddp to fsdp", "up and down"],
 )
 def test_another_world_size_uses_the_same_samples_and_losses(
-    engines: tuple[tuple[str, ...], ...], recipe: Path, tmp_path: Path, fork_server: ForkServer
+    engines: tuple[tuple[str, ...], ...],
+    starts: list[tuple[int, int]],
+    recipe: Path,
+    tmp_path: Path,
+    fork_server: ForkServer,
 ) -> None:
     # A small rate: Adam divides by the gradient's size, so at a large one rounding grows faster than it would in SGD.
     recipe.write_text(recipe.read_text().replace("lr: 0.001", "lr: 0.0001"))
     fork_server.train(recipe, "name=one")
-    for engine, nproc, stop in zip(engines, (2, 1, 3, 2), (8, 12, 17, 24), strict=True):
+    for engine, (nproc, stop) in zip(engines, starts, strict=True):
         fork_server.train(recipe, *engine, "name=many", f"train.stop_after={stop}steps", nproc=nproc)
     one, many = tmp_path / "runs" / "one", tmp_path / "runs" / "many"
     assert read_trace(many) == read_trace(one)

@@ -7,7 +7,7 @@ SEED ?= 0
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos lint clean
+.PHONY: help setup demo test chaos recipes lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -34,6 +34,11 @@ test: setup lint  ## run all tests
 
 chaos: setup  ## kill runs of every engine 200 times and compare the bits (ROOKERY_CHAOS_SEED repeats one)
 	@ROOKERY_CHAOS_KILLS=200 $(BIN)/python -m pytest -s --timeout 7200 tests/train/test_chaos.py
+
+# Memory that malloc gives back and takes again for every attention map costs half of the time.
+recipes: setup  ## take three steps of every recipe with all its layers
+	@ROOKERY_WHOLE_RECIPES=1 OMP_NUM_THREADS=$$(nproc) MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 \
+	  $(BIN)/python -m pytest tests/test_recipes.py
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -21,7 +21,7 @@ from pipeline.tracking.metrics import read_metrics
 from pipeline.train.export import WEIGHTS
 from pipeline.train.trace import read_trace
 from tests.train.commands import command, environment
-from tests.train.conftest import Rookery
+from tests.train.conftest import Rookery, write_recipe
 from tests.train.forked import ForkServer
 
 DDP, FSDP = ("engine.name=ddp",), ("engine.name=fsdp",)
@@ -111,10 +111,11 @@ UP_AND_DOWN = [(1, 5), (2, 9), (4, 14), (3, 19), (1, 24)]
 def test_another_world_size_uses_the_same_samples_and_losses(
     engines: tuple[tuple[str, ...], ...],
     starts: list[tuple[int, int]],
-    recipe: Path,
+    digits: Path,
     tmp_path: Path,
     fork_server: ForkServer,
 ) -> None:
+    recipe = write_recipe(digits, tmp_path, augment=set(engines) == {DDP})
     # A small rate: Adam divides by the gradient's size, so at a large one rounding grows faster than it would in SGD.
     recipe.write_text(recipe.read_text().replace("lr: 0.001", "lr: 0.0001"))
     fork_server.train(recipe, "name=one")

@@ -52,18 +52,18 @@ def _lines(run: Resolved, job: Nodes, activations: Activations, images_per_secon
 
 
 def _memory(run: Resolved, world_size: int, activations: int) -> Table:
-    """One row per kind of process: with `fsdp` the first has most and the last least."""
+    """One row for all processes, or one for the first, which has most of what is cut up, and one for the last."""
     engine = run.config.engine
     name = engine.name if engine.name != "deepspeed" else f"deepspeed, ZeRO {engine.zero_stage}"
     parts = [field.name for field in fields(States)]
     table = Table(title=f"memory of a process in MB, {name}", box=None, pad_edge=False, title_justify="left")
     for column in ("rank", *parts, "activations", "sum"):
         table.add_column(column, justify="left" if column == "rank" else "right", overflow="fold")
-    ranks = sorted({0, world_size - 1}) if engine.name == "fsdp" else [0]
-    for rank in ranks:
-        states = count_states(run.config, rank, world_size)
+    first, last = (count_states(run.config, rank, world_size) for rank in (0, world_size - 1))
+    rows = {"each": first} if first == last else {"0": first, str(world_size - 1): last}
+    for rank, states in rows.items():
         sizes = [*(getattr(states, part) for part in parts), activations, states.total + activations]
-        table.add_row(str(rank) if engine.name == "fsdp" else "each", *(f"{size / 1e6:,.1f}" for size in sizes))
+        table.add_row(rank, *(f"{size / 1e6:,.1f}" for size in sizes))
     return table
 
 
@@ -78,4 +78,3 @@ def _hours(run: Resolved, world_size: int, images_per_second: float) -> str:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
-

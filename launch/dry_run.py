@@ -9,7 +9,7 @@ from rich.table import Table
 
 from launch.workers import Nodes
 from pipeline.resolve import Resolved
-from pipeline.train.forecast import Activations, States, count_activations, count_reading, count_states
+from pipeline.train.forecast import Activations, States, count_activations, count_reading, count_states, count_wire
 from pipeline.wording import counted
 
 _SPEED_HINT = "unknown: add --images-per-second N, the rate of one GPU that a short run prints"
@@ -23,16 +23,19 @@ def print_forecast(run: Resolved, job: Nodes, images_per_second: float | None) -
     """
     local = run.order.batch // job.world_size
     activations = count_activations(run, local // run.config.train.accumulate)
+    states = [count_states(run.config, rank, job.world_size) for rank in (0, job.world_size - 1)]
     console = Console(highlight=False, soft_wrap=False, emoji=False, markup=False)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in _lines(run, job, activations, images_per_second).items():
         table.add_row(name, value)
+    wire = count_wire(run.config, states[0], run.params, job.world_size)
+    table.add_row("network", f"each process sends {wire / 1e6:,.1f} MB a step, as rings do, and receives as much")
     console.print()
     console.print(table)
     console.print()
-    console.print(_memory(run, job.world_size, activations.bytes))
+    console.print(_memory(run, states, activations.bytes))
 
 
 def _lines(run: Resolved, job: Nodes, activations: Activations, images_per_second: float | None) -> dict[str, str]:
@@ -51,7 +54,7 @@ def _lines(run: Resolved, job: Nodes, activations: Activations, images_per_secon
     }
 
 
-def _memory(run: Resolved, world_size: int, activations: int) -> Table:
+def _memory(run: Resolved, ranks: list[States], activations: int) -> Table:
     """One row for all processes, or one for the first, which has most of what is cut up, and one for the last."""
     engine = run.config.engine
     name = engine.name if engine.name != "deepspeed" else f"deepspeed, ZeRO {engine.zero_stage}"
@@ -59,8 +62,8 @@ def _memory(run: Resolved, world_size: int, activations: int) -> Table:
     table = Table(title=f"memory of a process in MB, {name}", box=None, pad_edge=False, title_justify="left")
     for column in ("rank", *parts, "activations", "sum"):
         table.add_column(column, justify="left" if column == "rank" else "right", overflow="fold")
-    first, last = (count_states(run.config, rank, world_size) for rank in (0, world_size - 1))
-    rows = {"each": first} if first == last else {"0": first, str(world_size - 1): last}
+    first, last = ranks
+    rows = {"each": first} if first == last else {"first": first, "last": last}
     for rank, states in rows.items():
         sizes = [*(getattr(states, part) for part in parts), activations, states.total + activations]
         table.add_row(rank, *(f"{size / 1e6:,.1f}" for size in sizes))

@@ -9,7 +9,8 @@ from torch import Tensor
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor (`DTensor`); any other tensor as it is."""
-    return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor
+    to_local = getattr(tensor.detach(), "to_local", None)
+    return tensor if to_local is None else to_local()
 
 
 def storage_key(tensor: Tensor) -> int:

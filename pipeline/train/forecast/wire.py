@@ -9,8 +9,8 @@ from pipeline.train.forecast.states import States
 def count_wire(config: RunConfig, first: States, params: int, world_size: int) -> int:
     """Bytes that each process sends, and receives, in a step, by ring algorithms.
 
-    A gather or a scatter of n bytes over W processes sends n (W-1)/W, an average of n bytes twice that. `fsdp` also sends
-    the padding that makes all parts of a parameter equal.
+    A gather or a scatter of n bytes over W processes sends n (W-1)/W, an average of n bytes twice that. `fsdp` also
+    sends the padding that makes all parts of a parameter equal.
 
     Args:
         first: what rank 0 keeps; with `fsdp` its part of the gradients is as large as any.

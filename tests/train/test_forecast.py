@@ -22,7 +22,7 @@ from pipeline.models.batch_norm import group_statistics
 from pipeline.models.layers import EncoderLayer
 from pipeline.resolve import Resolved, build_model, resolve
 from pipeline.train.engines.fsdp import FsdpEngine
-from pipeline.train.forecast import count_activations, count_reading, count_states
+from pipeline.train.forecast import count_activations, count_reading, count_states, count_wire
 from pipeline.train.objective import Objective, Targets, forward
 from tests.train.commands import ROOT, environment
 from tests.train.conftest import Rookery, write_recipe
@@ -225,3 +225,13 @@ def test_a_world_that_does_not_fit_names_the_way_out(recipe: Path) -> None:
     config = load_config(recipe, ["train.global_batch_size=1024", "data.lanes=1024"])
     with pytest.raises(UserError, match=r"at most 512 processes, or train\.global_batch_size=2048"):
         resolve(config, 1024)
+
+
+@pytest.mark.parametrize(
+    ("engine", "passes"), [("ddp", 2), ("zero0", 2), ("zero1", 3), ("zero2", 3), ("zero3", 6), ("fsdp", 5)]
+)
+def test_bytes_on_the_wire(engine: str, passes: int, recipe: Path) -> None:
+    """Two micro-batches on two processes; nothing is padded, so that it is so many times the weights."""
+    run = resolve(load_config(recipe, [*ENGINES[engine], "train.accumulate=2"]), 2)
+    sent = count_wire(run.config, count_states(run.config, 0, 2), run.params, 2)
+    assert sent == passes * run.params * 4 // 2

@@ -49,13 +49,14 @@ def step(
     Exit status: 0 measured, 2 a mistake in config or options, 1 a failure.
     """
     counts = _counts(nproc)
-    if out is not None and not out.parent.is_dir():
-        raise UserError(f"{out}: there is no folder {out.parent}; choose another --out")
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise UserError(f"{out}: no file can be written there; choose another --out")
     # torch takes seconds to import.
     import torch
 
     from launch.bench_report import print_report, summarise
     from pipeline.config_load import load_config
+    from pipeline.tracking.files import write_text
 
     if torch.cuda.is_available() and max(counts) > torch.cuda.device_count():
         raise UserError(f"--nproc {nproc}: there are {torch.cuda.device_count()} GPUs here, one for each process")
@@ -81,7 +82,7 @@ def step(
     report = summarise(filled, settings, dict(zip(counts, measured, strict=True)))
     print_report(report)
     if out is not None:
-        out.write_text(json.dumps(report, indent=1) + "\n")
+        write_text(out, json.dumps(report, indent=1) + "\n")
 
 
 def _counts(text: str) -> list[int]:

@@ -9,6 +9,7 @@ updates all weights and not a part of them, so that communication is rather more
 from __future__ import annotations
 
 import json
+import resource
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,7 +26,6 @@ from pipeline.hashing import seed64
 from pipeline.models import num_drop_paths
 from pipeline.train.distributed import World
 from pipeline.train.engines import Engine, make_engine
-from pipeline.train.meters import memory_gb
 from pipeline.train.objective import Objective
 from pipeline.train.process import run_process
 from pipeline.train.setup import initial_model
@@ -82,7 +82,7 @@ def measure(job: BenchJob, world: World) -> dict[str, Any]:
     torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
     together = _stepper(config, world, make_engine(initial_model(config, world), config, world))
     _block(together, job.warmup, world)
-    memory = world.gather(memory_gb(world.device))
+    memory = world.gather(_peak_gb(world.device))
     alone = None
     if world.size > 1:
         alone = _stepper(config, world, _engine_alone(config, world))
@@ -149,6 +149,13 @@ def _block(step: Callable[[int], None], steps: int, world: World) -> float:
         step(number)
     _wait(world)
     return time.perf_counter() - began
+
+
+def _peak_gb(device: torch.device) -> float:
+    """Most memory so far: of the GPU's allocator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def _wait(world: World) -> None:

@@ -119,7 +119,7 @@ class StepMeter:
             "images_per_second": images,
             "step_seconds": self._busy / steps,
             "data_wait": self._wait / self._busy,
-            "memory_gb": memory_gb(self.world.device),
+            "memory_gb": _memory_gb(self.world.device),
             "tflops_per_process": 6 * self.macs * images / self.world.size / 1e12,
         }
         peak = peak_tflops(self.world.device)
@@ -147,7 +147,7 @@ class StepMeter:
         self._mark = now
 
 
-def memory_gb(device: torch.device) -> float:
+def _memory_gb(device: torch.device) -> float:
     """Peak memory in GB: of the device's allocator, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9

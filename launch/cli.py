@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from launch import compare_cli, config_cli, eval_cli, export_cli, models_cli, prep_cli, sync_cli, train_cli
+from launch import bench_cli, compare_cli, config_cli, eval_cli, export_cli, models_cli, prep_cli, sync_cli, train_cli
 from pipeline.errors import UserError
 
 _commands = typer.Typer(
@@ -26,6 +26,7 @@ _commands.command()(models_cli.models)
 _commands.command()(export_cli.export)
 _commands.command()(sync_cli.sync)
 _commands.command()(config_cli.config)
+_commands.add_typer(bench_cli.bench, name="bench")
 
 
 def app() -> None:

@@ -29,7 +29,7 @@ def summary(run: Resolved, job: Nodes) -> dict[str, str]:
     local = order.batch // job.world_size
     rule = f" = {optim.lr:g} x {order.batch} / {optim.lr_batch}" if optim.lr_batch else ""
     parts = job.world_size if config.engine.name == "fsdp" else 1
-    state = run.params * 4 * (_OPTIMIZER_COPIES + (train.ema_decay is not None)) / parts / 1e9
+    state = run.params * 4 * (_OPTIMIZER_COPIES + (train.ema_decay is not None)) / parts / 1e6
     ends = "" if plan.end_step == plan.total_steps else f", stops after {plan.end_step:,}"
     return {
         "run": f"{config.out}/{config.name}",
@@ -47,7 +47,7 @@ def summary(run: Resolved, job: Nodes) -> dict[str, str]:
         f" = {counted(plan.total_steps * order.batch, 'sample')}{ends}",
         "compute": f"{train.precision}, {config.engine.name}; "
         f"{6 * run.macs * plan.end_step * order.batch / 1e15:.4g} PFLOP in all",
-        "memory": f"{state:.2f} GB per process for weights, gradients and optimizer, activations not counted",
+        "memory": f"{state:,.0f} MB per process for weights, gradients and optimizer, activations not counted",
     }
 
 

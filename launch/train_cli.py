@@ -22,6 +22,9 @@ def train(
         typer.Option(min=0, help="start all processes again when one died, so often at most"),
     ] = 3,
     dry_run: Annotated[bool, typer.Option(help="print what would run, and check it, without training")] = False,
+    images_per_second: Annotated[
+        float | None, typer.Option(min=0.001, help="--dry-run: rate of one process, to tell the hours from")
+    ] = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="submit it to Slurm, on --nodes whole nodes")] = False,
     time: Annotated[str | None, typer.Option(help="--slurm: time limit, such as 24:00:00")] = None,
     partition: Annotated[str | None, typer.Option(help="--slurm: partition")] = None,
@@ -46,10 +49,13 @@ def train(
         raise UserError("Slurm's jobs choose their own meeting point; leave --rendezvous out")
     if not slurm and (time or partition or sbatch):
         raise UserError("--time, --partition and --sbatch go with --slurm")
+    if images_per_second is not None and not dry_run:
+        raise UserError("--images-per-second goes with --dry-run")
     request = Request(config, tuple(overrides or ()), nproc, threads)
     if on_allocation:
         raise typer.Exit(run_on_nodes(request))
 
+    from launch.dry_run import print_forecast
     from launch.slurm_submit import submit
     from launch.summary import print_summary
     from launch.workers import Nodes, start_workers
@@ -69,6 +75,7 @@ def train(
     print_summary(resolved, job)
     if dry_run:
         try_samples(resolved)
+        print_forecast(resolved, job, images_per_second)
         return
     typer.echo(f"starting {counted(job.nproc, 'process')} ...")
     status = start_workers("pipeline.train.worker", resolved.config.model_dump_json(), job, threads, restarts)

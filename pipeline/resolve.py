@@ -182,9 +182,15 @@ def _check_batch(config: RunConfig, order: DataOrder, world_size: int) -> None:
             f"processes has of train.global_batch_size={order.batch}; set train.accumulate to a divisor of {local}"
         )
     if config.mix.active and order.chunk < 2:
+        most = order.batch // 2
+        fewer = (
+            f"set data.lanes to {most} or fewer"
+            if world_size <= most
+            else f"take at most {most} processes, or train.global_batch_size={2 * world_size}"
+        )
         raise UserError(
             f"mixup and CutMix take their partners from the same lane, but data.lanes={order.lanes} leaves one sample "
-            f"a step to each; set data.lanes to {order.batch // 2} or fewer, or turn mixing off (mix.prob=0)"
+            f"a step to each; {fewer}, or turn mixing off (mix.prob=0)"
         )
 
 

@@ -137,6 +137,10 @@ class DataOrder:
         lanes = np.arange(rank, self.lanes, world_size)
         return StepSamples(epoch, samples.reshape(-1), np.tile(places % self.repeats, len(lanes)), lanes)
 
+    def epoch_lanes(self, epoch: int) -> np.ndarray:
+        """(lanes, samples of a lane) distinct samples of an epoch, in the order in which each lane is read."""
+        return self._make_lanes(epoch, np.arange(self.lanes))
+
     def __getstate__(self) -> dict[str, object]:
         # A loader process soon has its own; its copy of these megabytes would be for nothing.
         return {name: value for name, value in self.__dict__.items() if name != "_cache"}

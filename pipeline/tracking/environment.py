@@ -90,7 +90,7 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "gpus": _gpus(),
-        "cpu": {"model": _cpu_model(), "usable": len(os.sched_getaffinity(0)), "total": os.cpu_count()},
+        "cpu": {"model": cpu_model(), "usable": len(os.sched_getaffinity(0)), "total": os.cpu_count()},
         "memory_bytes": psutil.virtual_memory().total,
         "packages": packages(),
         "variables": variables(),
@@ -157,7 +157,8 @@ def _gpus() -> list[dict[str, Any]]:
     return [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in found]
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor, as it names itself."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -11,9 +11,9 @@ from pipeline.config import RunConfig
 from pipeline.train.distributed import World
 
 # Gradients are averaged, and weights gathered, in pieces of this many elements (32 MB).
-_BUCKET = 2**23
+BUCKET = 2**23
 # ZeRO 3 leaves smaller parameters whole: biases and norms, which cost more to gather than to keep.
-_SMALL = 4096
+SMALL = 4096
 
 
 def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
@@ -26,10 +26,10 @@ def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": on_gpu,
-        "reduce_bucket_size": _BUCKET,
-        "allgather_bucket_size": _BUCKET,
-        "stage3_prefetch_bucket_size": _BUCKET,
-        "stage3_param_persistence_threshold": _SMALL,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+        "stage3_prefetch_bucket_size": BUCKET,
+        "stage3_param_persistence_threshold": SMALL,
     }
     if config.engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}

@@ -54,11 +54,12 @@ class FsdpEngine(NativeEngine):
         model: the plain model, already on the device and equal on all processes; it is sharded in place.
         config: the resolved run.
         world: this process among the others.
+        mesh: the processes, as `open_mesh` gives them; None: opened here.
     """
 
-    def __init__(self, model: nn.Module, config: RunConfig, world: World) -> None:
+    def __init__(self, model: nn.Module, config: RunConfig, world: World, mesh: DeviceMesh | None = None) -> None:
         super().__init__(model, config, world)
-        mesh = _mesh(world)
+        mesh = mesh or open_mesh(world)
         decay = config.train.ema_decay
         # Copied before it is sharded: FSDP can't copy a sharded module.
         self.average = None if decay is None else _Average(deepcopy(model), decay, mesh)
@@ -198,7 +199,8 @@ def _local_tensors(model: nn.Module) -> list[torch.Tensor]:
     return [*shards, *model.buffers()]
 
 
-def _mesh(world: World) -> DeviceMesh:
+def open_mesh(world: World) -> DeviceMesh:
+    """All processes in a row."""
     if not dist.is_initialized():
         # FSDP talks to a process group even where there is nobody else.
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"

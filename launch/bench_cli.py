@@ -1,0 +1,149 @@
+"""`rookery bench`: speed on this machine."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+
+bench = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
+
+
+@bench.callback()
+def _bench() -> None:
+    """Measure speed on this machine."""
+
+
+@bench.command()
+def step(
+    config: Annotated[Path, typer.Argument(help="recipe, such as configs/nest/tiny_imagenet.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ..., such as engine.name=fsdp")] = None,
+    nproc: Annotated[str, typer.Option(help="numbers of processes on this node, such as 1,2,4,8")] = "1",
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="samples per process; default: the recipe's over the most processes")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="steps of a block")] = 20,
+    warmup: Annotated[int, typer.Option(min=1, help="steps before the first block")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="blocks of each kind")] = 3,
+    classes: Annotated[int | None, typer.Option(min=1, help="default: the recipe's, else the model's own")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per process; default: shared evenly")] = None,
+    out: Annotated[Path | None, typer.Option(help="also write the figures to this JSON file")] = None,
+) -> None:
+    """Time training steps on made batches with several numbers of processes: no data set is needed.
+
+    Every process has the same number of samples at any count (weak scaling). Communication is what a step takes longer
+    than the same step of the same engine on each process by itself; both are measured in turn, in one run.
+
+    Exit status: 0 measured, 2 a mistake in config or options, 1 a failure.
+    """
+    counts = _counts(nproc)
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise UserError(f"{out}: no file can be written there; choose another --out")
+    # torch takes seconds to import.
+    import torch
+
+    from launch.bench_report import print_report, summarise
+    from pipeline.config_load import load_config
+    from pipeline.tracking.files import write_text
+
+    if torch.cuda.is_available() and max(counts) > torch.cuda.device_count():
+        raise UserError(f"--nproc {nproc}: there are {torch.cuda.device_count()} GPUs here, one for each process")
+    recipe = load_config(config, overrides or [])
+    batch = batch or max(1, recipe.train.global_batch_size // max(counts))
+    measured = []
+    with tempfile.TemporaryDirectory(prefix="rookery-") as folder:
+        for count in counts:
+            filled = fill_in(recipe, batch, count, classes)
+            output = Path(folder, f"{count}.json")
+            status = _measure(filled, count, steps, warmup, repeats, threads, output)
+            if status:
+                raise typer.Exit(status)
+            measured.append(json.loads(output.read_text()))
+    settings = {
+        "command": shlex.join(["rookery", *sys.argv[1:]]),
+        "batch_per_process": batch,
+        "steps": steps,
+        "warmup": warmup,
+        "repeats": repeats,
+        "threads": threads or "shared evenly",
+    }
+    report = summarise(filled, settings, dict(zip(counts, measured, strict=True)))
+    print_report(report)
+    if out is not None:
+        write_text(out, json.dumps(report, indent=1) + "\n")
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
+        raise UserError(f"--nproc {text}: give different whole numbers from 1 on, with commas between, such as 1,2,4")
+    return counts
+
+
+def fill_in(recipe: RunConfig, batch: int, count: int, classes: int | None) -> RunConfig:
+    """The config of `count` processes with `batch` samples each, without a look at its data.
+
+    Raises:
+        UserError: the step of this recipe can't be measured, or its micro-batches don't fit.
+    """
+    from pipeline.data.order import default_lanes
+    from pipeline.resolve import build_model
+
+    if recipe.engine.name == "deepspeed":
+        raise UserError("bench step measures engine.name=ddp and fsdp; deepspeed can't be in a world of one beside it")
+    if recipe.objective.token_labels:
+        raise UserError(
+            "bench step makes no label maps; add objective.token_labels=false objective.mix_token=false "
+            "model.options.aux_head=false"
+        )
+    if batch % recipe.train.accumulate:
+        raise UserError(
+            f"train.accumulate={recipe.train.accumulate} does not divide the {batch} samples of a process; set --batch"
+        )
+    tree = recipe.model_dump(mode="json")
+    # Lanes of the same length at any count, so that mixing and BatchNorms do the same work.
+    tree["data"]["lanes"] = default_lanes(batch) * count
+    tree["train"]["global_batch_size"] = batch * count
+    tree["model"]["num_classes"] = classes or recipe.model.num_classes
+    tree["model"]["init"] = None
+    tree["model"]["init_head"] = "keep"
+    if batch == 1:
+        tree["mix"]["prob"] = 0.0
+    filled = type(recipe).model_validate(tree)
+    model = build_model(filled, "meta")
+    tree["model"] |= {"num_classes": model.num_classes, "img_size": model.img_size}
+    return type(recipe).model_validate(tree)
+
+
+def _measure(
+    config: RunConfig, count: int, steps: int, warmup: int, repeats: int, threads: int | None, output: Path
+) -> int:
+    """Measure one count in processes of its own; returns the exit status."""
+    from pipeline.train.bench_step import BenchJob, payload
+
+    job = payload(BenchJob(config.model_dump_json(), steps, warmup, repeats, str(output)))
+    process = multiprocessing.get_context("spawn").Process(target=_start, args=(job, count, threads))
+    process.start()
+    process.join()
+    return abs(process.exitcode or 0)
+
+
+def _start(job: str, count: int, threads: int | None) -> Any:
+    from launch.workers import Nodes, start_workers
+
+    os._exit(start_workers("pipeline.train.bench_step", job, Nodes(count), threads))

@@ -20,8 +20,9 @@ setup: .venv/.ready  ## create .venv with everything the project needs
 	  { echo "Python 3.11 or 3.12 is needed, $(PYTHON) is $$($(PYTHON) -V); try: make PYTHON=python3.11" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
-	@echo "installing packages (about 6 GB the first time) ..."
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@echo "installing packages (about 7 GB the first time) ..."
+	@# Compiled here once: where PYTHONDONTWRITEBYTECODE is set, every start of Python would do it for all of torch.
+	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: setup  ## shard the digits, train a small NesT with two processes, evaluate and track it (SEED=n)

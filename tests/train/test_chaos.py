@@ -17,7 +17,7 @@ from pipeline.train.trace import read_trace
 from tests.train.conftest import write_recipe
 from tests.train.forked import ForkServer, Job
 
-KILLS = int(os.environ.get("ROOKERY_CHAOS_KILLS", 8))
+KILLS = int(os.environ.get("ROOKERY_CHAOS_KILLS", 30))
 ENGINES = {
     "ddp": ["engine.name=ddp"],
     "fsdp": ["engine.name=fsdp"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -35,7 +36,10 @@ class Agent(LocalElasticAgent):
         self._closed_since: float | None = None
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        if self._has_died() and not self._is_chosen():
+        dead = self._first_dead(worker_group)
+        if dead is not None and not self._is_chosen():
+            left = f"{self._remaining_restarts} of {worker_group.spec.max_restarts} restarts left (--restarts)"
+            print(f"rookery: {dead}; {left}", file=sys.stderr, flush=True)
             # The others wait for it and have nothing to save. Asked to end they would not hear, for half a minute.
             for pid in self._pids():
                 with suppress(ProcessLookupError):
@@ -54,14 +58,18 @@ class Agent(LocalElasticAgent):
     def _pids(self) -> list[int]:
         return [] if self._pcontext is None else list(self._pcontext.pids().values())
 
-    def _has_died(self) -> bool:
-        """Whether a process has failed; torchrun itself has yet to ask for its status."""
-        for pid in self._pids():
+    def _first_dead(self, worker_group: WorkerGroup) -> str | None:
+        """How a process failed, None if none did; torchrun itself has yet to ask for its status."""
+        pids = {} if self._pcontext is None else self._pcontext.pids()
+        for local_rank, pid in pids.items():
             with suppress(ChildProcessError):
                 ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
                 if ended is not None and ended.si_status != 0:
-                    return True
-        return False
+                    rank = worker_group.workers[local_rank].global_rank
+                    if ended.si_code == os.CLD_EXITED:
+                        return f"rank {rank} ended with status {ended.si_status}"
+                    return f"rank {rank} was killed by {signal.Signals(ended.si_status).name}"
+        return None
 
 
 def run_agent(

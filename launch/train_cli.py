@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from launch.quiet import quiet_torch
+
 
 def train(
     config: Annotated[Path, typer.Argument(help="recipe, such as configs/demo.yaml")],
@@ -40,6 +42,8 @@ def train(
     Exit status: 0 finished, 2 a mistake in config, data or options, 1 a failure while training; after a checkpoint 130
     when Ctrl-C or SIGTERM asked for it, and 75 when SIGUSR1 did, which means: submit it again.
     """
+    if nodes > 1:
+        quiet_torch()
     # torch takes seconds to import; the other commands need not wait for it.
     from launch.slurm_job import run_on_nodes
     from launch.slurm_script import Request
@@ -71,13 +75,16 @@ def train(
         submit(request, nodes, [*options, *(sbatch or ())], dry_run)
         return
     job = Nodes(nproc or 1, nodes, rendezvous)
+    if not dry_run or rendezvous is not None:
+        job.check()
     resolved = resolve(load_config(config, overrides or []), job.world_size)
     print_summary(resolved, job)
     if dry_run:
         try_samples(resolved)
         print_forecast(resolved, job, images_per_second)
         return
-    typer.echo(f"starting {counted(job.nproc, 'process')} ...")
+    where = "" if nodes == 1 else f" on this node; waiting for the others at {rendezvous}"
+    typer.echo(f"starting {counted(job.nproc, 'process')}{where} ...")
     status = start_workers("pipeline.train.worker", resolved.config.model_dump_json(), job, threads, restarts)
     if status in (INTERRUPTED, RESUBMIT):
         typer.echo("interrupted; the same command continues from the newest checkpoint", err=True)

@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import os
+import socket
 import sys
 import tempfile
 import uuid
@@ -15,8 +16,9 @@ from types import FrameType
 
 import psutil
 
+from launch.quiet import unquiet_workers
 from pipeline.errors import UserError
-from pipeline.train.again import FOLDER, JOB, chosen_status, most_telling
+from pipeline.train.again import FOLDER, JOB, chosen_status, has_begun, most_telling
 from pipeline.train.process import AGENT_PID, COMMAND
 from pipeline.train.status import FAILED, INTERRUPTED
 from pipeline.train.stop import STATUS, Stopped, catch_signals, stop_now
@@ -43,6 +45,26 @@ class Nodes:
     def world_size(self) -> int:
         return self.nproc * self.nodes
 
+    def check(self) -> None:
+        """Whether the nodes can meet.
+
+        Raises:
+            UserError: `rendezvous` is missing, or no place where they could.
+        """
+        if self.nodes == 1:
+            if self.rendezvous is not None:
+                raise UserError("--rendezvous goes with --nodes N, the number of nodes that meet there")
+            return
+        if self.rendezvous is None:
+            raise UserError("a job of several nodes needs --rendezvous HOST:PORT, the same on every node")
+        host, _, port = self.rendezvous.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise UserError(f"--rendezvous {self.rendezvous}: write HOST:PORT, such as node1:29500")
+        try:
+            socket.getaddrinfo(host.strip("[]"), int(port))
+        except OSError as error:
+            raise UserError(f"--rendezvous {self.rendezvous}: {host} is not known here ({error.strerror})") from error
+
 
 def start_workers(module: str, payload: str, nodes: Nodes, threads: int | None = None, restarts: int = 0) -> int:
     """Run a worker module on this node's processes and wait.
@@ -63,8 +85,7 @@ def start_workers(module: str, payload: str, nodes: Nodes, threads: int | None =
     threads = threads or max(1, len(os.sched_getaffinity(0)) // nodes.nproc)
     if nodes.world_size == 1:
         return importlib.import_module(module).run(payload, threads)
-    if nodes.nodes > 1 and nodes.rendezvous is None:
-        raise UserError("a job of several nodes needs --rendezvous HOST:PORT, the same on every node")
+    nodes.check()
     # Not `python -m module`: the loader processes would import the main module, and with it all of training, once more.
     # And no interpreter shutdown: threads of torch that still run then can end a finished worker with an abort.
     # Signals end a worker silently until it has handlers of its own.
@@ -85,10 +106,11 @@ def _torchrun(command: list[str], nodes: Nodes, threads: int, restarts: int) -> 
     # A store of its own for every start: in a shared one processes would find the addresses of dead ones.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousParameters
+    from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
 
     from launch.agent import run_agent
 
+    unquiet_workers()
     # The agent's own log repeats what the workers say.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ |= {"OMP_NUM_THREADS": str(threads), AGENT_PID: str(os.getpid()), COMMAND: json.dumps(sys.argv)}
@@ -104,16 +126,15 @@ def _torchrun(command: list[str], nodes: Nodes, threads: int, restarts: int) -> 
     passed_on: list[int] = []
     _pass_on_signals(passed_on)
     try:
-        result = run_agent(command, nodes.nproc, meeting, restarts, lambda: chosen_status() is not None)
-    except RendezvousClosedError:
-        _say("another node has ended the run; its log says why")
-        return FAILED
-    except RendezvousError as error:
-        _say(
-            f"the {nodes.nodes} nodes did not come together at {nodes.rendezvous} ({error}); start the same command on "
-            "all of them, and see that they reach that port"
+        # A process that a signal ends while it starts leaves no status.
+        result = run_agent(
+            command, nodes.nproc, meeting, restarts, lambda: bool(passed_on) or chosen_status() is not None
         )
-        return FAILED
+    except RendezvousError as error:
+        status = chosen_status() or (STATUS[passed_on[0]] if passed_on else None)
+        if status is None:
+            _say(_parted(nodes, error))
+        return status or FAILED
     except Stopped as stop:
         return stop.status
     except (SignalException, KeyboardInterrupt):
@@ -122,6 +143,21 @@ def _torchrun(command: list[str], nodes: Nodes, threads: int, restarts: int) -> 
         return 0
     told = STATUS[passed_on[0]] if passed_on else FAILED
     return most_telling([failure.exitcode for failure in result.failures.values()], told)
+
+
+def _parted(nodes: Nodes, error: Exception) -> str:
+    """Why a node has to give up alone."""
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousTimeoutError
+
+    again = "start the same command on all nodes"
+    if isinstance(error, RendezvousClosedError):
+        return f"another node has ended the run, and its log says why; to go on, {again}"
+    if isinstance(error, RendezvousTimeoutError):
+        reason = f"not all of the {nodes.nodes} nodes came to {nodes.rendezvous} within {_JOIN_SECONDS // 60} minutes"
+        return f"{reason}; {again}, and see that they reach that port"
+    if has_begun():
+        return f"the node of {nodes.rendezvous}, where all meet, is gone; to go on, {again}"
+    return f"no answer from {nodes.rendezvous} ({error.__cause__ or error}); {again}, and see that they reach that port"
 
 
 def _say(text: str) -> None:

@@ -48,6 +48,11 @@ def note_start(step: int) -> list[int]:
     return starts
 
 
+def has_begun() -> bool:
+    """Whether a process of this node has got as far as to note a start."""
+    return FOLDER in os.environ and any(_folder().glob("start-*"))
+
+
 def is_stuck(starts: list[int], step: int) -> bool:
     """Whether a start at this step is the third in a row there."""
     return starts[-2:] == [step, step]

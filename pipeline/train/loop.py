@@ -23,7 +23,7 @@ from pipeline.train.meters import StepMeter
 from pipeline.train.objective import Objective
 from pipeline.train.recorder import Recorder
 from pipeline.train.saver import Saver
-from pipeline.train.setup import eval_batches, initial_model, train_batches
+from pipeline.train.setup import check_same_command, eval_batches, initial_model, train_batches
 from pipeline.train.spikes import WINDOWS, is_spike, roll_back
 from pipeline.train.state import State
 from pipeline.train.step import seed_step, train_step
@@ -45,6 +45,7 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
     """
     run = resolve(config, world.size)
     config, plan = run.config, run.plan
+    check_same_command(run, world)
     torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
     with ExitStack() as stack:
         recorder = Recorder.open(run, world, stack)
@@ -130,5 +131,5 @@ def stop_if_diverged(streak: int, limit: int, world: World) -> None:
     if streak > limit:
         world.fail(
             f"{streak} steps in a row had a NaN or infinite gradient, train.max_bad_steps={limit} are tolerated; "
-            "lower optim.lr, lengthen optim.schedule.warmup or set train.clip_grad_norm, and start again"
+            "lower optim.lr, lengthen optim.schedule.warmup or set train.clip_grad_norm, and begin a new run (name=...)"
         )

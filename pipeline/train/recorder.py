@@ -112,9 +112,11 @@ class Recorder:
         self._log("train", state.step, lr=lr, skipped=state.skipped, **figures)
         self._report.step(state.step, self.run.plan.epoch(state.step), lr, figures)
         if bad:
-            causes = [{"step": step, "rank": rank, "keys": keys} for step, by in bad for rank, keys in by.items()]
-            self._log("event", state.step, event="skipped", steps=[step for step, _ in bad], causes=causes)
-            for step, by_rank in bad:
+            # The log counts steps from 1: "step 5" is the one that makes them five.
+            named = [(step + 1, by_rank) for step, by_rank in bad]
+            causes = [{"step": step, "rank": rank, "keys": keys} for step, by in named for rank, keys in by.items()]
+            self._log("event", state.step, event="skipped", steps=[step for step, _ in named], causes=causes)
+            for step, by_rank in named:
                 self._report.say(_skipped(step, by_rank))
 
     def rolled_back(self, state: State, loss: float) -> None:
@@ -147,9 +149,11 @@ class Recorder:
     def finish(self, state: State, engine: Engine) -> dict[str, Any]:
         """Write the final weights and `result.json`; collective."""
         config = self.run.config
-        save_weights(self.path / "final", engine, config, self.run.train.classes, state.last or {})
+        # An older evaluation says nothing of these weights.
+        last = state.last if state.last is not None and state.last["step"] == state.step else {}
+        save_weights(self.path / "final", engine, config, self.run.train.classes, last)
         result = {
-            **{k: v for k, v in (state.last or {}).items() if k != "step"},
+            **{k: v for k, v in last.items() if k != "step"},
             "step": state.step,
             "samples": state.step * self.run.order.batch,
             **({} if state.best is None else {"best": state.best}),
@@ -161,7 +165,7 @@ class Recorder:
             self.run_dir.write_result(result)
             names = ["final"] + (["best"] if (self.path / "best" / WEIGHTS).exists() else [])
             self.run_dir.write_checkpoints({name: file_reference(self.path / name / WEIGHTS) for name in names})
-            top1 = "" if state.last is None else f" top1={state.last['top1']:.4f}"
+            top1 = f" top1={last['top1']:.4f}" if last else ""
             self._report.end()
             if not self.run.plan.is_whole:
                 self._report.say(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import torch
 from torch import nn
 
@@ -14,6 +17,10 @@ from pipeline.resolve import Resolved, build_model
 from pipeline.train.cores import num_cores
 from pipeline.train.distributed import World
 from pipeline.train.init_weights import load_init
+from pipeline.trees import flatten
+
+# Where a node finds the data, and what its loaders use, may be its own.
+OWN_KEYS = ("data.train", "data.val", "data.workers", "data.prefetch")
 
 _INIT_STREAM = 100
 
@@ -96,3 +103,23 @@ def try_samples(run: Resolved) -> None:
 def loader_workers(config: RunConfig) -> int:
     """`data.workers`, but no more than this process's share of the usable cores; the data do not depend on it."""
     return min(config.data.workers, num_cores())
+
+
+def check_same_command(run: Resolved, world: World) -> None:
+    """Whether all processes were given the same run; collective. Each node has a launcher of its own.
+
+    Raises:
+        UserError: the message names the keys that differ, and the ranks on which they do.
+    """
+    own = flatten(run.config.model_dump(mode="json")) | {"shards of data.train": run.train.fingerprint()}
+    own = {key: value for key, value in own.items() if key not in OWN_KEYS}
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()
+    if len(set(world.gather(digest))) == 1:
+        return
+    given = world.gather(own)
+    others = [rank for rank, other in enumerate(given) if other != given[0]]
+    other = given[others[0]]
+    differing = [key for key in sorted(given[0].keys() | other.keys()) if given[0].get(key) != other.get(key)]
+    changes = "; ".join(f"{key}: {given[0].get(key)!r} there, {other.get(key)!r} here" for key in differing[:5])
+    ranks = ", ".join(map(str, others[:8]))
+    world.fail(f"rank 0 and rank {ranks} were started with different runs ({changes}); give all nodes the same command")

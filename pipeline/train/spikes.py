@@ -45,7 +45,7 @@ def roll_back(engine: Engine, store: CheckpointStore, state: State, window: int,
     if len(state.rollbacks) >= limit:
         world.fail(
             f"the loss spiked again in step {state.step}, after {limit} roll-backs (train.max_rollbacks); lower "
-            "optim.lr, lengthen optim.schedule.warmup or set train.clip_grad_norm in a new run"
+            "optim.lr, lengthen optim.schedule.warmup or set train.clip_grad_norm, and begin a new run (name=...)"
         )
     checkpoint = world.on_main(lambda: store.newest(state.step - window))
     if checkpoint is None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from launch.workers import Nodes
+from pipeline.config_load import load_config
+from pipeline.errors import UserError
+from pipeline.resolve import resolve
 from pipeline.train.again import FOLDER, is_stuck, newest_step, note_start
+from pipeline.train.distributed import World
 from pipeline.train.export import WEIGHTS
+from pipeline.train.setup import check_same_command
 from pipeline.train.trace import read_trace
 from tests.cluster.slurm_cluster import free_ports
 from tests.train.commands import command, environment
@@ -77,6 +85,70 @@ def test_a_dead_node_may_come_back(recipe: Path, whole: Path, tmp_path: Path) ->
     run.launchers[number].wait()
     run.launchers[number] = run.launch()
     run.check_end(tmp_path / "runs" / "cut", whole)
+
+
+def test_a_signal_ends_all_nodes(recipe: Path, tmp_path: Path) -> None:
+    """The node where all meet ends first or last; both say the same."""
+    run = Launchers(tmp_path, recipe, 2, 1, "train.epochs=100000steps")
+    run.wait_for_step(tmp_path / "runs" / "cut", 5)
+    run.launchers[0].send_signal(signal.SIGUSR1)
+    assert [launcher.wait(timeout=120) for launcher in run.launchers] == [75, 75], run.log.read_text()
+    said = run.log.read_text()
+    assert "frame #" not in said and "Traceback" not in said and "died" not in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_processes_start(number: int, recipe: Path, tmp_path: Path) -> None:
+    run = Launchers(tmp_path, recipe, 1, 2)
+    deadline = time.monotonic() + 120
+    while not psutil.Process(run.launchers[0].pid).children():
+        assert run.launchers[0].poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.3)
+    run.launchers[0].send_signal(number)
+    assert run.launchers[0].wait(timeout=60) == 130, run.log.read_text()
+    assert "died" not in run.log.read_text() and not (tmp_path / "runs").exists()
+
+
+def test_nodes_with_different_commands(recipe: Path) -> None:
+    class Told:
+        """A world in which another rank has another run."""
+
+        def __init__(self, *others: dict[str, object]) -> None:
+            self.others = others
+
+        def gather(self, own):  # type: ignore[no-untyped-def]
+            if isinstance(own, str):
+                return [own, *(f"digest {i}" for i in range(len(self.others)))]
+            return [own, *({**own, **changes} for changes in self.others)]
+
+        def fail(self, message: str) -> None:
+            raise UserError(message)
+
+    run = resolve(load_config(recipe), 2)
+    with pytest.raises(
+        UserError, match=r"rank 0 and rank 1 .* \(optim.lr: 0.001 there, 0.5 here\); give all nodes the"
+    ):
+        check_same_command(run, Told({"optim.lr": 0.5}))  # type: ignore[arg-type]
+    check_same_command(run, World(0, 1, 0, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--nodes", "2"], "needs --rendezvous HOST:PORT"),
+        (["--nodes", "2", "--rendezvous", "host"], "--rendezvous host: write HOST:PORT"),
+        (["--nodes", "2", "--rendezvous", "127.0.0.1:abc"], "--rendezvous 127.0.0.1:abc: write HOST:PORT"),
+        (["--nodes", "2", "--rendezvous", "127.0.0.1:99999"], "write HOST:PORT"),
+        (["--nodes", "2", "--rendezvous", "no-such-host.invalid:29500"], "no-such-host.invalid is not known here"),
+        (["--rendezvous", "127.0.0.1:29500"], "--rendezvous goes with --nodes N"),
+    ],
+)
+def test_no_place_to_meet(options: list[str], said: str) -> None:
+    values = dict(zip(options[::2], options[1::2], strict=True))
+    with pytest.raises(UserError) as error:
+        Nodes(1, int(values.get("--nodes", 1)), values.get("--rendezvous")).check()
+    assert said in str(error.value)
 
 
 def listens(launcher: subprocess.Popen[bytes]) -> bool:

@@ -57,9 +57,11 @@ def test_a_full_disk(tmp_path: Path, workers: int) -> None:
         subprocess.run(["umount", disk], check=True)
 
 
-def test_a_worker_that_dies_is_reported(source: Path, tmp_path: Path) -> None:
-    """As when the kernel kills one for lack of memory."""
+def test_a_worker_that_dies_is_reported(tmp_path: Path) -> None:
+    """As when the kernel kills one for lack of memory. There is work for longer than it takes to find a worker."""
     import multiprocessing
+
+    source = make_folder(tmp_path / "source", per_class=300)
 
     killed = []
 

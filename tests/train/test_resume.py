@@ -53,13 +53,19 @@ def kill_after(seconds: float, number: int, run: Path, log: Path, *args: object)
     [(DDP, 1, 1), (DDP, 2, 3), (FSDP, 3, 1), (ZERO2, 2, 1)],
 )
 def test_kill_and_resume_is_bit_identical(
-    engine: tuple[str, ...], recipe: Path, rookery: Rookery, tmp_path: Path, nproc: int, kills: int
+    engine: tuple[str, ...],
+    nproc: int,
+    kills: int,
+    recipe: Path,
+    rookery: Rookery,
+    fork_server: ForkServer,
+    tmp_path: Path,
 ) -> None:
     seed = random.SystemRandom().randrange(10**6)
     print(f"kill moments from seed {seed}")
     moments = random.Random(seed)
     options = (recipe, *engine, "--nproc", nproc, "--threads", 1)
-    rookery("train", *options, "name=whole")
+    fork_server.train(recipe, *engine, "name=whole", nproc=nproc)
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
     for number in [signal.SIGKILL, signal.SIGUSR1, signal.SIGKILL][:kills]:
         kill_after(moments.uniform(0, 1.2), number, cut, tmp_path / "log", *options, "name=cut")

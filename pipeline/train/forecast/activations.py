@@ -56,9 +56,11 @@ def count_activations(run: Resolved, micro_batch: int, device: str = "cuda") -> 
     config = run.config
     recomputed = config.train.activation_checkpointing
     with ExitStack() as stack:
-        stack.enter_context(FakeTensorMode())
+        # Built before: timm reads rates of its model from tensors, which fake ones can't tell.
+        bare = build_model(config, "meta")
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        model = bare.to_empty(device=device)
         # Checkpointed layers would hide from us what they keep while they are recomputed.
-        model = build_model(config, device)
         model.set_grad_checkpointing(False)
         group_statistics(model, lane_chunk(config))
         keeper = Keeper(model)

@@ -38,8 +38,9 @@ class Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         dead = self._first_dead(worker_group)
         if dead is not None and not self._is_chosen():
-            left = f"{self._remaining_restarts} of {worker_group.spec.max_restarts} restarts left (--restarts)"
-            print(f"rookery: {dead}; {left}", file=sys.stderr, flush=True)
+            allowed = worker_group.spec.max_restarts
+            left = f"; {self._remaining_restarts} of {allowed} restarts left (--restarts)" if allowed else ""
+            print(f"rookery: {dead}{left}", file=sys.stderr, flush=True)
             # The others wait for it and have nothing to save. Asked to end they would not hear, for half a minute.
             for pid in self._pids():
                 with suppress(ProcessLookupError):

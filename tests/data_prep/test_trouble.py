@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import io
+import multiprocessing
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from data_prep.errors import UserError
 from data_prep.prepare import prepare
-from data_prep.progress import LineProgress
+from data_prep.progress import Advance, SilentProgress
 from data_prep.state import SplitState
 from data_prep.verify import verify
 from tests.conftest import missing
@@ -58,33 +60,25 @@ def test_a_full_disk(tmp_path: Path, workers: int) -> None:
 
 
 def test_a_worker_that_dies_is_reported(tmp_path: Path) -> None:
-    """As when the kernel kills one for lack of memory. There is work for longer than it takes to find a worker."""
-    import multiprocessing
+    """As when the kernel kills one for lack of memory. All die with their first report, while other shards wait."""
+    source = make_folder(tmp_path / "source", per_class=40)
+    before = set(multiprocessing.active_children())
+    killed: list[int] = []
 
-    source = make_folder(tmp_path / "source", per_class=300)
+    class Killer(SilentProgress):
+        @contextmanager
+        def task(self, title: str, total: int, done: int = 0) -> Iterator[Advance]:
+            yield self.kill_all
 
-    killed = []
-
-    class Killer(LineProgress):
-        def say(self, text: str) -> None:
-            if "shards" in text:
-                os.kill(os.getpid(), signal.SIGALRM)
-
-    def kill_one(*_: object) -> None:
-        for child in multiprocessing.active_children():
-            if child.pid is not None and not killed:
-                killed.append(child.pid)
+        def kill_all(self, images: int) -> None:
+            for child in set(multiprocessing.active_children()) - before:
+                assert child.pid is not None
                 os.kill(child.pid, signal.SIGKILL)
-        if not killed:
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
+                killed.append(child.pid)
 
-    previous = signal.signal(signal.SIGALRM, kill_one)
-    try:
-        with pytest.raises(UserError, match=r"a worker process ended with status -9 while it made train-"):
-            prepare(source, tmp_path / "out", options(workers=2), progress=Killer(io.StringIO()))
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-    assert not multiprocessing.active_children()
+    with pytest.raises(UserError, match=r"a worker process ended with status -9 while it made train-"):
+        prepare(source, tmp_path / "out", options(workers=2), progress=Killer())
+    assert killed
+    assert set(multiprocessing.active_children()) <= before
     prepare(source, tmp_path / "out", options())
     assert verify(tmp_path / "out") == []

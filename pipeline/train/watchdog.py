@@ -108,8 +108,7 @@ class Watchdog:
             _say(f"{begin}: rank 0, where the processes meet, did not answer")
         elif rank == min(answers):
             _say(f"{begin}: {blame(answers, self._world.size)}")
-        _say(f"rank {rank} {mark.doing} in step {mark.step} for {waited:.0f} s; its threads:")
-        faulthandler.dump_traceback(all_threads=True)
+        _say(f"rank {rank} {mark.doing} in step {mark.step} for {waited:.0f} s; its threads:\n{_stacks()}")
         # The first process that ends takes the others with it; they may still be printing.
         time.sleep(_ANSWER_SECONDS)
 
@@ -157,5 +156,15 @@ def _own_client() -> dist.Store:
     )
 
 
+def _stacks() -> str:
+    """Where all threads of this process are."""
+    with os.fdopen(os.memfd_create("stacks"), "w+b") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read().decode(errors="replace").rstrip()
+
+
 def _say(text: str) -> None:
-    print(f"rookery: {text}", file=sys.stderr, flush=True)
+    # In one piece: other processes print at the same moment.
+    sys.stderr.flush()
+    os.write(sys.stderr.fileno(), f"rookery: {text}\n".encode())

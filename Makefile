@@ -23,6 +23,8 @@ setup: .venv/.ready  ## create .venv with everything the project needs
 	@echo "installing packages (about 7 GB the first time) ..."
 	@# Compiled here once: where PYTHONDONTWRITEBYTECODE is set, every start of Python would do it for all of torch.
 	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@# So are the loader's own loops: the first run would wait for it.
+	@$(BIN)/python -c "import pipeline.data.fast.color, pipeline.data.fast.randaugment"
 	@touch $@
 
 demo: setup  ## shard the digits, train a small NesT with two processes, evaluate and track it (SEED=n)

@@ -87,6 +87,10 @@ class DataConfig(Section):
     repeats: int = Field(1, ge=1, description="repeated augmentation: copies of each sample, next to each other")
     workers: int = Field(2, ge=0, description="loader processes per training process; 0 loads in the process itself")
     prefetch: int = Field(4, ge=1, description="batches that each loader process prepares ahead")
+    augment_by: Literal["compiled", "pillow"] = Field(
+        "compiled",
+        description="compiled: libjpeg-turbo and compiled loops; pillow: the plain path that they are tested against",
+    )
     trace: bool = Field(False, description="write the keys of the samples of every step to <run>/trace/")
 
 

@@ -22,7 +22,7 @@ from pipeline.data.augment.lazy import TIMM, TORCHVISION
 from pipeline.errors import UserError
 
 # What every loader process would import for seconds: the server that they are forked from does it once.
-_PRELOAD = ["pipeline.data.loader", "pipeline.data.augment.transforms", TORCHVISION, TIMM]
+_PRELOAD = ["pipeline.data.loader", "pipeline.data.fast.randaugment", "pipeline.data.fast.color", TORCHVISION, TIMM]
 # Every tensor from a loader process costs a handshake of 0.4 ms here; up to this many bytes, to send it is cheaper.
 _SENT_BYTES = 2**18
 

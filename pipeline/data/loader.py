@@ -6,23 +6,26 @@ steps from where the last one stopped.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from pipeline.data.augment.finish import Erased
 from pipeline.data.augment.mix_token import draw_mix_token
 from pipeline.data.augment.mixing import MixConfig, MixParams, draw_mix
 from pipeline.data.augment.token_labels import TokenLabelBatch, decode_map
 from pipeline.data.augment.transforms import TrainTransform
 from pipeline.data.batches import Batches, Failed
+from pipeline.data.fast.decode import decode_array
+from pipeline.data.fast.decode import decode_image as decode
+from pipeline.data.fast.transform import FastTransform
 from pipeline.data.order import DataOrder
 from pipeline.data.shards import Sample, ShardSet
 from pipeline.errors import UserError
@@ -32,17 +35,21 @@ __all__ = ["Batches", "EvalBatch", "EvalDataset", "StepDataset", "TrainBatch", "
 
 _DROP_PATH_STREAM = 101
 
+# Augmented images, boxes that are still to be erased, and where parts of the images come from.
+_Images = tuple[torch.Tensor, Erased | None, np.ndarray | None]
+
 
 class TrainBatch(NamedTuple):
     """One process's part of a global step.
 
     Attributes:
-        images: (b, C, H, W) float32, augmented and normalised.
+        images: (b, C, H, W), augmented: float32 and normalised, or uint8 where that is left to the device.
         labels: (b,) int64.
         samples: (b,) int64, positions in the manifest.
         drop_path: (b, P) float32 uniforms, one per sample and stochastic-depth branch.
         mix: partners, weights and boxes of mixup and CutMix.
         tokens: label maps; None where the tokens have no labels of their own.
+        erased: boxes that the device erases; None where `images` are finished.
     """
 
     images: torch.Tensor
@@ -51,6 +58,7 @@ class TrainBatch(NamedTuple):
     drop_path: torch.Tensor
     mix: MixParams
     tokens: TokenLabelBatch | None = None
+    erased: Erased | None = None
 
 
 @dataclass(frozen=True)
@@ -82,21 +90,6 @@ class EvalBatch(NamedTuple):
     real: torch.Tensor
 
 
-def decode(data: bytes, in_chans: int) -> Image.Image:
-    """The image of an encoded sample, RGB or greyscale; an alpha channel is dropped.
-
-    Raises:
-        UserError: the bytes are no image any more.
-    """
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-            return image.convert("L" if in_chans == 1 else "RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # the decoders raise nearly every type on damaged bytes
-        raise UserError(f"can't be decoded ({error}); check the shards with `rookery verify`") from error
-
-
 @contextmanager
 def _naming(sample: Sample, shards: ShardSet) -> Iterator[None]:
     """Say which sample a mistake is about."""
@@ -112,13 +105,15 @@ class StepDataset(Dataset):
     Args:
         shards: the training split.
         order: which samples when.
-        transform: (image, seed, epoch, index) to a (C, H, W) tensor; a pure function; with `tokens` a `TrainTransform`.
+        transform: whole batches (`FastTransform`), or (image, seed, epoch, index) to a (C, H, W) tensor; a pure
+            function; with `tokens` a `FastTransform` or a `TrainTransform`.
         mix: mixup and CutMix.
         img_size: side of the images that `transform` returns.
         in_chans: image channels.
         drop_paths: stochastic-depth branches of the model.
         rank, world_size: this process among those that share the steps.
         tokens: read the label maps of the shards; None: don't.
+        finish: give floats; False: a `FastTransform` leaves normalisation and erasing to the device.
 
     Raises:
         UserError: `world_size` does not divide the lanes.
@@ -128,7 +123,7 @@ class StepDataset(Dataset):
         self,
         shards: ShardSet,
         order: DataOrder,
-        transform: Callable[[Image.Image, int, int, int], torch.Tensor],
+        transform: FastTransform | Callable[[Image.Image, int, int, int], torch.Tensor],
         mix: MixConfig,
         img_size: int,
         in_chans: int,
@@ -136,11 +131,12 @@ class StepDataset(Dataset):
         rank: int,
         world_size: int,
         tokens: TokenLabelOptions | None = None,
+        finish: bool = True,
     ) -> None:
         order.check_world_size(world_size)
         self.shards, self.order, self.transform, self.mix = shards, order, transform, mix
         self.img_size, self.in_chans, self.drop_paths = img_size, in_chans, drop_paths
-        self.rank, self.world_size, self.tokens = rank, world_size, tokens
+        self.rank, self.world_size, self.tokens, self.finish = rank, world_size, tokens, finish
 
     def __getitem__(self, step: int) -> TrainBatch | Failed:
         try:
@@ -153,40 +149,56 @@ class StepDataset(Dataset):
         chosen = order.step(step, self.rank, self.world_size)
         # Copies of a sample in repeated augmentation are told apart as if they were further samples.
         ids = chosen.samples + chosen.copies * order.num_samples
-        images, labels, maps, warps = [], [], [], []
-        read = self.shards.read(chosen.samples, tokens=self.tokens is not None)
-        for sample, index in zip(read, ids, strict=True):
+        fast = isinstance(self.transform, FastTransform)
+        pictures: list[Any] = []
+        labels, maps = [], []
+        for sample in self.shards.read(chosen.samples, tokens=self.tokens is not None):
             with _naming(sample, self.shards):
-                image = decode(sample.data, self.in_chans)
-                if self.tokens is None or sample.tokens is None:
-                    images.append(self.transform(image, seed, chosen.epoch, int(index)))
-                else:
-                    assert isinstance(self.transform, TrainTransform), "only it knows where pixels come from"
-                    swap = self.tokens.swap_axes
-                    pixels, warp = self.transform.traced(image, seed, chosen.epoch, int(index), swap)
-                    images.append(pixels)
-                    warps.append(warp)
+                pictures.append((decode_array if fast else decode)(sample.data, self.in_chans))
+                if sample.tokens is not None:
                     maps.append(decode_map(sample.tokens))
             labels.append(sample.label)
-        branches = np.arange(self.drop_paths)
+        images, erased, warps = (self._fast if fast else self._plain)(pictures, seed, chosen.epoch, ids)
         return TrainBatch(
-            torch.stack(images),
+            images,
             torch.tensor(labels),
             torch.from_numpy(chosen.samples),
-            torch.from_numpy(uniform(seed, _DROP_PATH_STREAM, chosen.epoch, ids[:, None], branches)),
+            torch.from_numpy(uniform(seed, _DROP_PATH_STREAM, chosen.epoch, ids[:, None], np.arange(self.drop_paths))),
             draw_mix(self.mix, seed, step, chosen.lanes, order.chunk, self.img_size),
             self._tokens(step, chosen.lanes, maps, warps),
+            erased,
         )
 
+    def _fast(self, pictures: list[np.ndarray], seed: int, epoch: int, ids: np.ndarray) -> _Images:
+        assert isinstance(self.transform, FastTransform)
+        swap = self.tokens is not None and self.tokens.swap_axes
+        done = self.transform(pictures, seed, epoch, ids, self.tokens is not None, swap)
+        if self.finish:
+            return self.transform.finish.on_host(done.pixels, done.erased), None, done.warps
+        return torch.from_numpy(done.pixels).permute(0, 3, 1, 2), done.erased, done.warps
+
+    def _plain(self, pictures: list[Image.Image], seed: int, epoch: int, ids: np.ndarray) -> _Images:
+        assert not isinstance(self.transform, FastTransform)
+        if self.tokens is None:
+            images = [self.transform(image, seed, epoch, int(i)) for image, i in zip(pictures, ids, strict=True)]
+            return torch.stack(images), None, None
+        assert isinstance(self.transform, TrainTransform), "only it knows where pixels come from"
+        swap = self.tokens.swap_axes
+        traced = [
+            self.transform.traced(image, seed, epoch, int(i), swap) for image, i in zip(pictures, ids, strict=True)
+        ]
+        return torch.stack([image for image, _ in traced]), None, np.stack([warp for _, warp in traced])
+
     def _tokens(
-        self, step: int, lanes: np.ndarray, maps: list[torch.Tensor], warps: list[np.ndarray]
+        self, step: int, lanes: np.ndarray, maps: list[torch.Tensor], warps: np.ndarray | None
     ) -> TokenLabelBatch | None:
         if self.tokens is None:
             return None
+        assert warps is not None, "asked for with the maps"
         mix = None
         if self.tokens.mix_token:
             mix = draw_mix_token(self.order.seed, step, lanes, self.order.chunk, self.tokens.grid)
-        return TokenLabelBatch(torch.stack(maps), torch.from_numpy(np.stack(warps)), mix)
+        return TokenLabelBatch(torch.stack(maps), torch.from_numpy(warps), mix)
 
 
 class EvalDataset(Dataset):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.config import RunConfig
+from pipeline.data.augment.finish import Finish
 from pipeline.data.shards import ShardSet
 from pipeline.resolve import resolve
 from pipeline.train.checkpoint import Checkpoint, CheckpointStore
@@ -61,7 +62,8 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
         trace = open_trace(config, shards, world, stack)
         meter = StepMeter(world, run.order.batch, run.macs)
         objective = Objective(config.objective, run.train.num_classes, run.token_grid)
-        batches = on_device(train_batches(run, shards, world, state.step), world.device)
+        finish = Finish(config.augment, config.model.in_chans)
+        batches = on_device(train_batches(run, shards, world, state.step), world.device, finish)
         stop = StopRequest(world, leave_at(config.checkpoint.margin_seconds, may_ask=world.is_main))
         stack.enter_context(stop.listening())
         watch = stack.enter_context(Watchdog(world, config.train.hang_minutes))

@@ -10,6 +10,7 @@ from torch import nn
 
 from pipeline.config import RunConfig
 from pipeline.data.augment.transforms import build_eval_transform, build_train_transform
+from pipeline.data.fast.transform import FastTransform
 from pipeline.data.loader import Batches, EvalDataset, StepDataset, TokenLabelOptions, decode
 from pipeline.data.shards import ShardSet
 from pipeline.hashing import seed64
@@ -48,10 +49,11 @@ def train_batches(run: Resolved, shards: ShardSet, world: World, start: int) -> 
     config = run.config
     size, channels = config.model.img_size, config.model.in_chans
     assert size is not None, "resolve fills in the image size"
+    build = FastTransform if config.data.augment_by == "compiled" else build_train_transform
     dataset = StepDataset(
         shards,
         run.order,
-        build_train_transform(config.augment, size, channels),
+        build(config.augment, size, channels),
         config.mix,
         size,
         channels,
@@ -59,6 +61,7 @@ def train_batches(run: Resolved, shards: ShardSet, world: World, start: int) -> 
         world.rank,
         world.size,
         token_options(run),
+        finish=world.device.type != "cuda",
     )
     steps = range(start, run.plan.end_step)
     return Batches(dataset, steps, loader_workers(config), config.data.prefetch, world.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -19,6 +20,16 @@ tvf = LazyModule(TORCHVISION)
 _ATTEMPTS = 10
 CROP_DRAWS = 4 * _ATTEMPTS
 AFFINE_DRAWS = 5
+
+
+class HasSize(Protocol):
+    """A picture, as far as messages speak of it."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def height(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -155,7 +166,7 @@ def padded(image: Image.Image, config: PadCrop, side: int, u: Sequence[float]) -
     return larger, Box(int(u[0] * (height - side + 1)), int(u[1] * (width - side + 1)), side, side)
 
 
-def require_side(fits: bool, image: Image.Image, side: int, how: str) -> None:
+def require_side(fits: bool, image: HasSize, side: int, how: str) -> None:
     """Refuse a picture from which the input can't be cut."""
     if not fits:
         raise UserError(

@@ -42,10 +42,11 @@ def pixel_warp(pixels: PixelMap, width: int, height: int) -> np.ndarray:
 
 
 def rotation(degrees: float, width: int, height: int) -> PixelMap:
-    """Pillow's `rotate`: counter-clockwise about the centre."""
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    """Pillow's `rotate`: counter-clockwise about the centre; with its rounding, so that the same pixels are met."""
+    angle = -math.radians(degrees % 360.0)
+    cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
     x, y = width / 2, height / 2
-    return (cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y)
+    return (cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y)
 
 
 def affine_pixels(affine: Affine, width: int, height: int) -> PixelMap:

@@ -1,0 +1,103 @@
+"""One run of `rookery bench loader`: lay the images out, let the contenders take turns, collect the figures."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from launch.bench_loader.contender import Settings
+from launch.bench_loader.ours import OURS, bytes_per_image, split
+from launch.bench_loader.report import rows
+from launch.bench_loader.rounds import contenders, measure
+from launch.bench_loader.scene import set_up
+from launch.bench_report import device_name
+from pipeline.errors import UserError
+from pipeline.tracking.environment import key_versions
+from pipeline.train.cores import num_cores
+
+
+def bench_loader(
+    shards: Path,
+    recipe: str,
+    side: int,
+    batch: int,
+    workers: int | None,
+    samples: int,
+    repeats: int,
+    peers: bool,
+    target: float | None,
+) -> dict[str, Any]:
+    """The report; arguments as in `rookery bench loader --help`.
+
+    Raises:
+        UserError: the shards can't be used, or hold too few images for the batch.
+    """
+    with tempfile.TemporaryDirectory(prefix="rookery-") as folder:
+        _tell(f"laying out images below {folder}")
+        split_dir, files, beton, images = set_up(shards, Path(folder), samples)
+        workers = workers or num_cores()
+        settings = Settings(split_dir, files, beton, recipe, side, batch, workers, prefetch=4, warmup=2 * workers)
+        if images // batch < 2 * settings.warmup:
+            raise UserError(
+                f"{shards}: {images} images give {images // batch} batches of {batch}, {workers} workers need "
+                f"{2 * settings.warmup}; set a smaller --batch or more --samples"
+            )
+        chosen, left_out = contenders(recipe)
+        if not peers:
+            own = {contender.name for contender in OURS}
+            chosen, left_out = [c for c in chosen if c.name in own], []
+        found = measure(settings, chosen, repeats, _tell)
+        table = rows(found, workers)
+        report = {
+            "command": shlex.join(["rookery", *sys.argv[1:]]),
+            "recipe": recipe,
+            "side": side,
+            "batch": batch,
+            "workers": workers,
+            "repeats": repeats,
+            "samples": images,
+            "stored_kilobytes": bytes_per_image(settings) / 1000,
+            "device": device_name(),
+            "versions": key_versions(),
+            "loaders": table,
+            "left_out": left_out,
+            "split_ms": split(settings),
+            "target_images_per_second": target,
+        }
+        if "failed" not in table[0]:
+            _tell("waiting of a step as long as the loader takes")
+            report["wait_share"] = wait_share(settings, table[0]["images_per_second"]["median"])
+        return report
+
+
+def wait_share(settings: Settings, rate: float) -> float:
+    """Part of the time that a training waits for data whose step takes as long as the loader at `rate` images/s.
+
+    The step is slept, as on the host of a GPU. Its first steps don't count.
+    """
+    batches: Iterator[Any] = OURS[0 if settings.recipe == "crop" else 2].epochs(settings)()
+    step, waited, steps = settings.batch / rate, 0.0, 0
+    start = time.perf_counter()
+    while True:
+        asked = time.perf_counter()
+        try:
+            next(batches)
+        except StopIteration:
+            break
+        arrived = time.perf_counter()
+        steps += 1
+        if steps > settings.warmup:
+            waited += arrived - asked
+        else:
+            start = arrived
+        time.sleep(step)
+    return waited / (time.perf_counter() - start)
+
+
+def _tell(text: str) -> None:
+    print(f"bench loader: {text}", file=sys.stderr, flush=True)

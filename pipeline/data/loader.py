@@ -82,13 +82,19 @@ class EvalBatch(NamedTuple):
     real: torch.Tensor
 
 
-def decode(data: bytes, in_chans: int) -> Image.Image:
-    """The image of an encoded sample, RGB or greyscale; an alpha channel is dropped.
+def decode(data: bytes, in_chans: int, shape: tuple[int, int] | None = None) -> Image.Image:
+    """The image of a sample, RGB or greyscale; an alpha channel is dropped.
+
+    Args:
+        data: an image file, or the RGB pixels of an image of this `shape`, (height, width).
 
     Raises:
         UserError: the bytes are no image any more.
     """
     try:
+        if shape is not None:
+            image = Image.frombytes("RGB", shape[::-1], data)
+            return image.convert("L") if in_chans == 1 else image
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             return image.convert("L" if in_chans == 1 else "RGB")
     except MemoryError:
@@ -157,7 +163,7 @@ class StepDataset(Dataset):
         read = self.shards.read(chosen.samples, tokens=self.tokens is not None)
         for sample, index in zip(read, ids, strict=True):
             with _naming(sample, self.shards):
-                image = decode(sample.data, self.in_chans)
+                image = decode(sample.data, self.in_chans, sample.shape)
                 if self.tokens is None or sample.tokens is None:
                     images.append(self.transform(image, seed, chosen.epoch, int(index)))
                 else:
@@ -220,7 +226,7 @@ class EvalDataset(Dataset):
         # A process whose share is all padding looks at some image to learn its shape.
         for sample in self.shards.read(samples or range(1)):
             with _naming(sample, self.shards):
-                images.append(self.transform(decode(sample.data, self.in_chans)))
+                images.append(self.transform(decode(sample.data, self.in_chans, sample.shape)))
             labels.append(sample.label)
         real, missing = len(samples), self.batch_size - len(samples)
         return EvalBatch(

@@ -1,0 +1,57 @@
+"""Reads and writes `.beton` files with the ffcv package alone, none of this project's code.
+
+A program of its own: the threads of what numba compiles and the forks of other tests don't go together.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+def write(file: str, images: list[str], labels: list[int], page_size: int) -> None:
+    """What FFCV's own writer makes of these images, as raw pixels."""
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    samples = [(np.asarray(Image.open(path).convert("RGB")), label) for path, label in zip(images, labels, strict=True)]
+    fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
+    DatasetWriter(file, fields, page_size=page_size, num_workers=1).from_indexed_dataset(samples)
+
+
+def load(file: str, batch: int, indices: list[int] | None, os_cache: bool) -> dict[str, np.ndarray]:
+    """All whole batches: (batches, batch, height, width, 3) uint8 images and (batches, batch) labels."""
+    from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import Squeeze, ToTensor
+
+    loader = Loader(
+        file,
+        batch_size=batch,
+        num_workers=1,
+        order=OrderOption.SEQUENTIAL,
+        indices=indices,
+        os_cache=os_cache,
+        pipelines={
+            "image": [SimpleRGBImageDecoder(), ToTensor()],
+            "label": [IntDecoder(), ToTensor(), Squeeze()],
+        },
+    )
+    batches = [(images.numpy().copy(), labels.numpy().copy()) for images, labels in loader]
+    return {"images": np.stack([b[0] for b in batches]), "labels": np.stack([b[1].reshape(-1) for b in batches])}
+
+
+def main(jobs: str, out: str) -> None:
+    content: dict[str, Any] = json.loads(Path(jobs).read_text())
+    write(**content["write"])
+    found = {f"{name}.{part}": array for name, job in content["load"].items() for part, array in load(**job).items()}
+    np.savez(out, **found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -46,11 +46,27 @@ def load(file: str, batch: int, indices: list[int] | None, os_cache: bool) -> di
     return {"images": np.stack([b[0] for b in batches]), "labels": np.stack([b[1].reshape(-1) for b in batches])}
 
 
+def layout() -> str:
+    """Offsets of the records of a file, its version and the numbers of the two kinds of field, as JSON."""
+    from ffcv import types
+    from ffcv.fields import IntField, RGBImageField
+
+    rows = types.get_metadata_type([RGBImageField(), IntField()])
+    kinds = (types.HeaderType, types.FieldDescType, types.ALLOC_TABLE_TYPE, RGBImageField().metadata_type, rows)
+    number_of = {kind: number for number, kind in types.TYPE_ID_HANDLER.items()}
+    content = {
+        "types": [[[kind.fields[name][1] for name in kind.names], kind.itemsize] for kind in kinds],
+        "version": types.CURRENT_VERSION,
+        "fields": [number_of[RGBImageField], number_of[IntField]],
+    }
+    return json.dumps(content)
+
+
 def main(jobs: str, out: str) -> None:
     content: dict[str, Any] = json.loads(Path(jobs).read_text())
     write(**content["write"])
     found = {f"{name}.{part}": array for name, job in content["load"].items() for part, array in load(**job).items()}
-    np.savez(out, **found)
+    np.savez(out, layout=np.array(layout()), **found)
 
 
 if __name__ == "__main__":

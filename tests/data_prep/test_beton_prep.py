@@ -187,7 +187,7 @@ def test_one_format_replaces_the_other_when_asked(source: Path, tmp_path: Path) 
 def test_a_beton_of_somebody_else_is_not_touched(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "train").mkdir(parents=True)
     (tmp_path / "out" / "train" / "imagenet.beton").write_bytes(TEXT)
-    with pytest.raises(UserError, match="holds imagenet.beton"):
+    with pytest.raises(UserError, match=r"holds imagenet\.beton"):
         prepare(source, tmp_path / "out", ffcv())
     assert (tmp_path / "out" / "train" / "imagenet.beton").read_bytes() == TEXT
 

@@ -11,7 +11,8 @@ One directory per split::
 or `train-000000.beton`, a data set that FFCV opens (`data_prep.beton`), in the place of the tar.
 
 The index gives the byte range and label of every sample, so a reader reaches any sample with one positioned read and
-no scan of the shard. This module is the only one that training code imports from `data_prep`; it needs NumPy alone.
+no scan of the shard. This module and `data_prep.beton` are all that training code imports from `data_prep`; they
+need NumPy alone.
 """
 
 from __future__ import annotations

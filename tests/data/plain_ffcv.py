@@ -24,8 +24,11 @@ def write(file: str, images: list[str], labels: list[int], page_size: int) -> No
     DatasetWriter(file, fields, page_size=page_size, num_workers=1).from_indexed_dataset(samples)
 
 
-def load(file: str, batch: int, indices: list[int] | None, os_cache: bool) -> dict[str, np.ndarray]:
-    """All whole batches: (batches, batch, height, width, 3) uint8 images and (batches, batch) labels."""
+def load(file: str, batch: int, epochs: list[list[int] | None], os_cache: bool) -> dict[str, np.ndarray]:
+    """All whole batches: (batches, batch, height, width, 3) uint8 images and (batches, batch) labels.
+
+    `epochs` are the samples of each, None for all in the order of the file.
+    """
     from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import Squeeze, ToTensor
@@ -35,14 +38,18 @@ def load(file: str, batch: int, indices: list[int] | None, os_cache: bool) -> di
         batch_size=batch,
         num_workers=1,
         order=OrderOption.SEQUENTIAL,
-        indices=indices,
+        indices=epochs[0],
         os_cache=os_cache,
         pipelines={
             "image": [SimpleRGBImageDecoder(), ToTensor()],
             "label": [IntDecoder(), ToTensor(), Squeeze()],
         },
     )
-    batches = [(images.numpy().copy(), labels.numpy().copy()) for images, labels in loader]
+    batches = []
+    for indices in epochs:
+        if indices is not None:
+            loader.traversal_order.indices = loader.first_traversal_order = np.array(indices)
+        batches += [(images.numpy().copy(), labels.numpy().copy()) for images, labels in loader]
     return {"images": np.stack([b[0] for b in batches]), "labels": np.stack([b[1].reshape(-1) for b in batches])}
 
 

@@ -9,6 +9,7 @@ in re-encoded ones.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,8 @@ MAX_BYTES = 64 * 2**20
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 READ_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # a closed list: some others start external programs
+RAW = "raw"  # the extension of pixels that are not encoded at all
+STORED_AS = {"jpg": "JPEG", "png": "PNG", RAW: "raw pixels"}
 PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 
 
@@ -32,45 +35,69 @@ class Usable:
     """What goes into the shard.
 
     Attributes:
-        data: the encoded image.
-        extension: its true format, whatever the source called it.
+        data: the encoded image, or (height, width, 3) uint8 RGB pixels.
+        extension: its true format, whatever the source called it; `RAW` for pixels.
+        width, height: in pixels.
         repair: (what was wrong, what was done) where the image was not simply kept or resized.
     """
 
     data: bytes
     extension: str
+    width: int
+    height: int
     repair: tuple[str, str] | None = None
 
 
-def make_usable(data: bytes, resize: int | None = None, quality: int = 90) -> Usable:
+def make_usable(
+    data: bytes,
+    resize: int | None = None,
+    quality: int = 90,
+    max_resolution: int | None = None,
+    store_raw: Callable[[int, int], bool] | None = None,
+) -> Usable:
     """Check one image; shrink it to short side `resize` if it is larger; mend what readers would get wrong.
 
     Resizing is bicubic with antialiasing (Pillow), the long side rounded down as torchvision does. JPEG and WebP become
     JPEG of this quality (4:2:0), everything else stays lossless as PNG.
+
+    Args:
+        max_resolution: shrink to this long side too.
+        store_raw: (width, height) to whether it is stored as pixels, for a shard that holds JPEG and raw pixels and
+            nothing else; None: for one that holds files of any format.
 
     Raises:
         UnusableImage: zero bytes, not an image, truncated or damaged, or of an absurd size.
     """
     image = _decode(data)
     name, mode = image.format or "", image.mode
+    size = _shrunk(image.size, resize, max_resolution)
+    kept = EXTENSIONS.get(name) if mode in PLAIN_MODES and size == image.size else None
+    if store_raw is None:
+        extension = kept or ("jpg" if name in ("JPEG", "MPO", "WEBP") else "png")
+    else:
+        extension = RAW if store_raw(*size) else "jpg"
+    if extension == kept:
+        return Usable(data, extension, *size)
     repair = None
     if mode not in PLAIN_MODES:
         image = _eight_bit(image)
         repair = (f"{name} with {mode} pixels", f"converted to {'greyscale' if image.mode == 'L' else 'RGB'}")
     elif name not in EXTENSIONS:
-        repair = (f"{name} image", "stored as PNG")
-    shrink = resize is not None and min(image.size) > resize
-    if repair is None and not shrink:
-        return Usable(data, EXTENSIONS[name])
+        repair = (f"{name} image", f"stored as {STORED_AS[extension]}")
     if image.mode not in ("L", "RGB"):
         image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
-    if resize is not None and shrink:
-        short = min(image.size)
-        width, height = (resize * side // short for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    if name in ("JPEG", "MPO", "WEBP"):
-        return Usable(_encoded(image, "JPEG", quality=quality), "jpg", repair)
-    return Usable(_encoded(image, "PNG"), "png", repair)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    return Usable(_stored(image, extension, quality), extension, *size, repair)
+
+
+def _shrunk(size: tuple[int, int], resize: int | None, max_resolution: int | None) -> tuple[int, int]:
+    for limit, side_of in ((resize, min), (max_resolution, max)):
+        side = side_of(size)
+        if limit is not None and side > limit:
+            width, height = (max(1, limit * length // side) for length in size)
+            size = (width, height)
+    return size
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -109,6 +136,12 @@ def _eight_bit(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     except ValueError as error:
         raise UnusableImage(f"{image.format} with {image.mode} pixels, which have no RGB form") from error
+
+
+def _stored(image: Image.Image, extension: str, quality: int) -> bytes:
+    if extension == RAW:
+        return image.convert("RGB").tobytes()
+    return _encoded(image, "JPEG", quality=quality) if extension == "jpg" else _encoded(image, "PNG")
 
 
 def _encoded(image: Image.Image, name: str, **options: int) -> bytes:

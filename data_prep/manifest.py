@@ -8,8 +8,11 @@ One directory per split::
         train-000000.idx.npy     one `INDEX_DTYPE` row per sample of that tar
         ...
 
+or `train-000000.beton`, a data set that FFCV opens (`data_prep.beton`), in the place of the tar.
+
 The index gives the byte range and label of every sample, so a reader reaches any sample with one positioned read and
-no scan of the tar. This module is the only one that training code imports from `data_prep`; it needs NumPy alone.
+no scan of the shard. This module and `data_prep.beton` are all that training code imports from `data_prep`; they
+need NumPy alone.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from data_prep.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
+INDEX_SUFFIX = ".idx.npy"
 KEY_BYTES = 64
 
 # `offset` and `size` delimit the image bytes inside the shard file, `key` is the sample key padded with NULs.
@@ -70,7 +74,7 @@ class Shard:
 
     @property
     def index_file(self) -> str:
-        return Path(self.file).stem + ".idx.npy"
+        return Path(self.file).stem + INDEX_SUFFIX
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def prepare_splits(
     options = options or PrepOptions()
     progress = progress or SilentProgress()
     if options.format not in WRITERS:
-        raise UserError(f"--format {options.format}: no such format; there is {', '.join(WRITERS)}")
+        raise UserError(f"--format {options.format}: no such format; there are {' and '.join(WRITERS)}")
     opened = open_source(source, options) if isinstance(source, str | Path) else source
     if opened.kind == FolderSource.kind and Path(out).resolve().is_relative_to(opened.path.resolve()):
         raise UserError(f"{out}: lies inside the class folders of {opened.path}; choose an OUT outside")
@@ -148,9 +148,7 @@ class _SplitJob:
             self.state,
             self.plan.fingerprint,
             self.listing.reader,
-            options.format,
-            options.resize,
-            options.quality,
+            options,
             self.maps,
         )
 

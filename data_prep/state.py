@@ -26,11 +26,12 @@ from typing import Any
 
 from data_prep.atomic import sync_directory, write_atomic
 from data_prep.errors import UserError
-from data_prep.manifest import MANIFEST_NAME, BadImage, Shard
+from data_prep.manifest import INDEX_SUFFIX, MANIFEST_NAME, BadImage, Shard
 from data_prep.plan import Plan
 from data_prep.wording import counted
 
 STATE_FOLDER = ".prep"
+SHARD_SUFFIXES = (".tar", ".beton", INDEX_SUFFIX)
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 HASH_THREADS = 8
@@ -107,7 +108,7 @@ class SplitState:
         found = sorted(
             path.name
             for path in self.directory.iterdir()
-            if path.name == MANIFEST_NAME or path.name.endswith((".tar", ".idx.npy"))
+            if path.name == MANIFEST_NAME or path.name.endswith(SHARD_SUFFIXES)
         )
         if found:
             others = f" and {counted(len(found) - 1, 'other file')}" if len(found) > 1 else ""
@@ -115,11 +116,10 @@ class SplitState:
 
     def _clean(self, finished: set[str], split: str) -> None:
         """Remove shards without a valid record, and records without their shard."""
-        ours = re.compile(rf"({re.escape(split)}-\d{{6,}})(\.tar|\.idx\.npy)")
-        stems = {Path(file).stem for file in finished}
+        ours = re.compile(rf"{re.escape(split)}-\d{{6,}}({'|'.join(map(re.escape, SHARD_SUFFIXES))})")
+        keep = finished | {Path(file).stem + INDEX_SUFFIX for file in finished}
         for path in self.directory.iterdir():
-            match = ours.fullmatch(path.name)
-            if match and match[1] not in stems:
+            if ours.fullmatch(path.name) and path.name not in keep:
                 path.unlink()
         for path in self.folder.glob(f"{split}-*.json"):
             if path.stem not in finished:

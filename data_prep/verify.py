@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep import beton
 from data_prep.errors import UserError
 from data_prep.manifest import (
     INDEX_DTYPE,
+    INDEX_SUFFIX,
     MANIFEST_NAME,
     Manifest,
     Shard,
@@ -21,7 +23,7 @@ from data_prep.manifest import (
     token_labels_offset,
 )
 from data_prep.progress import Progress, SilentProgress
-from data_prep.state import STATE_FOLDER, file_sha256
+from data_prep.state import SHARD_SUFFIXES, STATE_FOLDER, file_sha256
 from data_prep.tarscan import Member, TarError, members
 from data_prep.token_labels import EXTENSION
 from data_prep.wording import counted
@@ -74,7 +76,7 @@ def split_directories(directory: str | Path) -> list[Path]:
 
 
 def verify(directory: str | Path, workers: int | None = None, progress: Progress | None = None) -> list[Problem]:
-    """Check one split, or every split below `directory`: all hashes, sizes, and each index against its tar's headers.
+    """Check one split, or every split below `directory`: all hashes, sizes, and each index against what its shard says.
 
     Raises:
         UserError: there is no such directory, or nothing in it was prepared.
@@ -114,10 +116,10 @@ def _verify_split(directory: Path, workers: int, progress: Progress) -> list[Pro
 
 def _check_shard(directory: Path, shard: Shard, manifest: Manifest) -> Iterator[tuple[str, str]]:
     """(file, what is wrong with it) for a shard and its index."""
-    tar, index = directory / shard.file, directory / shard.index_file
+    file, index = directory / shard.file, directory / shard.index_file
     whole = True
-    for path, sha256 in ((tar, shard.sha256), (index, shard.index_sha256)):
-        what = _damage(path, sha256, shard.bytes if path == tar else None)
+    for path, sha256 in ((file, shard.sha256), (index, shard.index_sha256)):
+        what = _damage(path, sha256, shard.bytes if path == file else None)
         if what:
             whole = False
             yield path.name, what
@@ -140,21 +142,28 @@ def _damage(path: Path, sha256: str, size: int | None) -> str | None:
 
 
 def _disagreement(directory: Path, shard: Shard, manifest: Manifest) -> str | None:
-    """How the index differs from the tar's own headers, None if it doesn't."""
-    classes = manifest.num_classes
+    """How the index differs from what the shard itself says, None if it doesn't."""
+    classes, kind = manifest.num_classes, Path(shard.file).suffix[1:]
     try:
         index = load_index(directory, shard)
         with open(directory / shard.file, "rb", buffering=0) as file:
-            found = _scan(file.fileno(), manifest.token_labels)
-    except (UserError, TarError, ValueError, OSError) as error:
+            if manifest.format == "ffcv":
+                found = beton.scan(file.fileno())
+                if len(found) == len(index):
+                    found["key"] = index["key"]  # the shard has none
+            else:
+                found = _scan(file.fileno(), manifest.token_labels)
+    except (UserError, TarError, beton.BetonError, ValueError, OSError) as error:
         return str(error)
     if len(found) != len(index):
-        return f"{counted(len(index), 'row')}, but the tar holds {counted(len(found), 'sample')}"
+        return f"{counted(len(index), 'row')}, but the {kind} holds {counted(len(found), 'sample')}"
     for column in INDEX_DTYPE.names or ():
         wrong = np.flatnonzero(found[column] != index[column])
         if len(wrong):
             row = wrong[0]
-            return f"row {row}: {column} is {index[column][row].item()}, in the tar it is {found[column][row].item()}"
+            return (
+                f"row {row}: {column} is {index[column][row].item()}, in the {kind} it is {found[column][row].item()}"
+            )
     if len(index) and not 0 <= index["label"].min() <= index["label"].max() < classes:
         lowest, highest = index["label"].min(), index["label"].max()
         return f"labels from {lowest} to {highest}, but the manifest has {counted(classes, 'class')}"
@@ -182,8 +191,8 @@ def _scan(descriptor: int, tokens: TokenLabels | None) -> np.ndarray:
 
 def _extra(directory: Path, manifest: Manifest) -> list[str]:
     known = {name for shard in manifest.shards for name in (shard.file, shard.index_file)}
-    suffixes = (".tar", ".idx.npy")
-    return sorted(path.name for path in directory.iterdir() if path.name.endswith(suffixes) and path.name not in known)
+    files = (path.name for path in directory.iterdir() if path.name.endswith(SHARD_SUFFIXES))
+    return sorted(name for name in files if name not in known)
 
 
 def _folders(path: Path) -> list[Path]:
@@ -195,4 +204,4 @@ def _splits_in(path: Path) -> list[Path]:
 
 
 def _is_split(path: Path) -> bool:
-    return (path / MANIFEST_NAME).exists() or (path / STATE_FOLDER).is_dir() or any(path.glob("*.idx.npy"))
+    return (path / MANIFEST_NAME).exists() or (path / STATE_FOLDER).is_dir() or any(path.glob(f"*{INDEX_SUFFIX}"))

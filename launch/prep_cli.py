@@ -60,6 +60,23 @@ def prep(
         ),
     ] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality where an image is encoded again.")] = 90,
+    max_resolution: Annotated[
+        int | None, typer.Option(min=1, help="With ffcv: shrink images to this long side.")
+    ] = None,
+    write_mode: Annotated[
+        str | None,
+        typer.Option(
+            help="With ffcv: jpg (default), raw, proportion (JPEG by --compress-probability, else raw) or smart (JPEG "
+            "above --smart-threshold, else raw)."
+        ),
+    ] = None,
+    compress_probability: Annotated[
+        float | None, typer.Option(help="With --write-mode proportion: share of JPEGs. Default: 0.5.")
+    ] = None,
+    smart_threshold: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --write-mode smart: bytes of pixels. Default: 786432 (512 x 512 pixels)."),
+    ] = None,
     token_labels: Annotated[
         Path | None,
         typer.Option(help="Folder of dense label maps, <class>/<image>.pt, to store beside the training images."),
@@ -77,7 +94,7 @@ def prep(
     coarse_labels: Annotated[bool, typer.Option("--coarse-labels", help="CIFAR-100: its 20 coarse classes.")] = False,
     image_column: Annotated[str | None, typer.Option(help="Parquet: the image column. Default: found out.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Parquet: the label column. Default: found out.")] = None,
-    format: Annotated[str, typer.Option(help="Format of the shards: webdataset.")] = "webdataset",
+    format: Annotated[str, typer.Option(help="Format of the shards: webdataset or ffcv.")] = "webdataset",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace shards made with other options or from another source.")
     ] = False,
@@ -107,6 +124,10 @@ def prep(
         shuffle_seed=shuffle_seed,
         resize=resize,
         quality=quality,
+        max_resolution=max_resolution,
+        write_mode=write_mode,
+        compress_probability=compress_probability,
+        smart_threshold=smart_threshold,
         token_labels=token_labels,
         max_bad=max_bad,
         workers=workers,
@@ -129,7 +150,7 @@ def verify(
     workers: Annotated[int | None, typer.Option(min=1, help="Threads. Default: one per usable core.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check shards and indexes against their manifest: hashes, sizes, and every index row against its tar.
+    """Check shards and indexes against their manifest: hashes, sizes, and every index row against its shard.
 
     Exit status: 0 everything is as it was made, 1 something is wrong (listed, with how to mend it), 2 wrong input.
     """

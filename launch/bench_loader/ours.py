@@ -87,7 +87,7 @@ def split(settings: Settings, batches: int = 8) -> dict[str, float]:
         clock = _Clock()
         samples = list(dataset.shards.read(chosen.samples))
         reading = clock.lap()
-        pictures = [decode_array(sample.data, 3) for sample in samples]
+        pictures = [decode_array(sample.data, 3, sample.shape) for sample in samples]
         decoding = clock.lap()
         crop(pictures, 0, chosen.epoch, chosen.samples)
         cropping = clock.lap()

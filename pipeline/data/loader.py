@@ -23,15 +23,14 @@ from pipeline.data.augment.mixing import MixConfig, MixParams, draw_mix
 from pipeline.data.augment.token_labels import TokenLabelBatch, decode_map
 from pipeline.data.augment.transforms import TrainTransform
 from pipeline.data.batches import Batches, Failed
-from pipeline.data.fast.decode import decode_array
-from pipeline.data.fast.decode import decode_image as decode
+from pipeline.data.fast.decode import decode_array, decode_image
 from pipeline.data.fast.transform import FastTransform
 from pipeline.data.order import DataOrder
 from pipeline.data.shards import Sample, ShardSet
 from pipeline.errors import UserError
 from pipeline.hashing import uniform
 
-__all__ = ["Batches", "EvalBatch", "EvalDataset", "StepDataset", "TrainBatch", "decode"]
+__all__ = ["Batches", "EvalBatch", "EvalDataset", "StepDataset", "TrainBatch"]
 
 _DROP_PATH_STREAM = 101
 
@@ -154,7 +153,7 @@ class StepDataset(Dataset):
         labels, maps = [], []
         for sample in self.shards.read(chosen.samples, tokens=self.tokens is not None):
             with _naming(sample, self.shards):
-                pictures.append((decode_array if fast else decode)(sample.data, self.in_chans))
+                pictures.append((decode_array if fast else decode_image)(sample.data, self.in_chans, sample.shape))
                 if sample.tokens is not None:
                     maps.append(decode_map(sample.tokens))
             labels.append(sample.label)
@@ -232,7 +231,7 @@ class EvalDataset(Dataset):
         # A process whose share is all padding looks at some image to learn its shape.
         for sample in self.shards.read(samples or range(1)):
             with _naming(sample, self.shards):
-                images.append(self.transform(decode(sample.data, self.in_chans)))
+                images.append(self.transform(decode_image(sample.data, self.in_chans, sample.shape)))
             labels.append(sample.label)
         real, missing = len(samples), self.batch_size - len(samples)
         return EvalBatch(

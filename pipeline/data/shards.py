@@ -1,4 +1,4 @@
-"""Random access to the samples of a directory of WebDataset shards, through its index."""
+"""Random access to the samples of a directory of WebDataset or FFCV shards, through its index."""
 
 from __future__ import annotations
 
@@ -12,21 +12,32 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from data_prep import beton
 from data_prep.manifest import Manifest, load_index, token_labels_offset
 from pipeline.errors import UserError
 
 # An open shard holds two file descriptors, of which a process often has no more than 1,024.
 MAX_OPEN = 256
+FORMATS = ("webdataset", "ffcv")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One encoded sample: its key, the bytes of the image file, its label, the bytes of its label map if asked for."""
+    """One stored sample.
+
+    Attributes:
+        key: its name.
+        data: the bytes of the image file; of RGB pixels, row by row, where there is a `shape`.
+        label: position of its class in the manifest.
+        tokens: the bytes of its label map if asked for.
+        shape: (height, width) of an image that is stored as pixels, None for one that is stored as a file.
+    """
 
     key: str
     data: bytes
     label: int
     tokens: bytes | None = None
+    shape: tuple[int, int] | None = None
 
 
 class _OpenShard(NamedTuple):
@@ -47,9 +58,10 @@ class ShardSet:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.manifest = Manifest.load(self.directory)
-        if self.manifest.format != "webdataset":
+        if self.manifest.format not in FORMATS:
             raise UserError(
-                f"{self.directory}: format {self.manifest.format!r} has no reader; prepare webdataset shards"
+                f"{self.directory}: format {self.manifest.format!r} has no reader; there is one for "
+                f"{' and '.join(FORMATS)} shards"
             )
         self._check_files()
         self._starts = np.cumsum([0, *(shard.samples for shard in self.manifest.shards)])
@@ -70,7 +82,11 @@ class ShardSet:
             offset, size = int(row["offset"]), int(row["size"])
             data = self._pread(shard, size, offset)
             yield Sample(
-                row["key"].decode(), data, int(row["label"]), self._map(shard, offset, size) if tokens else None
+                row["key"].decode(),
+                data,
+                int(row["label"]),
+                self._map(shard, offset, size) if tokens else None,
+                self._shape(shard, sample, offset),
             )
 
     def keys(self, samples: Iterable[int]) -> list[str]:
@@ -137,6 +153,18 @@ class ShardSet:
         described = self.manifest.token_labels
         assert described is not None, "resolve checks that the split has label maps"
         return self._pread(shard, described.bytes, token_labels_offset(offset, size))
+
+    def _shape(self, shard: int, sample: int, offset: int) -> tuple[int, int] | None:
+        """`Sample.shape`: a `.beton` says of every image how it is stored."""
+        if self.manifest.format != "ffcv" or self.manifest.options.get("write_mode") == "jpg":
+            return None
+        row = int(sample) - int(self._starts[shard])
+        stored = self._pread(shard, beton.ROW.itemsize, beton.ROWS_START + row * beton.ROW.itemsize)
+        try:
+            return beton.raw_shape(stored, offset)
+        except beton.BetonError as error:
+            path = self.directory / self.manifest.shards[shard].file
+            raise UserError(f"{path}: {error}; rebuild it with `rookery prep --repair`") from error
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
         path = self.directory / self.manifest.shards[shard].file

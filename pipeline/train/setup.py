@@ -6,12 +6,14 @@ import hashlib
 import json
 
 import torch
+from PIL import Image
 from torch import nn
 
 from pipeline.config import RunConfig
 from pipeline.data.augment.transforms import build_eval_transform, build_train_transform
+from pipeline.data.fast.decode import decode_image
 from pipeline.data.fast.transform import FastTransform
-from pipeline.data.loader import Batches, EvalDataset, StepDataset, TokenLabelOptions, decode
+from pipeline.data.loader import Batches, EvalDataset, StepDataset, TokenLabelOptions
 from pipeline.data.shards import ShardSet
 from pipeline.hashing import seed64
 from pipeline.resolve import Resolved, build_model
@@ -97,10 +99,14 @@ def try_samples(run: Resolved) -> None:
     size, channels = config.model.img_size, config.model.in_chans
     train = build_train_transform(config.augment, size, channels)
     evaluate = build_eval_transform(config.eval_transform, config.augment, size, channels)
-    shards = ShardSet(config.data.train)
-    train(decode(next(shards.read([0])).data, channels), config.seed, 0, 0)
+    train(_first(ShardSet(config.data.train), channels), config.seed, 0, 0)
     if config.data.val is not None:
-        evaluate(decode(next(ShardSet(config.data.val).read([0])).data, channels))
+        evaluate(_first(ShardSet(config.data.val), channels))
+
+
+def _first(shards: ShardSet, channels: int) -> Image.Image:
+    sample = next(shards.read([0]))
+    return decode_image(sample.data, channels, sample.shape)
 
 
 def loader_workers(config: RunConfig) -> int:

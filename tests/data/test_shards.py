@@ -195,6 +195,6 @@ def test_other_formats_and_places(digits: Path, damage: Damage) -> None:
         ShardSet(digits)
     split = damage("manifest.json", lambda path: None)
     manifest = Manifest.load(split)
-    Manifest("ffcv", "test", manifest.classes, manifest.shards).save(split)
-    with pytest.raises(UserError, match="format 'ffcv' has no reader; prepare webdataset shards"):
+    Manifest("zip", "test", manifest.classes, manifest.shards).save(split)
+    with pytest.raises(UserError, match="format 'zip' has no reader; there is one for webdataset and ffcv shards"):
         ShardSet(split)

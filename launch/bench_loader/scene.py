@@ -6,7 +6,9 @@ import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
-from data_prep.manifest import Manifest
+from data_prep.betonshard import BetonShardWriter
+from data_prep.images import Usable
+from data_prep.manifest import Manifest, Shard
 from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
 
@@ -23,7 +25,7 @@ def set_up(split: Path, folder: Path, samples: int) -> tuple[Path, Path, Path | 
     whole = Manifest.load(split)
     if whole.format != "webdataset":
         raise UserError(f"{split}: bench loader starts from webdataset shards, these are {whole.format}")
-    chosen = []
+    chosen: list[Shard] = []
     for shard in whole.shards:
         if sum(other.samples for other in chosen) >= samples:
             break
@@ -46,7 +48,20 @@ def set_up(split: Path, folder: Path, samples: int) -> tuple[Path, Path, Path | 
 
 
 def _write_beton(shards: ShardSet, folder: Path) -> Path | None:
-    """One FFCV file with the same encoded bytes."""
+    """One FFCV file with the same encoded bytes; None where ffcv is not installed, or can't read them."""
+    import simplejpeg
+
     if importlib.util.find_spec("ffcv") is None:
         return None
-    raise NotImplementedError
+    path = folder / "all.beton"
+    writer = BetonShardWriter(path, folder / "all.idx.npy", len(shards))
+    try:
+        for sample in shards.read(range(len(shards))):
+            height, width, *_ = simplejpeg.decode_jpeg_header(sample.data)
+            writer.add(sample.key, Usable(sample.data, "jpg", width=width, height=height), sample.label)
+        writer.close()
+    except ValueError:  # a PNG or WebP
+        return None
+    finally:
+        writer.abort()
+    return path

@@ -18,7 +18,8 @@ from pipeline.data.augment.settings import (
 )
 from pipeline.data.augment.transforms import build_eval_transform, build_train_transform
 from pipeline.data.ffcv_order import ffcv_indices
-from pipeline.data.loader import EvalDataset, StepDataset, decode
+from pipeline.data.fast.decode import decode_image
+from pipeline.data.loader import EvalDataset, StepDataset
 from pipeline.data.order import DataOrder
 from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
@@ -74,7 +75,7 @@ def test_the_same_bytes_and_pixels(photos: Path) -> None:
             assert (sample.key, sample.label) == (tar.key, tar.label)
             assert sample.data == tar.data or sample.shape is not None
             for in_chans in (1, 3):
-                image, expected = decode(sample.data, in_chans, sample.shape), decode(tar.data, in_chans)
+                image, expected = decode_image(sample.data, in_chans, sample.shape), decode_image(tar.data, in_chans)
                 assert (image.mode, image.size) == (expected.mode, expected.size)
                 assert image.tobytes() == expected.tobytes()
     assert kinds == {("raw", False), ("proportion", False), ("proportion", True)}
@@ -109,7 +110,7 @@ def test_a_shard_that_disagrees_with_its_index(photos: Path, tmp_path: Path) -> 
 
 def test_pixels_that_are_too_few() -> None:
     with pytest.raises(UserError, match="can't be decoded"):
-        decode(bytes(29), 3, (2, 5))
+        decode_image(bytes(29), 3, (2, 5))
 
 
 # --- plain FFCV in our order (what its loader does with it: test_beton_ffcv.py)

@@ -16,7 +16,7 @@ from data_prep import beton
 from data_prep.options import PrepOptions
 from data_prep.prepare import prepare
 from pipeline.data.ffcv_order import ffcv_indices
-from pipeline.data.loader import decode
+from pipeline.data.fast.decode import decode_image
 from pipeline.data.order import DataOrder
 from pipeline.data.shards import ShardSet
 from tests.conftest import missing
@@ -72,7 +72,7 @@ def plain(folder: Path) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("mode", ["jpg", "raw"])
 def test_every_pixel_and_label(folder: Path, plain: dict[str, np.ndarray], mode: str) -> None:
     samples = list(ShardSet(folder / mode / "train").read(range(SAMPLES)))
-    expected = np.stack([np.asarray(decode(sample.data, 3, sample.shape)) for sample in samples]).astype(int)
+    expected = np.stack([np.asarray(decode_image(sample.data, 3, sample.shape)) for sample in samples]).astype(int)
     images = plain[f"{mode}.images"].reshape(expected.shape)
     assert plain[f"{mode}.labels"].ravel().tolist() == [sample.label for sample in samples]
     if mode == "raw":

@@ -17,8 +17,8 @@ from pipeline.data.augment.settings import (
     RandomErasingConfig,
 )
 from pipeline.data.augment.transforms import build_eval_transform, build_train_transform
-from pipeline.data.ffcv_order import ffcv_indices
 from pipeline.data.fast.decode import decode_image
+from pipeline.data.ffcv_order import ffcv_indices
 from pipeline.data.loader import EvalDataset, StepDataset
 from pipeline.data.order import DataOrder
 from pipeline.data.shards import ShardSet

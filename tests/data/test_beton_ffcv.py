@@ -15,8 +15,8 @@ import pytest
 from data_prep import beton
 from data_prep.options import PrepOptions
 from data_prep.prepare import prepare
-from pipeline.data.ffcv_order import ffcv_indices
 from pipeline.data.fast.decode import decode_image
+from pipeline.data.ffcv_order import ffcv_indices
 from pipeline.data.order import DataOrder
 from pipeline.data.shards import ShardSet
 from tests.conftest import missing

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.data.augment.lazy import TIMM, TORCHVISION
 from pipeline.errors import UserError
 
-# What every loader process would import for seconds: the server that they are forked from does it once.
-_PRELOAD = ["pipeline.data.loader", "pipeline.data.fast.randaugment", "pipeline.data.fast.color", TORCHVISION, TIMM]
+# What every loader process would import for seconds: the server that they are forked from does it once. The plain
+# path's torchvision and timm are not among it: it is for comparisons, and they would slow the start of every other run.
+_PRELOAD = ["pipeline.data.loader", "pipeline.data.fast.randaugment", "pipeline.data.fast.color", "simplejpeg"]
 # Every tensor from a loader process costs a handshake of 0.4 ms here; up to this many bytes, to send it is cheaper.
 _SENT_BYTES = 2**18
 

@@ -94,7 +94,7 @@ def presentations(batch: TrainBatch) -> list[tuple[Any, ...]]:
 def light_loader_processes() -> Iterator[None]:
     """Loader processes import what these tests need and no more."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches_module, "_PRELOAD", batches_module._PRELOAD[:2])
+        patch.setattr(batches_module, "_PRELOAD", batches_module._PRELOAD[:1])
         yield
 
 

@@ -19,6 +19,7 @@ from pipeline.data.augment.crop import (
     CROP_DRAWS,
     Affine,
     Box,
+    affine_pixels,
     apply_affine,
     cut,
     draw_affine,
@@ -34,7 +35,6 @@ from pipeline.data.augment.evaluation import EvalTransform, to_mode, to_tensor
 from pipeline.data.augment.geometry import (
     FLIP,
     IDENTITY,
-    affine_pixels,
     crop_warp,
     mirrored,
     pixel_warp,

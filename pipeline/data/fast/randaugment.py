@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from pipeline.data.augment.geometry import PixelMap
+from pipeline.data.augment.crop import PixelMap
 from pipeline.data.augment.randaugment import DrawnOp
 from pipeline.data.fast import kernels
 

@@ -98,7 +98,7 @@ class RemoteStore:
             OSError: the file on this machine can't be written.
         """
         for start, data in self._pieces(file, size):
-            _write_all(into, data, start)
+            write_all(into, data, start)
             on_bytes(len(data))
 
     def _pieces(self, file: str, size: int) -> Iterator[tuple[int, bytes]]:
@@ -307,7 +307,8 @@ def _in_parallel(call: Callable[[int], T], items: Sequence[int]) -> Iterator[tup
         free.release(PARALLEL)
 
 
-def _write_all(descriptor: int, data: bytes, offset: int) -> None:
+def write_all(descriptor: int, data: bytes, offset: int) -> None:
+    """Write all of the data into an open file, from this byte of it on."""
     view = memoryview(data)
     while view:
         written = os.pwrite(descriptor, view, offset)

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from launch.workers import Nodes
 from pipeline.resolve import Resolved
+from pipeline.tracking.redact import redact
 from pipeline.wording import counted
 
 _OPTIMIZER_COPIES = 4  # weights, gradients and AdamW's two moments, all float32
@@ -36,9 +37,9 @@ def summary(run: Resolved, job: Nodes) -> dict[str, str]:
         "model": f"{config.model.name}, {run.params:,} parameters, {run.macs / 1e9:.3f} GMACs at "
         f"{config.model.img_size} px, {counted(run.train.num_classes, 'class')}"
         + ("" if config.model.init is None else f"; starts from {config.model.init}"),
-        "data": f"{config.data.train}, {counted(run.train.num_samples, 'sample')} in "
+        "data": f"{redact(config.data.train)}, {counted(run.train.num_samples, 'sample')} in "
         f"{counted(len(run.train.shards), 'shard')}"
-        + ("" if run.val is None else f"; evaluated on {run.val.num_samples:,} of {config.data.val}"),
+        + ("" if run.val is None else f"; evaluated on {run.val.num_samples:,} of {redact(config.data.val)}"),
         "batch": f"{order.batch} = {counted(job.world_size, 'process')} x {counted(train.accumulate, 'micro-batch')} x "
         f"{local // train.accumulate}; {counted(order.lanes, 'lane')} of {counted(order.chunk, 'sample')} a step",
         "learning rate": f"{run.peak_lr:.4g}{rule}; warm-up {counted(plan.warmup_steps, 'step')}, then cosine to "

@@ -115,7 +115,7 @@ class NodeCache:
 
     def limit(self) -> int:
         """Bytes that the cache may hold; without a limit of its own, as the disk is filled now."""
-        return self._limit if self._limit is not None else self._free_limit(sum(e.size for e in self._entries()))
+        return self._limit if self._limit is not None else _free_limit(self.folder, self._held())
 
     def holds(self, file: RemoteFile) -> bool:
         """Whether the file is here, or was a moment ago; it then counts as used now."""
@@ -219,9 +219,9 @@ class NodeCache:
 
     def _make_room(self, size: int) -> bool:
         """Remove what was used the longest ago until there is room for `size` more bytes; with the lock held."""
-        entries = sorted(self._entries(), key=lambda entry: entry.used)
+        entries = sorted(_entries(self.folder), key=lambda entry: entry.used)
         held = sum(entry.size for entry in entries)
-        limit = self._limit if self._limit is not None else self._free_limit(held)
+        limit = self._limit if self._limit is not None else _free_limit(self.folder, held)
         if size > limit:
             raise UserError(
                 f"a file of {size / 1e9:.3g} GB has no place in the {limit / 1e9:.3g} GB that the cache {self.folder} "
@@ -247,10 +247,6 @@ class NodeCache:
             entry.path.unlink(missing_ok=True)
         return True
 
-    def _free_limit(self, held: int) -> int:
-        disk = shutil.disk_usage(self.folder)
-        return max(0, held + disk.free - int(_RESERVE * disk.total))
-
     def _removed_abandoned(self, part: Path) -> bool:
         """Remove a part unless somebody fetches it; whether it was removed."""
         try:
@@ -265,15 +261,8 @@ class NodeCache:
         finally:
             os.close(descriptor)
 
-    def _entries(self) -> Iterator[_Entry]:
-        with os.scandir(self.folder) as found:
-            for each in found:
-                match = _ENTRY.fullmatch(each.name)
-                if match:
-                    with suppress(FileNotFoundError):
-                        seen = each.stat()
-                        if stat.S_ISREG(seen.st_mode):
-                            yield _Entry(Path(each.path), seen.st_size, seen.st_mtime_ns, match["part"] is not None)
+    def _held(self) -> int:
+        return sum(entry.size for entry in _entries(self.folder))
 
     def _touch(self, name: str) -> bool:
         """Whether the file is here, or was a moment ago; it then counts as used now."""
@@ -312,9 +301,8 @@ class NodeCache:
 
     def _unwritable(self, error: OSError) -> UserError:
         if error.errno in _NO_SPACE:
-            held = sum(entry.size for entry in self._entries())
             return UserError(
-                f"{self.folder}: no space left on this disk; the cache holds {held / 1e9:.3g} GB of the "
+                f"{self.folder}: no space left on this disk; the cache holds {self._held() / 1e9:.3g} GB of the "
                 f"{self.limit() / 1e9:.3g} GB it may take; free space, lower data.cache_gb, or set data.cache to "
                 "another folder"
             )
@@ -340,6 +328,33 @@ class _Entry:
     size: int
     used: int
     is_part: bool
+
+
+def room_for(options: CacheOptions) -> int:
+    """Bytes that the cache may hold on this machine; nothing is made there."""
+    if options.gigabytes is not None:
+        return int(options.gigabytes * 1e9)
+    folder = options.path
+    held = sum(entry.size for entry in _entries(folder)) if folder.is_dir() else 0
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+    return _free_limit(there, held)
+
+
+def _free_limit(folder: Path, held: int) -> int:
+    """A limit that leaves a part of the disk free."""
+    disk = shutil.disk_usage(folder)
+    return max(0, held + disk.free - int(_RESERVE * disk.total))
+
+
+def _entries(folder: Path) -> Iterator[_Entry]:
+    with os.scandir(folder) as found:
+        for each in found:
+            match = _ENTRY.fullmatch(each.name)
+            if match:
+                with suppress(FileNotFoundError):
+                    seen = each.stat()
+                    if stat.S_ISREG(seen.st_mode):
+                        yield _Entry(Path(each.path), seen.st_size, seen.st_mtime_ns, match["part"] is not None)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -131,19 +131,22 @@ def _refused(error: Exception, where: str, protocol: str) -> UserError:
 def _status(error: BaseException) -> int | None:
     """HTTP status of an error of any client library, or of what caused it."""
     for one in _chain(error):
-        response = getattr(one, "response", None)
-        told = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
-        values = (
-            getattr(one, "status", None),
-            getattr(one, "status_code", None),
-            getattr(one, "code", None),
-            getattr(response, "status_code", None),
-            told.get("HTTPStatusCode"),
-        )
-        for value in values:
+        if type(one).__module__ == "aiohttp.http_exceptions":  # its own, made for an answer that ended too early
+            continue
+        for value in _statuses(one):
             if str(value).isdecimal() and 400 <= int(str(value)) < 600:
                 return int(str(value))
     return None
+
+
+def _statuses(error: Any) -> Iterator[Any]:
+    """Where client libraries keep the status."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        yield response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    yield getattr(response, "status_code", None)
+    for name in ("status", "status_code", "code"):
+        yield getattr(error, name, None)
 
 
 def _chain(error: BaseException | None) -> Iterator[Any]:

@@ -20,7 +20,9 @@ _USER_INFO = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s/?#'\"]*@")
 # Secrets of S3 often hold slashes, and the names of its buckets no colon.
 _S3_KEY = re.compile(r"(?P<scheme>\bs3a?://)[^\s/?#'\"@:]+:[^\s'\"@]+@", re.IGNORECASE)
 _QUERY = re.compile(
-    r"(?P<name>[?&][^=&\s]*(?:token|signature|\bsig|secret|passw|credential|key)[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE
+    r"(?P<name>[?&][^=&\s]*(?:token|signature|\bsig|secret|passw|credential|key)[^=&\s]*=)"
+    r"(?!\*\*\*)[^&\s'\"]+",
+    re.IGNORECASE,
 )
 
 

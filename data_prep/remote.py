@@ -145,6 +145,7 @@ class RemoteStore:
         """Nothing: the answer to a request says that it is done."""
 
     def remove(self, file: str) -> None:
+        self._check_writable()
         try:
             self._request("rm_file", file)
         except FileNotFoundError:
@@ -189,12 +190,15 @@ class RemoteStore:
         return self._attempt(lambda: self._call(method, self._path(file), 0), file)
 
     def _send(self, method: str, file: str, size: int, *args: Any) -> None:
-        if self.protocol in _WEB:
-            raise UserError(f"{self.name}: can't be written; choose an OUT on s3://, gs:// or a path of this machine")
+        self._check_writable()
         try:
             self._attempt(lambda: self._call(method, args[0], size, *args[1:]), file)
         except FileNotFoundError as error:
             raise UserError(f"{self.at(file)}: can't be written ({error}); make the bucket or folder first") from error
+
+    def _check_writable(self) -> None:
+        if self.protocol in _WEB:
+            raise UserError(f"{self.name}: can't be written; choose an OUT on s3://, gs:// or a path of this machine")
 
     def _attempt(self, request: Callable[[], Any], file: str) -> Any:
         return attempt(request, self.at(file), self.protocol, self.patience)

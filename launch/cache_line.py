@@ -24,17 +24,17 @@ def cache_line(run: Resolved, job: Nodes) -> str | None:
     options = data.cache_options()
     room = room_for(options)
     held = f"{options.path}, at most {size_text(room)}{' as its disk is now' if data.cache_gb is None else ''}"
-    reads = f"a node reads {size_text(epoch)} an epoch" + (
-        f" and {size_text(evaluation)} to evaluate" if evaluation else ""
-    )
+    reads = f"a node reads {size_text(epoch)} an epoch"
+    if evaluation:
+        reads += f" and {size_text(evaluation)} to evaluate"
     if epoch + evaluation <= room:
         return f"{held}: {reads}, all of which stays there"
     again = f"{held}: {reads}, of which {min(1.0, room / (epoch + evaluation)):.0%} stays there"
     if window <= room:
         return again
     return (
-        f"{again}; at any time it reads from {size_text(window)}, which has no room: shards will be fetched again and again. "
-        f"Set data.cache_gb to {window / 1e9:.2g} or more, take more nodes, or a smaller data.window"
+        f"{again}; at any time it reads from {size_text(window)}, which has no room: shards will be fetched again and "
+        f"again. Set data.cache_gb to {window / 1e9:.2g} or more, take more nodes, or a smaller data.window"
     )
 
 

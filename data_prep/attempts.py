@@ -19,16 +19,8 @@ SECONDS = "ROOKERY_STORE_SECONDS"
 
 # Libraries whose exceptions speak of a connection.
 _CLIENTS = (
-    "aiobotocore",
-    "aiohttp",
-    "azure",
-    "botocore",
-    "gcsfs",
-    "google",
-    "httpcore",
-    "httpx",
-    "requests",
-    "urllib3",
+    *("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "httpcore", "httpcore2", "httpx", "httpx2"),
+    *("requests", "urllib3"),
 )
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 _NO_CREDENTIALS = re.compile(r"Credential|Token|Authentication|Unauthori[sz]ed|ProfileNotFound")

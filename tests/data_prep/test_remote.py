@@ -189,6 +189,7 @@ S3_MEND = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         (ConnectionResetError(104, "reset"), None),
         (OSError(16, "Please reduce your request rate."), None),
         (made("EndpointConnectionError", "botocore.exceptions"), None),
+        (made("ConnectError", "httpx2"), None),
         (made("HttpError", "gcsfs.retry", code=503), None),
         (made("HfHubHTTPError", "huggingface_hub.errors", response=type("R", (), {"status_code": 429})), None),
         (PermissionError("Access Denied"), "access denied (Access Denied)"),

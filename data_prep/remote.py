@@ -9,18 +9,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import unquote
 
 from data_prep.attempts import Patience, attempt
 from data_prep.errors import UserError
 from data_prep.redact import HIDDEN, redact
-
-T = TypeVar("T")
+from data_prep.threads import in_parallel, within
 
 PIECE = 8 * 2**20
 PARALLEL = 4
@@ -114,7 +111,7 @@ class RemoteStore:
             if len(data) == size:  # a server that does not send parts of files
                 return
             starts = starts[1:]
-        yield from _in_parallel(piece, starts)
+        yield from in_parallel(piece, starts, PARALLEL)
 
     def _range(self, file: str, start: int, size: int) -> bytes:
         """`size` bytes from `start` on; from some servers of web pages all of the file instead."""
@@ -211,7 +208,7 @@ class RemoteStore:
             from fsspec.asyn import sync
 
             return sync(fs.loop, getattr(fs, f"_{method}"), first, *args, timeout=seconds, **options)
-        return _within(seconds, lambda: getattr(fs, method)(first, *args, **options))
+        return within(seconds, lambda: getattr(fs, method)(first, *args, **options))
 
     @property
     def _fs(self) -> Any:
@@ -253,62 +250,6 @@ def _credentials(protocol: str, address: str) -> tuple[str, dict[str, str]]:
     if protocol in ("s3", "s3a") and (found := _S3_KEY.fullmatch(address)):
         return found["rest"], {"key": unquote(found["key"]), "secret": unquote(found["secret"])}
     return address, {}
-
-
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """The result of a call, or TimeoutError; the call itself can't be ended, and is left to its thread."""
-    answers: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
-
-    def run() -> None:
-        try:
-            answers.put((call(), None))
-        except BaseException as error:
-            answers.put((None, error))
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        result, error = answers.get(timeout=seconds)
-    except Empty:
-        raise TimeoutError(f"no answer within {seconds:g} s") from None
-    if error is not None:
-        raise error
-    return result
-
-
-def _in_parallel(call: Callable[[int], T], items: Sequence[int]) -> Iterator[tuple[int, T]]:
-    """Every item with what `call` makes of it, in the order in which they are done.
-
-    `PARALLEL` threads work ahead of the caller; they keep no process from ending.
-    """
-    waiting: SimpleQueue[int] = SimpleQueue()
-    for item in items:
-        waiting.put(item)
-    done: SimpleQueue[tuple[int, T | None, BaseException | None]] = SimpleQueue()
-    free, stop = threading.Semaphore(PARALLEL), threading.Event()
-
-    def run() -> None:
-        while free.acquire() and not stop.is_set():
-            try:
-                item = waiting.get_nowait()
-            except Empty:
-                return
-            try:
-                done.put((item, call(item), None))
-            except BaseException as error:
-                done.put((item, None, error))
-
-    for _ in range(min(PARALLEL, len(items))):
-        threading.Thread(target=run, daemon=True).start()
-    try:
-        for _ in items:
-            item, result, error = done.get()
-            if error is not None:
-                raise error
-            yield item, result  # type: ignore[misc]
-            free.release()
-    finally:
-        stop.set()
-        free.release(PARALLEL)
 
 
 def write_all(descriptor: int, data: bytes, offset: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from data_prep.store import is_remote
 from launch.workers import Nodes
-from pipeline.data.cache import room_for
+from pipeline.data.cache_room import room_for
 from pipeline.resolve import Resolved
 from pipeline.train.forecast import count_node_bytes
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.data.augment.settings import AugmentConfig, EvalTransformConfig, MixConfig
-from pipeline.data.cache import CacheOptions
+from pipeline.data.cache_room import CacheOptions
 from pipeline.durations import Duration, Epochs, Interval
 from pipeline.errors import UserError
 

@@ -23,9 +23,6 @@ import errno
 import fcntl
 import logging
 import os
-import re
-import shutil
-import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,15 +32,13 @@ from pathlib import Path
 from data_prep.hashes import file_sha256
 from data_prep.manifest import DOWNLOADS
 from data_prep.remote import RemoteStore, write_all
+from pipeline.data.cache_room import CacheOptions, entries, free_limit
 from pipeline.errors import UserError
 
 log = logging.getLogger("rookery")
 
-_ENTRY = re.compile(r"[0-9a-f]{64}(?P<part>\.part)?")
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-# Without a limit of its own the cache leaves this part of the disk free.
-_RESERVE = 0.1
 _POLL_SECONDS = 0.05
 # Waiting for a file for longer is worth a line, but only one of all processes of the node within so many seconds.
 _TOLD_SECONDS = 2.0
@@ -54,29 +49,6 @@ _TOUCH_SECONDS = 1.0
 
 class DamagedFile(UserError):
     """A file of the store has other bytes than the manifest says, however often it is fetched."""
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """Where files from stores are kept on this node, and how much of them.
-
-    Attributes:
-        directory: None: below `$SLURM_TMPDIR`, `$TMPDIR` or `~/.cache`, whichever is there first.
-        gigabytes: 1e9 bytes; None: until a tenth of the disk is left free.
-    """
-
-    directory: str | None = None
-    gigabytes: float | None = None
-
-    @property
-    def path(self) -> Path:
-        """The folder on this node."""
-        if self.directory is not None:
-            return Path(self.directory)
-        for variable in ("SLURM_TMPDIR", "TMPDIR"):
-            if os.environ.get(variable):
-                return Path(os.environ[variable], f"rookery-cache-{os.getuid()}")
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "rookery")
 
 
 @dataclass(frozen=True)
@@ -115,7 +87,7 @@ class NodeCache:
 
     def limit(self) -> int:
         """Bytes that the cache may hold; without a limit of its own, as the disk is filled now."""
-        return self._limit if self._limit is not None else _free_limit(self.folder, self._held())
+        return self._limit if self._limit is not None else free_limit(self.folder, self._held())
 
     def holds(self, file: RemoteFile) -> bool:
         """Whether the file is here, or was a moment ago; it then counts as used now."""
@@ -219,23 +191,19 @@ class NodeCache:
 
     def _make_room(self, size: int) -> bool:
         """Remove what was used the longest ago until there is room for `size` more bytes; with the lock held."""
-        entries = sorted(_entries(self.folder), key=lambda entry: entry.used)
-        held = sum(entry.size for entry in entries)
-        limit = self._limit if self._limit is not None else _free_limit(self.folder, held)
+        found = sorted(entries(self.folder), key=lambda entry: entry.used)
+        held = sum(entry.size for entry in found)
+        limit = self._limit if self._limit is not None else free_limit(self.folder, held)
         if size > limit:
+            mend = "raise data.cache_gb" if self._limit is not None else "free space there, or set data.cache elsewhere"
             raise UserError(
                 f"a file of {size / 1e9:.3g} GB has no place in the {limit / 1e9:.3g} GB that the cache {self.folder} "
-                "may take; "
-                + (
-                    "free space there, or set data.cache to a folder on a larger disk"
-                    if self._limit is None
-                    else "raise data.cache_gb"
-                )
+                f"may take; {mend}"
             )
         if held + size > limit:  # what a kill left behind goes first
-            held -= sum(entry.size for entry in entries if entry.is_part and self._removed_abandoned(entry.path))
+            held -= sum(entry.size for entry in found if entry.is_part and self._removed_abandoned(entry.path))
         going, excess = [], held + size - limit
-        for entry in entries:
+        for entry in found:
             if excess <= 0:
                 break
             if not entry.is_part:
@@ -262,7 +230,7 @@ class NodeCache:
             os.close(descriptor)
 
     def _held(self) -> int:
-        return sum(entry.size for entry in _entries(self.folder))
+        return sum(entry.size for entry in entries(self.folder))
 
     def _touch(self, name: str) -> bool:
         """Whether the file is here, or was a moment ago; it then counts as used now."""
@@ -320,41 +288,6 @@ class NodeCache:
         log.warning(
             "waited %.1f s for %s (%.1f MB, %.1f MB/s)", seconds, file.name, file.size / 1e6, file.size / 1e6 / seconds
         )
-
-
-@dataclass(frozen=True)
-class _Entry:
-    path: Path
-    size: int
-    used: int
-    is_part: bool
-
-
-def room_for(options: CacheOptions) -> int:
-    """Bytes that the cache may hold on this machine; nothing is made there."""
-    if options.gigabytes is not None:
-        return int(options.gigabytes * 1e9)
-    folder = options.path
-    held = sum(entry.size for entry in _entries(folder)) if folder.is_dir() else 0
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
-    return _free_limit(there, held)
-
-
-def _free_limit(folder: Path, held: int) -> int:
-    """A limit that leaves a part of the disk free."""
-    disk = shutil.disk_usage(folder)
-    return max(0, held + disk.free - int(_RESERVE * disk.total))
-
-
-def _entries(folder: Path) -> Iterator[_Entry]:
-    with os.scandir(folder) as found:
-        for each in found:
-            match = _ENTRY.fullmatch(each.name)
-            if match:
-                with suppress(FileNotFoundError):
-                    seen = each.stat()
-                    if stat.S_ISREG(seen.st_mode):
-                        yield _Entry(Path(each.path), seen.st_size, seen.st_mtime_ns, match["part"] is not None)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -13,7 +13,8 @@ from typing import Any, BinaryIO, Protocol
 from data_prep.manifest import DOWNLOADS, Shard
 from data_prep.remote import RemoteStore
 from data_prep.store import local_path, remote_store
-from pipeline.data.cache import CacheOptions, DamagedFile, NodeCache, RemoteFile
+from pipeline.data.cache import DamagedFile, NodeCache, RemoteFile
+from pipeline.data.cache_room import CacheOptions
 
 
 class ShardFile(Protocol):

@@ -12,7 +12,7 @@ import numpy as np
 
 from data_prep.hashes import file_sha256
 from data_prep.manifest import Manifest, load_index, token_labels_offset
-from pipeline.data.cache import CacheOptions
+from pipeline.data.cache_room import CacheOptions
 from pipeline.data.files import ShardFile, open_files
 from pipeline.errors import UserError
 

@@ -14,7 +14,7 @@ import torch
 
 from pipeline.data.augment.settings import EvalTransformConfig
 from pipeline.data.augment.transforms import build_eval_transform
-from pipeline.data.cache import CacheOptions
+from pipeline.data.cache_room import CacheOptions
 from pipeline.data.loader import Batches, EvalDataset
 from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError

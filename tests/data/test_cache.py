@@ -19,7 +19,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from data_prep.attempts import Patience
 from data_prep.remote import RemoteStore
 from pipeline.data import cache as cache_module
-from pipeline.data.cache import CacheOptions, DamagedFile, NodeCache, RemoteFile, room_for
+from pipeline.data.cache import DamagedFile, NodeCache, RemoteFile
+from pipeline.data.cache_room import CacheOptions, room_for
 from pipeline.errors import UserError
 from tests.conftest import small_disk
 from tests.faulty_server import FaultyServer, Request, folder

@@ -22,7 +22,7 @@ from data_prep.attempts import SECONDS, TRIES
 from data_prep.store import open_store
 from pipeline.data.ahead import ComingShards, fetched_ahead
 from pipeline.data.batches import Batches
-from pipeline.data.cache import CacheOptions
+from pipeline.data.cache_room import CacheOptions
 from pipeline.data.files import CachedFiles
 from pipeline.data.order import DataOrder
 from pipeline.data.shards import ShardSet

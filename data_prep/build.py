@@ -13,7 +13,7 @@ from data_prep.manifest import BadImage, Shard
 from data_prep.options import PrepOptions
 from data_prep.shardwriter import ShardWriter
 from data_prep.sources.base import Item, Reader
-from data_prep.state import Record, SplitState, writing
+from data_prep.state import Record, SplitState
 from data_prep.tarshard import TarShardWriter
 from data_prep.token_labels import TokenMaps
 
@@ -45,7 +45,7 @@ class ShardBuilder:
             UserError: the source can't be read, or the shard can't be written.
         """
         shard_file, index = self.state.scratch / task.file, self.state.scratch / f"{task.file}.idx"
-        with writing(self.state.directory), warnings.catch_warnings():
+        with self.state.writing(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata: what matters here raises
             writer = WRITERS[self.options.format](shard_file, index, len(task.items))
             try:

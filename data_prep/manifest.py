@@ -11,26 +11,29 @@ One directory per split::
 or `train-000000.beton`, a data set that FFCV opens (`data_prep.beton`), in the place of the tar.
 
 The index gives the byte range and label of every sample, so a reader reaches any sample with one positioned read and
-no scan of the shard. This module and `data_prep.beton` are all that training code imports from `data_prep`; they
-need NumPy alone.
+no scan of the shard. Of `data_prep` training code imports this module, `data_prep.beton` and `data_prep.store` alone;
+they need NumPy, and fsspec where the directory is on a server.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.atomic import write_atomic
 from data_prep.errors import UserError
+from data_prep.store import LocalStore, Store, is_remote, local_path, open_store
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
 INDEX_SUFFIX = ".idx.npy"
+# How often a file from a server may arrive damaged.
+DOWNLOADS = 3
 KEY_BYTES = 64
 
 # `offset` and `size` delimit the image bytes inside the shard file, `key` is the sample key padded with NULs.
@@ -134,43 +137,51 @@ class Manifest:
         content = {"classes": self.classes, "shards": [[s.samples, s.sha256] for s in self.shards]}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def save(self, directory: str | Path) -> Path:
+    def save(self, directory: str | Path | Store) -> None:
         """Write `manifest.json`, with a checksum of itself; a reader sees either the old file or all of the new one."""
-        path = Path(directory) / MANIFEST_NAME
         content = asdict(self)
         content["checksum"] = _checksum(content)
-        write_atomic(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
-        return path
+        _store(directory).write(MANIFEST_NAME, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 
     @classmethod
-    def load(cls, directory: str | Path) -> Manifest:
-        """Read the manifest of a split directory (or the manifest file itself).
+    def load(cls, directory: str | Path | Store) -> Manifest:
+        """Read the manifest of a split, from its directory, its address, or the manifest file itself.
 
         Raises:
-            UserError: there is no manifest, it can't be understood, or its checksum disagrees.
+            UserError: there is no manifest, it can't be read or understood, or its checksum disagrees.
         """
-        path = Path(directory)
-        if path.name != MANIFEST_NAME:
-            path = path / MANIFEST_NAME
-        if not path.is_file():
-            raise UserError(_no_manifest(path))
-        try:
-            raw = json.loads(path.read_bytes())
-            if raw.get("version") != MANIFEST_VERSION:
+        store = _store(directory)
+        path = store.at(MANIFEST_NAME)
+        if isinstance(store, LocalStore) and not Path(path).is_file():
+            raise UserError(_no_manifest(store))
+        tries = 1 if isinstance(store, LocalStore) else DOWNLOADS
+        for left in reversed(range(tries)):
+            try:
+                return cls._parsed(store.read(MANIFEST_NAME), path)
+            except FileNotFoundError as error:
+                raise UserError(_no_manifest(store)) from error
+            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+                if left:
+                    continue  # it may have been damaged on its way
                 raise UserError(
-                    f"{path}: manifest version {raw.get('version')!r}, this release reads {MANIFEST_VERSION}; "
-                    "prepare the shards again with `rookery prep`"
-                )
-            if raw.pop("checksum") != _checksum(raw):
-                raise ValueError("its checksum disagrees")
-            raw["shards"] = [Shard(**shard) for shard in raw["shards"]]
-            raw["quarantine"] = [BadImage(**bad) for bad in raw["quarantine"]]
-            return cls(**raw)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+                    f"{path}: damaged or edited by hand ({type(error).__name__}: {error}); "
+                    "run the same `rookery prep` command again: it writes the manifest anew from its records"
+                ) from error
+        raise AssertionError("there is at least one try")
+
+    @classmethod
+    def _parsed(cls, data: bytes, path: str) -> Manifest:
+        raw = json.loads(data)
+        if raw.get("version") != MANIFEST_VERSION:
             raise UserError(
-                f"{path}: damaged or edited by hand ({type(error).__name__}: {error}); "
-                "run the same `rookery prep` command again: it writes the manifest anew from its records"
-            ) from error
+                f"{path}: manifest version {raw.get('version')!r}, this release reads {MANIFEST_VERSION}; "
+                "prepare the shards again with `rookery prep`"
+            )
+        if raw.pop("checksum") != _checksum(raw):
+            raise ValueError("its checksum disagrees")
+        raw["shards"] = [Shard(**shard) for shard in raw["shards"]]
+        raw["quarantine"] = [BadImage(**bad) for bad in raw["quarantine"]]
+        return cls(**raw)
 
 
 def token_labels_offset(offset: int, size: int) -> int:
@@ -181,13 +192,16 @@ def token_labels_offset(offset: int, size: int) -> int:
     return offset + -(-size // TAR_BLOCK) * TAR_BLOCK + 3 * TAR_BLOCK
 
 
-def load_index(directory: str | Path, shard: Shard) -> np.ndarray:
+def load_index(directory: str | Path, shard: Shard, file: Path | None = None) -> np.ndarray:
     """Memory-map the index of one shard: shape (samples,), dtype `INDEX_DTYPE`.
+
+    Args:
+        file: a copy of the index to read instead.
 
     Raises:
         UserError: the index is missing, damaged, or does not have `shard.samples` rows.
     """
-    path = Path(directory) / shard.index_file
+    path = file or Path(directory) / shard.index_file
     advice = "run `rookery verify` on the directory, and `rookery prep` again to rebuild what is damaged"
     try:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -207,8 +221,19 @@ def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _no_manifest(path: Path) -> str:
-    splits = sorted(p.parent.name for p in path.parent.glob(f"*/{MANIFEST_NAME}")) if path.parent.is_dir() else []
+def _store(directory: str | Path | Store) -> Store:
+    if not isinstance(directory, str | Path):
+        return directory
+    path = local_path(directory) if not is_remote(directory) else None
+    if path is not None:
+        return LocalStore(path.parent if path.name == MANIFEST_NAME else path)
+    return open_store(str(directory).removesuffix(f"/{MANIFEST_NAME}"))
+
+
+def _no_manifest(store: Store) -> str:
+    path, splits = store.at(MANIFEST_NAME), []
+    with suppress(OSError, UserError):
+        splits = [folder for folder in store.folders() if MANIFEST_NAME in store.below(folder).sizes()]
     if splits:
         return f"{path}: no such manifest, but the directory holds the splits {', '.join(splits)}; name one of them"
     return f"{path}: no such manifest; make the shards first with `rookery prep SOURCE OUT`"

@@ -17,6 +17,7 @@ from data_prep.manifest import Manifest
 from data_prep.options import PrepOptions
 from data_prep.prepare import describe_quarantine, prepare_splits
 from data_prep.progress import SilentProgress, make_progress
+from data_prep.store import Store, open_store
 from data_prep.verify import split_directories
 from data_prep.verify import verify as verify_directory
 from data_prep.wording import counted
@@ -31,7 +32,10 @@ def prep(
             help="Class folders, ILSVRC2012 tar, Hugging Face parquet, CIFAR archive, or the word `digits`."
         ),
     ],
-    out: Annotated[str, typer.Argument(help="Folder for the shards; every split gets its own folder in it.")],
+    out: Annotated[
+        str,
+        typer.Argument(help="Folder for the shards, or s3://..., gs://...; every split gets its own folder in it."),
+    ],
     split: Annotated[
         list[str] | None,
         typer.Option(help="Split to prepare; repeat it for several. Default: every split of the source."),
@@ -136,17 +140,19 @@ def prep(
     )
     start = time.monotonic()
     try:
-        manifests = prepare_splits(source, Path(out), options, split or (), make_progress())
+        manifests = prepare_splits(source, out, options, split or (), make_progress())
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command continues", err=True)
         raise typer.Exit(INTERRUPTED) from None
     for manifest in manifests.values():
-        typer.echo(_summary(manifest, Path(out)))
+        typer.echo(_summary(manifest, open_store(out)))
     typer.echo(f"{time.monotonic() - start:.1f} s")
 
 
 def verify(
-    directory: Annotated[Path, typer.Argument(help="A split's folder, or the folder that holds the splits.")],
+    directory: Annotated[
+        str, typer.Argument(help="A split's folder, or the folder that holds the splits; also s3://..., https://...")
+    ],
     workers: Annotated[int | None, typer.Option(min=1, help="Threads. Default: one per usable core.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -158,22 +164,23 @@ def verify(
     splits = split_directories(directory)
     problems = verify_directory(directory, workers, progress)
     if as_json:
-        content = {"ok": not problems, "splits": [str(path) for path in splits], "problems": [*map(asdict, problems)]}
+        content = {"ok": not problems, "splits": [split.name for split in splits], "problems": [*map(asdict, problems)]}
         typer.echo(json.dumps(content, indent=1))
     else:
         for problem in problems:
             typer.echo(f"{problem.split}/{problem.file}: {problem.what}\n    {problem.mend}")
         wrong = counted(len(problems), "problem") if problems else "everything is as it was made"
-        typer.echo(f"{', '.join(path.name for path in splits)}: {wrong}")
+        typer.echo(f"{', '.join(Path(split.name).name for split in splits)}: {wrong}")
     if problems:
         raise typer.Exit(1)
 
 
-def _summary(manifest: Manifest, out: Path) -> str:
+def _summary(manifest: Manifest, out: Store) -> str:
     size = sum(shard.bytes for shard in manifest.shards)
     line = (
-        f"{out / manifest.split}: {counted(manifest.num_samples, 'sample')}, {counted(manifest.num_classes, 'class')}, "
-        f"{counted(len(manifest.shards), 'shard')}, {size / 1e6:,.1f} MB, fingerprint {manifest.fingerprint()[:12]}"
+        f"{out.at(manifest.split)}: {counted(manifest.num_samples, 'sample')}, "
+        f"{counted(manifest.num_classes, 'class')}, {counted(len(manifest.shards), 'shard')}, {size / 1e6:,.1f} MB, "
+        f"fingerprint {manifest.fingerprint()[:12]}"
     )
     if not manifest.quarantine:
         return line

@@ -224,9 +224,13 @@ class EvalDataset(Dataset):
         except UserError as error:
             return Failed(str(error))
 
-    def _batch(self, i: int) -> EvalBatch:
+    def samples_of(self, i: int) -> range:
+        """The samples of batch `i`; fewer than `batch_size`, or none, at the end."""
         start = (i * self.world_size + self.rank) * self.batch_size
-        samples = range(start, min(start + self.batch_size, len(self.shards)))
+        return range(start, min(start + self.batch_size, len(self.shards)))
+
+    def _batch(self, i: int) -> EvalBatch:
+        samples = self.samples_of(i)
         images, labels = [], []
         # A process whose share is all padding looks at some image to learn its shape.
         for sample in self.shards.read(samples or range(1)):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from data_prep import beton
+from data_prep.hashes import file_sha256
 from data_prep.manifest import Manifest, load_index, token_labels_offset
+from pipeline.data.cache_room import CacheOptions
+from pipeline.data.files import ShardFile, open_files
 from pipeline.errors import UserError
 
 # An open shard holds two file descriptors, of which a process often has no more than 1,024.
@@ -41,7 +42,7 @@ class Sample:
 
 
 class _OpenShard(NamedTuple):
-    file: BinaryIO
+    file: ShardFile
     rows: np.ndarray
 
 
@@ -51,13 +52,18 @@ class ShardSet:
     Reads are positioned (`pread`), so one open file per shard serves any access pattern. The `MAX_OPEN` shards that
     were used last stay open.
 
+    Args:
+        directory: path or address of the split.
+        cache: the node's cache for what has an address; None: every sample is a request, right for a few of them.
+
     Raises:
         UserError: no manifest, or a shard that is missing or of another size.
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        self.manifest = Manifest.load(self.directory)
+    def __init__(self, directory: str | Path, cache: CacheOptions | None = None) -> None:
+        self.files = open_files(directory, cache)
+        self.directory = self.files.name
+        self.manifest = Manifest.load(directory)
         if self.manifest.format not in FORMATS:
             raise UserError(
                 f"{self.directory}: format {self.manifest.format!r} has no reader; there is one for "
@@ -106,9 +112,9 @@ class ShardSet:
         # One stat per shard, so that a lost or cut file is reported before the first step rather than in hour nine.
         advice = "restore it, or rebuild it with `rookery prep --repair`; `rookery verify` lists all damage"
         for shard in self.manifest.shards:
-            path = self.directory / shard.file
+            path = self.files.at(shard.file)
             try:
-                size = path.stat().st_size
+                size = self.files.size(shard)
             except OSError as error:
                 raise UserError(f"{path}: shard missing ({error.strerror}); {advice}") from error
             if size != shard.bytes:
@@ -127,26 +133,29 @@ class ShardSet:
             return self._open[shard]
         while len(self._open) >= MAX_OPEN:
             self._open.popitem(last=False)[1].file.close()
-        path = self.directory / self.manifest.shards[shard].file
+        described = self.manifest.shards[shard]
         index = self._checked_index(shard)
         try:
-            file = open(path, "rb", buffering=0)  # noqa: SIM115  (closed when another shard takes its place)
+            file = self.files.open(described)
         except OSError as error:
-            raise self._unreadable(path, error) from error
+            raise self._unreadable(described.file, error) from error
         self._open[shard] = _OpenShard(file, index)
         return self._open[shard]
 
     def _checked_index(self, shard: int) -> np.ndarray:
         described = self.manifest.shards[shard]
-        index = load_index(self.directory, described)
-        if shard not in self._checked:
-            # A flipped label would poison the training silently; to hash the small index once costs next to nothing.
-            path = self.directory / described.index_file
-            if hashlib.sha256(path.read_bytes()).hexdigest() != described.index_sha256:
-                raise UserError(
-                    f"{path}: not the index that the manifest describes; rebuild it with `rookery prep --repair`"
-                )
-            self._checked.add(shard)
+        try:
+            with self.files.index(described) as path:
+                index = load_index(self.directory, described, path)
+                # A flipped label would poison the training silently, and to hash the small index once costs little.
+                if shard not in self._checked and file_sha256(path) != described.index_sha256:
+                    raise UserError(
+                        f"{self.files.at(described.index_file)}: not the index that the manifest describes; "
+                        "rebuild it with `rookery prep --repair`"
+                    )
+        except OSError as error:
+            raise self._unreadable(described.index_file, error) from error
+        self._checked.add(shard)
         return index
 
     def _map(self, shard: int, offset: int, size: int) -> bytes:
@@ -163,20 +172,21 @@ class ShardSet:
         try:
             return beton.raw_shape(stored, offset)
         except beton.BetonError as error:
-            path = self.directory / self.manifest.shards[shard].file
+            path = self.files.at(self.manifest.shards[shard].file)
             raise UserError(f"{path}: {error}; rebuild it with `rookery prep --repair`") from error
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
-        path = self.directory / self.manifest.shards[shard].file
+        file = self.manifest.shards[shard].file
         try:
-            data = os.pread(self._opened(shard).file.fileno(), size, offset)
+            data = self._opened(shard).file.pread(size, offset)
         except OSError as error:
-            raise self._unreadable(path, error) from error
+            raise self._unreadable(file, error) from error
         if len(data) != size:
             raise UserError(
-                f"{path}: ends inside a sample (byte {offset + len(data)}); rebuild it with `rookery prep --repair`"
+                f"{self.files.at(file)}: ends inside a sample (byte {offset + len(data)}); "
+                "rebuild it with `rookery prep --repair`"
             )
         return data
 
-    def _unreadable(self, path: Path, error: OSError) -> UserError:
-        return UserError(f"{path}: can't be read ({error}); `rookery verify {self.directory}` checks it")
+    def _unreadable(self, file: str, error: OSError) -> UserError:
+        return UserError(f"{self.files.at(file)}: can't be read ({error}); `rookery verify {self.directory}` checks it")

@@ -165,7 +165,7 @@ class RunDir:
         write_text(self.path / CONFIG_NAME, yaml.safe_dump(redact(config), sort_keys=False, width=120))
         write_json(self.path / FACTS_NAME, self.facts)
         if diff:
-            write_text(self.path / DIFF_NAME, diff)
+            write_text(self.path / DIFF_NAME, redact(diff))
         else:
             (self.path / DIFF_NAME).unlink(missing_ok=True)
 

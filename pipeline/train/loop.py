@@ -50,7 +50,7 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
     torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
     with ExitStack() as stack:
         recorder = Recorder.open(run, world, stack)
-        shards = ShardSet(config.data.train)
+        shards = ShardSet(config.data.train, config.data.cache_options())
         # Before the engine: the loaders' fork server does its imports while the model is built.
         validation = None if run.val is None else eval_batches(config, world)
         store = CheckpointStore(Path(config.out, config.name, "checkpoints"), config.checkpoint.keep_last)

@@ -41,6 +41,7 @@ FREE_KEYS = (
     "resume",
     "data.train",
     "data.val",
+    "data.cache",
     "data.workers",
     "data.prefetch",
     "data.trace",
@@ -300,7 +301,7 @@ def _start_mirror(run: Resolved, run_dir: RunDir) -> BackgroundMirror | None:
         return None
     tags = {
         "model": run.config.model.name,
-        "dataset": run.config.data.train,
+        "dataset": redact(run.config.data.train),
         "dataset_fingerprint": run.train.fingerprint()[:16],
     }
     return BackgroundMirror(run_dir.path, tracking.uri, tracking.experiment, run.config.name, tags)

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-MAX_SIDE = 20_000
-MAX_PIXELS = 100_000_000
-MAX_BYTES = 64 * 2**20
+from data_prep.manifest import MAX_BYTES, is_absurd
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 READ_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # a closed list: some others start external programs
@@ -86,7 +84,7 @@ def _decode(data: bytes) -> Image.Image:
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=READ_FORMATS)
         width, height = image.size
-        if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        if is_absurd(width, height):
             raise UnusableImage(f"absurd size: {width} x {height} pixels")
         image.load()
     except Image.UnidentifiedImageError:

@@ -87,6 +87,12 @@ class DataConfig(Section):
     repeats: int = Field(1, ge=1, description="repeated augmentation: copies of each sample, next to each other")
     workers: int = Field(2, ge=0, description="loader processes per training process; 0 loads in the process itself")
     prefetch: int = Field(4, ge=1, description="batches that each loader process prepares ahead")
+    max_bad_samples: int | None = Field(
+        None,
+        ge=0,
+        description="bad samples of `train` that others stand in for before the run stops; 0: the first one stops it; "
+        "null: 0.1 % of the samples, at least 10",
+    )
     trace: bool = Field(False, description="write the keys of the samples of every step to <run>/trace/")
 
 

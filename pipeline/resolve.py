@@ -68,7 +68,7 @@ def resolve(config: RunConfig, world_size: int) -> Resolved:
     Raises:
         UserError: data, model, batch and processes do not fit together; the message names the key to change.
     """
-    train = ShardSet(config.data.train).manifest
+    train = training_shards(config).manifest
     val = None if config.data.val is None else ShardSet(config.data.val).manifest
     lanes = config.data.lanes or default_lanes(config.train.global_batch_size)
     classes = config.model.num_classes or train.num_classes
@@ -96,6 +96,18 @@ def resolve(config: RunConfig, world_size: int) -> Resolved:
     params = sum(p.numel() for p in model.parameters())
     macs = count_macs(model)
     return Resolved(config, plan, order, train, val, params, num_drop_paths(model), macs, token_grid)
+
+
+def training_shards(config: RunConfig) -> ShardSet:
+    """The shards of `data.train`.
+
+    A lost shard is a mistake where a run begins. One that goes on does what it would have done had it not been stopped:
+    it takes other samples, as `data.max_bad_samples` says.
+
+    Raises:
+        UserError: no manifest, or a shard that is missing or of another size.
+    """
+    return ShardSet(config.data.train, check_files=config.data.max_bad_samples == 0 or not _continues(config))
 
 
 def _check_spikes(config: RunConfig, plan: Plan) -> None:

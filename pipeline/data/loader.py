@@ -18,13 +18,15 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from data_prep.manifest import is_absurd
 from pipeline.data.augment.mix_token import draw_mix_token
 from pipeline.data.augment.mixing import MixConfig, MixParams, draw_mix
 from pipeline.data.augment.token_labels import TokenLabelBatch, decode_map
 from pipeline.data.augment.transforms import TrainTransform
 from pipeline.data.batches import Batches, Failed
 from pipeline.data.order import DataOrder
-from pipeline.data.shards import Sample, ShardSet
+from pipeline.data.shards import ShardSet
+from pipeline.data.substitute import BadSample, Replaced, Retries, Substitutes
 from pipeline.errors import UserError
 from pipeline.hashing import uniform
 
@@ -39,10 +41,11 @@ class TrainBatch(NamedTuple):
     Attributes:
         images: (b, C, H, W) float32, augmented and normalised.
         labels: (b,) int64.
-        samples: (b,) int64, positions in the manifest.
+        samples: (b,) int64, positions in the manifest of what is trained on: of the replacement where one is bad.
         drop_path: (b, P) float32 uniforms, one per sample and stochastic-depth branch.
         mix: partners, weights and boxes of mixup and CutMix.
         tokens: label maps; None where the tokens have no labels of their own.
+        replaced: the bad samples among those that the order asks for; None: all are good.
     """
 
     images: torch.Tensor
@@ -51,6 +54,7 @@ class TrainBatch(NamedTuple):
     drop_path: torch.Tensor
     mix: MixParams
     tokens: TokenLabelBatch | None = None
+    replaced: list[Replaced] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,20 +94,49 @@ def decode(data: bytes, in_chans: int) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            if is_absurd(*image.size):
+                raise ValueError(f"absurd size: {image.width} x {image.height} pixels")
             return image.convert("L" if in_chans == 1 else "RGB")
     except MemoryError:
         raise
+    except Image.UnidentifiedImageError as error:  # its text holds an address
+        raise UserError("can't be decoded (no JPEG, PNG or WebP)") from error
     except Exception as error:  # the decoders raise nearly every type on damaged bytes
-        raise UserError(f"can't be decoded ({error}); check the shards with `rookery verify`") from error
+        raise UserError(f"can't be decoded ({error or type(error).__name__})") from error
+
+
+class Decoded(NamedTuple):
+    """A sample that can be used: its key, picture, label, and label map if asked for."""
+
+    key: str
+    image: Image.Image
+    label: int
+    tokens: torch.Tensor | None
+
+
+def load_sample(shards: ShardSet, sample: int, in_chans: int, tokens: bool = False) -> Decoded:
+    """Read and decode one sample.
+
+    Raises:
+        BadSample: it can't be.
+    """
+    read = next(shards.read([sample], tokens))
+    try:
+        image = decode(read.data, in_chans)
+        maps = None if read.tokens is None else decode_map(read.tokens, shards.manifest)
+    except UserError as error:
+        mend = "check the shards with `rookery verify`"
+        raise BadSample(shards.path_of(sample), str(error), mend, read.key) from error
+    return Decoded(read.key, image, read.label, maps)
 
 
 @contextmanager
-def _naming(sample: Sample, shards: ShardSet) -> Iterator[None]:
+def _naming(key: str, shards: ShardSet) -> Iterator[None]:
     """Say which sample a mistake is about."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{shards.directory}: sample {sample.key}: {error}") from error
+        raise UserError(f"{shards.directory}: sample {key}: {error}") from error
 
 
 class StepDataset(Dataset):
@@ -119,6 +152,7 @@ class StepDataset(Dataset):
         drop_paths: stochastic-depth branches of the model.
         rank, world_size: this process among those that share the steps.
         tokens: read the label maps of the shards; None: don't.
+        replace_bad: put another sample in the place of one that can't be used, rather than fail.
 
     Raises:
         UserError: `world_size` does not divide the lanes.
@@ -136,11 +170,13 @@ class StepDataset(Dataset):
         rank: int,
         world_size: int,
         tokens: TokenLabelOptions | None = None,
+        replace_bad: bool = False,
     ) -> None:
         order.check_world_size(world_size)
         self.shards, self.order, self.transform, self.mix = shards, order, transform, mix
         self.img_size, self.in_chans, self.drop_paths = img_size, in_chans, drop_paths
         self.rank, self.world_size, self.tokens = rank, world_size, tokens
+        self._samples: Substitutes[Decoded] = Substitutes(order.shard_samples, order.seed, replace_bad)
 
     def __getitem__(self, step: int) -> TrainBatch | Failed:
         try:
@@ -153,30 +189,37 @@ class StepDataset(Dataset):
         chosen = order.step(step, self.rank, self.world_size)
         # Copies of a sample in repeated augmentation are told apart as if they were further samples.
         ids = chosen.samples + chosen.copies * order.num_samples
-        images, labels, maps, warps = [], [], [], []
-        read = self.shards.read(chosen.samples, tokens=self.tokens is not None)
-        for sample, index in zip(read, ids, strict=True):
-            with _naming(sample, self.shards):
-                image = decode(sample.data, self.in_chans)
-                if self.tokens is None or sample.tokens is None:
-                    images.append(self.transform(image, seed, chosen.epoch, int(index)))
+        used, images, labels, maps, warps, replaced = [], [], [], [], [], []
+        for sample, index in zip(chosen.samples.tolist(), ids.tolist(), strict=True):
+            # A replacement takes a bad sample's place, and with it all that is drawn there.
+            position, loaded, fault = self._samples.load(sample, chosen.epoch, self._load)
+            if fault is not None:
+                replaced.append(Replaced(sample, fault.path.name, fault.key, fault.reason, position, loaded.key))
+            with _naming(loaded.key, self.shards):
+                if loaded.tokens is None:
+                    images.append(self.transform(loaded.image, seed, chosen.epoch, index))
                 else:
                     assert isinstance(self.transform, TrainTransform), "only it knows where pixels come from"
-                    swap = self.tokens.swap_axes
-                    pixels, warp = self.transform.traced(image, seed, chosen.epoch, int(index), swap)
+                    swap = self.tokens is not None and self.tokens.swap_axes
+                    pixels, warp = self.transform.traced(loaded.image, seed, chosen.epoch, index, swap)
                     images.append(pixels)
                     warps.append(warp)
-                    maps.append(decode_map(sample.tokens))
-            labels.append(sample.label)
+                    maps.append(loaded.tokens)
+            used.append(position)
+            labels.append(loaded.label)
         branches = np.arange(self.drop_paths)
         return TrainBatch(
             torch.stack(images),
             torch.tensor(labels),
-            torch.from_numpy(chosen.samples),
+            torch.tensor(used),
             torch.from_numpy(uniform(seed, _DROP_PATH_STREAM, chosen.epoch, ids[:, None], branches)),
             draw_mix(self.mix, seed, step, chosen.lanes, order.chunk, self.img_size),
             self._tokens(step, chosen.lanes, maps, warps),
+            replaced or None,
         )
+
+    def _load(self, sample: int) -> Decoded:
+        return load_sample(self.shards, sample, self.in_chans, tokens=self.tokens is not None)
 
     def _tokens(
         self, step: int, lanes: np.ndarray, maps: list[torch.Tensor], warps: list[np.ndarray]
@@ -203,6 +246,7 @@ class EvalDataset(Dataset):
     ) -> None:
         self.shards, self.transform, self.in_chans = shards, transform, in_chans
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self._retries = Retries()
 
     def __len__(self) -> int:
         return math.ceil(len(self.shards) / (self.batch_size * self.world_size))
@@ -210,6 +254,8 @@ class EvalDataset(Dataset):
     def __getitem__(self, i: int) -> EvalBatch | Failed:
         try:
             return self._batch(i)
+        except BadSample as error:
+            return Failed(f"{error}; evaluation leaves no sample out: figures over others would not compare")
         except UserError as error:
             return Failed(str(error))
 
@@ -218,13 +264,17 @@ class EvalDataset(Dataset):
         samples = range(start, min(start + self.batch_size, len(self.shards)))
         images, labels = [], []
         # A process whose share is all padding looks at some image to learn its shape.
-        for sample in self.shards.read(samples or range(1)):
-            with _naming(sample, self.shards):
-                images.append(self.transform(decode(sample.data, self.in_chans)))
-            labels.append(sample.label)
+        for sample in samples or range(1):
+            loaded = self._retries.load(sample, self._load)
+            with _naming(loaded.key, self.shards):
+                images.append(self.transform(loaded.image))
+            labels.append(loaded.label)
         real, missing = len(samples), self.batch_size - len(samples)
         return EvalBatch(
             torch.stack(images[:real] + [torch.zeros_like(images[0])] * missing),
             torch.tensor(labels[:real] + [0] * missing),
             torch.arange(self.batch_size) < real,
         )
+
+    def _load(self, sample: int) -> Decoded:
+        return load_sample(self.shards, sample, self.in_chans)

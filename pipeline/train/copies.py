@@ -11,7 +11,7 @@ from pipeline.data.loader import TrainBatch
 
 
 def on_device(batches: Iterable[TrainBatch], device: torch.device) -> Iterator[TrainBatch]:
-    """The batches, on the device but for their sample numbers, which only the host reads.
+    """The batches, on the device but for what only the host reads: numbers and faults of samples.
 
     On a GPU each copy runs in a stream of its own. The host is ahead of the GPU, so it runs while the GPU still
     computes the step before; the step itself waits for it on the GPU, and the host never does.
@@ -29,6 +29,7 @@ def on_device(batches: Iterable[TrainBatch], device: torch.device) -> Iterator[T
                 drop_path=batch.drop_path.to(device, non_blocking=True),
                 mix=batch.mix.to(device),
                 tokens=None if batch.tokens is None else batch.tokens.to(device),
+                replaced=batch.replaced,
             )
         compute = torch.cuda.current_stream(device)
         compute.wait_stream(stream)

@@ -10,10 +10,10 @@ from torch import nn
 
 from pipeline.config import RunConfig
 from pipeline.data.augment.transforms import build_eval_transform, build_train_transform
-from pipeline.data.loader import Batches, EvalDataset, StepDataset, TokenLabelOptions, decode
+from pipeline.data.loader import Batches, EvalDataset, StepDataset, TokenLabelOptions, load_sample
 from pipeline.data.shards import ShardSet
 from pipeline.hashing import seed64
-from pipeline.resolve import Resolved, build_model
+from pipeline.resolve import Resolved, build_model, training_shards
 from pipeline.train.cores import num_cores
 from pipeline.train.distributed import World
 from pipeline.train.init_weights import load_init
@@ -59,6 +59,7 @@ def train_batches(run: Resolved, shards: ShardSet, world: World, start: int) -> 
         world.rank,
         world.size,
         token_options(run),
+        replace_bad=config.data.max_bad_samples != 0,
     )
     steps = range(start, run.plan.end_step)
     return Batches(dataset, steps, loader_workers(config), config.data.prefetch, world.device)
@@ -94,10 +95,9 @@ def try_samples(run: Resolved) -> None:
     size, channels = config.model.img_size, config.model.in_chans
     train = build_train_transform(config.augment, size, channels)
     evaluate = build_eval_transform(config.eval_transform, config.augment, size, channels)
-    shards = ShardSet(config.data.train)
-    train(decode(next(shards.read([0])).data, channels), config.seed, 0, 0)
+    train(load_sample(training_shards(config), 0, channels).image, config.seed, 0, 0)
     if config.data.val is not None:
-        evaluate(decode(next(ShardSet(config.data.val).read([0])).data, channels))
+        evaluate(load_sample(ShardSet(config.data.val), 0, channels).image)
 
 
 def loader_workers(config: RunConfig) -> int:

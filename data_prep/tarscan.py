@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 BLOCK = tarfile.BLOCKSIZE
+# A long name or a pax header is read as a whole; no real one comes near.
+MAX_EXTRA = 2**20
 
 
 class TarError(Exception):
@@ -44,7 +46,12 @@ def members(descriptor: int, start: int = 0, end: int | None = None) -> Iterator
             info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
             raise TarError(f"damaged header at byte {position - start} ({error})") from error
-        size = int(override.get("size", info.size))
+        size = _size(override["size"]) if "size" in override else info.size
+        if size < 0:  # base-256 numbers have a sign, and a step back would never end
+            raise TarError(f"damaged header at byte {position - start} (size {size})")
+        extra = info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE)
+        if extra and size > MAX_EXTRA:
+            raise TarError(f"damaged header at byte {position - start} (a name of {size} bytes)")
         offset = position + BLOCK
         position = offset + -(-size // BLOCK) * BLOCK
         if offset + size > end:
@@ -67,10 +74,16 @@ def _pax(data: bytes) -> dict[str, str]:
     found = {}
     while data:
         digits, _, _ = data.partition(b" ")
-        if not digits.isdigit() or not 0 < int(digits) <= len(data):
+        if not 0 < _size(digits.decode("ascii", "replace")) <= len(data):
             raise TarError("damaged pax header")
         record, data = data[: int(digits)], data[int(digits) :]
         key, _, value = record[len(digits) + 1 : -1].partition(b"=")
         if key in (b"path", b"size"):
             found[key.decode()] = value.decode("utf-8", "surrogateescape")
     return found
+
+
+def _size(digits: str) -> int:
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 20):
+        raise TarError("damaged pax header")
+    return int(digits)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 import re
-import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -19,8 +19,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from data_prep.errors import UserError
-from data_prep.manifest import BadImage
+from data_prep.images import absurd_bytes
+from data_prep.manifest import MAX_BYTES, BadImage
 from data_prep.options import PrepOptions
+from data_prep.sources.archive import read_files, read_whole
 from data_prep.sources.base import Item, Listing, reading
 from data_prep.tarscan import Member, TarError, members
 
@@ -126,26 +128,17 @@ def read_devkit(path: Path) -> tuple[list[str], list[int]]:
         classes = sorted(wnid_of.values())
         label_of = {number: classes.index(wnid) for number, wnid in wnid_of.items()}
         return classes, [label_of[int(line)] for line in truth_file.split()]
-    except (KeyError, ValueError, TypeError, NotImplementedError) as error:
+    except Exception as error:  # SciPy raises nearly every type on a damaged file
         raise UserError(f"{path}: not a readable development kit ({type(error).__name__}: {error})") from error
 
 
 def _devkit_files(path: Path) -> tuple[bytes, bytes]:
     wanted = ["ILSVRC2012_validation_ground_truth.txt", "meta.mat"]
-    found: dict[str, bytes] = {}
     with reading(path):
         if path.is_dir():
-            found = {file.name: file.read_bytes() for file in path.glob("**/data/*") if file.name in wanted}
+            found = {file.name: read_whole(file) for file in path.glob("**/data/*") if file.name in wanted}
         else:
-            try:
-                with tarfile.open(path) as archive:
-                    for member in archive:
-                        name = PurePosixPath(member.name).name
-                        file = archive.extractfile(member) if name in wanted else None
-                        if file is not None:
-                            found[name] = file.read()
-            except (tarfile.TarError, EOFError) as error:
-                raise UserError(f"{path}: not a readable archive ({error})") from error
+            found = read_files(path, set(wanted))
     missing = [name for name in wanted if name not in found]
     if missing:
         raise UserError(f"{path}: no data/{missing[0]} in it; it should be {DEVKIT}.tar.gz or its extracted folder")
@@ -160,6 +153,10 @@ def _list_train(path: Path, descriptor: int) -> Listing:
         else:
             rejected.append(BadImage(f"{path.name}!{member.name}", "not the tar of a class", "dropped"))
     tars.sort(key=lambda tar: tar.name)
+    classes = [PurePosixPath(tar.name).stem for tar in tars]
+    twice = [name for name, number in Counter(classes).items() if number > 1]
+    if twice:
+        raise TarError(f"{twice[0]}.tar is in it twice")
 
     def scan(tar: Member) -> list[Member]:
         try:
@@ -171,16 +168,19 @@ def _list_train(path: Path, descriptor: int) -> Listing:
         images = list(threads.map(scan, tars))
     names = [f"{tar.name}!{image.name}" for tar, inside in zip(tars, images, strict=True) for image in inside]
     labels = np.repeat(np.arange(len(tars)), [len(inside) for inside in images])
-    classes = [PurePosixPath(tar.name).stem for tar in tars]
     listing = _listing(path, classes, names, [image for inside in images for image in inside], labels)
-    listing.rejected = rejected
+    listing.rejected += rejected
     return listing
 
 
 def _listing(path: Path, classes: list[str], names: list[str], found: list[Member], labels: np.ndarray) -> Listing:
     at = np.array([(member.offset, member.size) for member in found], dtype=np.int64).reshape(-1, 2)
     stems = [PurePosixPath(member.name).stem for member in found]
-    return Listing(classes, names, labels, at[:, 1], at, TarReader(str(path)), stems=stems)
+    small = at[:, 1] <= MAX_BYTES
+    rejected = [BadImage(names[i], absurd_bytes(at[i, 1]), "dropped") for i in np.flatnonzero(~small)]
+    keep = np.flatnonzero(small).tolist()
+    names, stems = [names[i] for i in keep], [stems[i] for i in keep]
+    return Listing(classes, names, labels[small], at[small, 1], at[small], TarReader(str(path)), stems, None, rejected)
 
 
 def _split_of(path: Path) -> str | None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 BLOCK = tarfile.BLOCKSIZE
 # A long name or a pax header is read as a whole; no real one comes near.
 MAX_EXTRA = 2**20
+_CHUNK = 2**20
 
 
 class TarError(Exception):
@@ -24,14 +25,19 @@ class Member(NamedTuple):
     size: int
 
 
-def members(descriptor: int, start: int = 0, end: int | None = None) -> Iterator[Member]:
+def members(
+    descriptor: int, start: int = 0, end: int | None = None, others: list[str] | None = None
+) -> Iterator[Member]:
     """The regular members of the tar that lies in bytes [start, end) of an open file.
 
     Understands ustar, GNU long names and pax paths and sizes. Uses `os.pread` only: any number of threads may scan
     one descriptor, and a tar inside a tar is scanned in place.
 
+    Args:
+        others: gets the names of links, devices and pipes.
+
     Raises:
-        TarError: a damaged header, or the tar ends before its end mark.
+        TarError: a damaged header, the tar ends before its end mark, or goes on behind it.
     """
     end = os.fstat(descriptor).st_size if end is None else end
     position = start
@@ -41,6 +47,7 @@ def members(descriptor: int, start: int = 0, end: int | None = None) -> Iterator
         if len(header) < BLOCK:
             raise TarError(f"truncated: it ends at byte {end - start} without an end mark")
         if not header.strip(b"\0"):
+            _check_end(descriptor, position, start, end)
             return
         try:
             info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
@@ -66,7 +73,17 @@ def members(descriptor: int, start: int = 0, end: int | None = None) -> Iterator
         elif info.type != tarfile.XGLTYPE:
             if info.isreg():
                 yield Member(override.get("path", info.name), offset, size)
+            elif others is not None and not info.isdir():
+                others.append(override.get("path", info.name))
             override = {}
+
+
+def _check_end(descriptor: int, position: int, start: int, end: int) -> None:
+    """A hole that a disk left in a tar looks like its end mark, but more of it follows."""
+    for place in range(position, end, _CHUNK):
+        data = os.pread(descriptor, min(_CHUNK, end - place), place)
+        if data.count(0) != len(data):
+            raise TarError(f"damaged: it goes on behind an end mark at byte {position - start}")
 
 
 def _pax(data: bytes) -> dict[str, str]:

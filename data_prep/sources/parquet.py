@@ -74,7 +74,10 @@ class ParquetSource:
                 for group in range(parquet.num_row_groups):
                     meta = parquet.metadata.row_group(group)
                     if not 0 <= meta.total_byte_size <= MAX_BYTES * max(1, meta.num_rows):
-                        raise ValueError(f"{meta.total_byte_size} bytes in {meta.num_rows} rows")
+                        raise UserError(
+                            f"{file}: row group {group} unpacks to {meta.total_byte_size} bytes in {meta.num_rows} "
+                            f"rows, but images have {MAX_BYTES} at most; leave it out, or fetch it again"
+                        )
                     sizes.append(np.full(meta.num_rows, meta.total_byte_size // max(1, meta.num_rows)))
                     rows = np.arange(meta.num_rows)
                     at.append(np.stack([np.full_like(rows, number), np.full_like(rows, group), rows], axis=1))

@@ -28,6 +28,7 @@ from data_prep.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
+FORMATS = ("webdataset", "ffcv")
 KEY_BYTES = 64
 
 # `offset` and `size` delimit the image bytes inside the shard file, `key` is the sample key padded with NULs.
@@ -196,6 +197,8 @@ def _check(manifest: Manifest) -> None:
     texts += tuple(sha256 for shard in manifest.shards for sha256 in (shard.sha256, shard.index_sha256))
     if not isinstance(manifest.classes, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError("a name that is no text")
+    if manifest.format not in FORMATS:
+        raise ValueError(f"format {manifest.format!r}, there is {' and '.join(FORMATS)}")
     if not isinstance(manifest.options, dict) or not isinstance(manifest.source, dict):
         raise ValueError("options or source without names")
     if len(set(files)) != len(files):

@@ -29,17 +29,19 @@ def damaged(data: bytes, how: str, draw: random.Random) -> bytes:
     if how == "cut":
         return data[: draw.randrange(size)]
     changed = bytearray(data)
-    if how == "flipped":
-        for _ in range(draw.choice((1, 2, 5, 20))):
-            changed[draw.randrange(size)] ^= 1 << draw.randrange(8)
-        return bytes(changed)
-    length = draw.randint(1, max(1, size // 4))
-    start, other = (draw.randrange(size - length + 1) for _ in range(2))
-    if how == "zeroed":
-        changed[start : start + length] = bytes(length)
-        return bytes(changed)
-    assert how == "spliced"
-    return data[:start] + data[other : other + length] + data[start:]
+    while changed == data:  # zeros may meet zeros
+        if how == "flipped":
+            for _ in range(draw.choice((1, 2, 5, 20))):
+                changed[draw.randrange(size)] ^= 1 << draw.randrange(8)
+            continue
+        length = draw.randint(1, max(1, size // 4))
+        start, other = (draw.randrange(size - length + 1) for _ in range(2))
+        if how == "zeroed":
+            changed[start : start + length] = bytes(length)
+        else:
+            assert how == "spliced"
+            changed[start:start] = data[other : other + length]
+    return bytes(changed)
 
 
 @contextmanager

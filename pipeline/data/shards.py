@@ -185,7 +185,7 @@ class ShardSet:
         path, opened = self._path(shard), self._opened(shard)
         try:
             if opened.file is None:
-                opened.file = open(path, "rb", buffering=0)  # noqa: SIM115  (closed when another shard takes its place)
+                opened.file = open(path, "rb", buffering=0, opener=_without_waiting)  # noqa: SIM115  (see `_forget`)
             data = os.pread(opened.file.fileno(), size, offset)
         except OSError as error:
             lost = opened.file is None
@@ -203,6 +203,11 @@ class ShardSet:
         passing = not isinstance(error, FileNotFoundError)
         mend = f"`rookery verify {self.directory}` checks it"
         return BadSample(path, reason, mend, key, lost=lost, passing=passing)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open, as a shard should never be, a pipe too; reading from it then fails."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _key(row: Any) -> str:

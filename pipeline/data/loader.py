@@ -125,6 +125,7 @@ def load_sample(shards: ShardSet, sample: int, in_chans: int, tokens: bool = Fal
         image = decode(read.data, in_chans)
         maps = None if read.tokens is None else decode_map(read.tokens, shards.manifest)
     except UserError as error:
+        shards.reopen(sample)
         mend = "check the shards with `rookery verify`"
         raise BadSample(shards.path_of(sample), str(error), mend, read.key) from error
     return Decoded(read.key, image, read.label, maps)

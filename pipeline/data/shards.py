@@ -94,6 +94,10 @@ class ShardSet:
         """Keys of the given samples, without reading them; shard and row where an index was lost meanwhile."""
         return [self._key_of(sample) for sample in samples]
 
+    def reopen(self, sample: int) -> None:
+        """Open the shard of a sample anew when it is read next: it may be mended by then, which makes another file."""
+        self._forget(self._place(sample)[0])
+
     def path_of(self, sample: int) -> Path:
         """The shard that holds a sample."""
         return self._path(self._place(sample)[0])
@@ -154,9 +158,9 @@ class ShardSet:
         return self._open[shard]
 
     def _forget(self, shard: int) -> None:
-        file = self._open.pop(shard).file
-        if file is not None:
-            file.close()
+        opened = self._open.pop(shard, None)
+        if opened is not None and opened.file is not None:
+            opened.file.close()
 
     def _checked_index(self, shard: int) -> np.ndarray:
         described = self.manifest.shards[shard]
@@ -189,7 +193,7 @@ class ShardSet:
             data = os.pread(opened.file.fileno(), size, offset)
         except OSError as error:
             lost = opened.file is None
-            self._forget(shard)  # a file that was replaced meanwhile can be read once it is opened again
+            self._forget(shard)  # as `reopen`
             raise self._unreadable(path, error, key, lost) from error
         if len(data) != size:
             self._forget(shard)

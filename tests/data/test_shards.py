@@ -18,8 +18,9 @@ import pytest
 
 import pipeline.data.shards as shards_module
 from data_prep.manifest import Manifest, load_index
+from pipeline.data.loader import load_sample
 from pipeline.data.shards import Sample, ShardSet
-from pipeline.data.substitute import BadSample
+from pipeline.data.substitute import BadSample, Retries
 from pipeline.errors import UserError
 
 Damage = Callable[[str, Callable[[Path], object]], Path]
@@ -195,18 +196,19 @@ def test_shard_lost_or_cut_while_training(damage: Damage) -> None:
     assert shards.keys([100]) == [key]
 
 
-def test_a_shard_that_was_mended_is_opened_again(damage: Damage, digits: Path) -> None:
+@pytest.mark.parametrize("spoil", [lambda file: os.truncate(file, 600), lambda file: file.write_bytes(bytes(10**6))])
+def test_a_shard_that_was_mended_is_opened_again(spoil: Callable[[Path], object], damage: Damage, digits: Path) -> None:
     """What replaces a file is another file, which a reader that keeps the old one open would never see."""
     split = damage("test-000000.tar", lambda path: None)
     shards, file = ShardSet(split), split / "test-000000.tar"
-    [whole] = shards.read([100])
-    os.truncate(file, 600)
+    whole = load_sample(shards, 100, 1)
+    spoil(file)
     with pytest.raises(BadSample):
-        list(shards.read([100]))
+        load_sample(shards, 100, 1)
     mended = file.with_name("mended")
     mended.write_bytes((digits / "test" / file.name).read_bytes())
     mended.replace(file)
-    assert list(shards.read([100])) == [whole]
+    assert load_sample(shards, 100, 1).image == whole.image
 
 
 def vouched(split: Path, column: str, value: int) -> ShardSet:
@@ -237,6 +239,23 @@ def test_rows_that_can_not_be_true(column: str, value: int, said: str, damage: D
         list(shards.read([7]))
     assert not error.value.lost and error.value.key == shards.keys([7])[0]
     assert len(list(shards.read([6, 8]))) == 2
+
+
+def test_a_read_that_fails_once_is_no_bad_sample(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a file server fails over: its files have to be opened anew, too."""
+    shards, pread, failures = ShardSet(digits / "test"), os.pread, [errno.EIO, errno.ESTALE]
+    [expected] = shards.read([3])
+
+    def fails(*arguments: int) -> bytes:
+        if failures:
+            raise OSError(failures[0], os.strerror(failures.pop(0)))
+        return pread(*arguments)
+
+    monkeypatch.setattr(os, "pread", fails)
+    with pytest.raises(BadSample, match=r"can't be read \(Input/output error\)") as error:
+        list(shards.read([3]))
+    assert error.value.passing and not error.value.lost
+    assert Retries().load(3, lambda sample: next(shards.read([sample]))) == expected and not failures
 
 
 def test_want_of_descriptors_is_not_bad_data(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:

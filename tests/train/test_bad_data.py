@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import shutil
 import time
@@ -16,7 +18,6 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
-import pipeline.train.quarantine as quarantine_module
 from data_prep.manifest import Manifest
 from launch import prep_cli
 from pipeline.config_load import load_config
@@ -352,19 +353,20 @@ def test_too_many(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_costs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, whole = quarantine(tmp_path), quarantine_module.append_lines
-
-    def full(path: Path, entries: list[dict[str, Any]]) -> None:
-        raise UserError(f"{path} can't be written: No space left on device")
-
-    monkeypatch.setattr(quarantine_module, "append_lines", full)
-    kept.add(1, [fault(1)])
-    assert kept.collect() is not None and listed(tmp_path) == []
-    monkeypatch.setattr(quarantine_module, "append_lines", whole)
+    kept = quarantine(tmp_path)
+    kept.add(0, [fault(7)])
     kept.collect()
-    assert [line["sample"] for line in listed(tmp_path)] == [1]
-    kept.collect()
-    assert len(listed(tmp_path)) == 1
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        kept.add(1, [fault(1), fault(2)])
+        assert kept.collect() is not None and len(listed(tmp_path)) == 1
+    for _ in range(2):
+        kept.collect()
+        assert [line["sample"] for line in listed(tmp_path)] == [7, 1, 2]
 
 
 @pytest.mark.parametrize(("step", "stay"), [(0, []), (4, [5, 20]), (12, [5, 20]), (13, [5, 20, 70])])

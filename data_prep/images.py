@@ -15,11 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-MAX_SIDE = 20_000
-MAX_PIXELS = 100_000_000
-MAX_BYTES = 64 * 2**20
+from data_prep.manifest import MAX_BYTES, is_absurd
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+MAX_SCANNED = 2_000_000_000  # half a minute
 READ_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # a closed list: some others start external programs
 RAW = "raw"  # the extension of pixels that are not encoded at all
 STORED_AS = {"jpg": "JPEG", "png": "PNG", RAW: "raw pixels"}
@@ -100,6 +99,11 @@ def _shrunk(size: tuple[int, int], resize: int | None, max_resolution: int | Non
     return size
 
 
+def absurd_bytes(size: int) -> str:
+    """Why a file of more than `MAX_BYTES` is no image; sources that know the size need not read it."""
+    return f"absurd size: {size} bytes, the limit is {MAX_BYTES}"
+
+
 def encode_png(pixels: np.ndarray) -> bytes:
     """Lossless PNG of uint8 pixels, (H, W) greyscale or (H, W, 3) RGB."""
     return _encoded(Image.fromarray(np.ascontiguousarray(pixels)), "PNG")
@@ -109,12 +113,16 @@ def _decode(data: bytes) -> Image.Image:
     if not data:
         raise UnusableImage("zero bytes")
     if len(data) > MAX_BYTES:
-        raise UnusableImage(f"absurd size: {len(data)} bytes, the limit is {MAX_BYTES}")
+        raise UnusableImage(absurd_bytes(len(data)))
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=READ_FORMATS)
         width, height = image.size
-        if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        if is_absurd(width, height):
             raise UnusableImage(f"absurd size: {width} x {height} pixels")
+        # Every scan of a progressive JPEG goes over all of its pixels.
+        scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
+        if scans * width * height > MAX_SCANNED:
+            raise UnusableImage(f"absurd size: {width} x {height} pixels, {scans} scans")
         image.load()
     except Image.UnidentifiedImageError:
         raise UnusableImage(f"not an image ({', '.join(READ_FORMATS)})") from None
@@ -131,7 +139,8 @@ def _decode(data: bytes) -> Image.Image:
 def _eight_bit(image: Image.Image) -> Image.Image:
     """CMYK and other colour spaces to RGB, 16-bit greyscale to 8 bits (which a plain convert would clip)."""
     if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+        values = np.asarray(image)  # unsigned 16 bits, or signed 32
+        return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
     try:
         return image.convert("RGB")
     except ValueError as error:

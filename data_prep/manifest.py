@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,13 +35,27 @@ MANIFEST_VERSION = 1
 INDEX_SUFFIX = ".idx.npy"
 # How often a file from a server may arrive damaged.
 DOWNLOADS = 3
+FORMATS = ("webdataset", "ffcv")
 KEY_BYTES = 64
 
 # `offset` and `size` delimit the image bytes inside the shard file, `key` is the sample key padded with NULs.
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u8"), ("label", "<i8"), ("key", f"S{KEY_BYTES}")])
 
-
 TAR_BLOCK = 512
+
+# What `rookery prep` lets through, and so what a reader has to expect: a damaged size must not cost all memory.
+MAX_SIDE = 20_000
+MAX_PIXELS = 100_000_000
+MAX_RATIO = 100
+MAX_BYTES = 64 * 2**20
+# A sample of a tar is two headers, a block of the label and one of the image at least.
+_MIN_TAR_BYTES = 4 * TAR_BLOCK
+
+
+def is_absurd(width: int, height: int) -> bool:
+    """Whether a picture of that size is refused: decoded, or with its shorter side resized, it would take gigabytes."""
+    short, long = sorted((width, height))
+    return long > MAX_SIDE or short * long > MAX_PIXELS or long > MAX_RATIO * short
 
 
 class TokenLabels(NamedTuple):
@@ -160,7 +175,7 @@ class Manifest:
                 return cls._parsed(store.read(MANIFEST_NAME), path)
             except FileNotFoundError as error:
                 raise UserError(_no_manifest(store)) from error
-            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 if left:
                     continue  # it may have been damaged on its way
                 raise UserError(
@@ -181,7 +196,44 @@ class Manifest:
             raise ValueError("its checksum disagrees")
         raw["shards"] = [Shard(**shard) for shard in raw["shards"]]
         raw["quarantine"] = [BadImage(**bad) for bad in raw["quarantine"]]
-        return cls(**raw)
+        manifest = cls(**raw)
+        _check(manifest)
+        return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """Refuse what no preparation writes: the checksum is no signature.
+
+    Raises:
+        ValueError: a value that can't be true, or a file outside the manifest's directory.
+    """
+    files = [shard.file for shard in manifest.shards]
+    texts = (manifest.format, manifest.split, *manifest.classes, *files)
+    texts += tuple(sha256 for shard in manifest.shards for sha256 in (shard.sha256, shard.index_sha256))
+    if not isinstance(manifest.classes, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("a name that is no text")
+    if manifest.format not in FORMATS:
+        raise ValueError(f"format {manifest.format!r}, there is {' and '.join(FORMATS)}")
+    if not isinstance(manifest.options, dict) or not isinstance(manifest.source, dict):
+        raise ValueError("options or source without names")
+    if len(set(files)) != len(files):
+        raise ValueError("a shard that is listed twice")
+    for shard in manifest.shards:
+        if shard.file in ("", ".", "..") or set(shard.file) & set("/\\\0"):
+            raise ValueError(f"shard {shard.file!r} is not the name of a file beside it")
+        counts = _are_counts(shard.samples, shard.bytes)
+        least = shard.samples * _MIN_TAR_BYTES if counts and manifest.format == "webdataset" else 0
+        if not counts or not least <= shard.bytes < 2**63:
+            raise ValueError(f"shard {shard.file} with {shard.samples!r} samples in {shard.bytes!r} bytes")
+    tokens = manifest.token_labels
+    if tokens is not None:
+        counts = len(tokens.shape) == 4 and _are_counts(*tokens.shape, tokens.bytes)
+        if not counts or not math.prod(tokens.shape) * np.dtype(tokens.dtype).itemsize < tokens.bytes < MAX_BYTES:
+            raise ValueError(f"label maps of shape {tokens.shape} in {tokens.bytes!r} bytes")
+
+
+def _are_counts(*values: Any) -> bool:
+    return all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values)
 
 
 def token_labels_offset(offset: int, size: int) -> int:
@@ -192,6 +244,17 @@ def token_labels_offset(offset: int, size: int) -> int:
     return offset + -(-size // TAR_BLOCK) * TAR_BLOCK + 3 * TAR_BLOCK
 
 
+class BadIndex(UserError):
+    """The index of a shard can't be used; `reason` says why."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(
+            f"{path}: {reason}; run `rookery verify` on the directory, and `rookery prep` again to rebuild what is "
+            "damaged"
+        )
+        self.reason = reason
+
+
 def load_index(directory: str | Path, shard: Shard, file: Path | None = None) -> np.ndarray:
     """Memory-map the index of one shard: shape (samples,), dtype `INDEX_DTYPE`.
 
@@ -199,20 +262,24 @@ def load_index(directory: str | Path, shard: Shard, file: Path | None = None) ->
         file: a copy of the index to read instead.
 
     Raises:
-        UserError: the index is missing, damaged, or does not have `shard.samples` rows.
+        BadIndex: it is missing, damaged, or does not have `shard.samples` rows.
     """
     path = file or Path(directory) / shard.index_file
-    advice = "run `rookery verify` on the directory, and `rookery prep` again to rebuild what is damaged"
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError("not a regular file")
         index = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: the index of {shard.file} is missing; {advice}") from error
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: unreadable index ({error}); {advice}") from error
+        raise BadIndex(path, f"the index of {shard.file} is missing") from error
+    except Exception as error:  # NumPy raises nearly every type on a damaged header
+        raise BadIndex(path, f"unreadable index ({error or type(error).__name__})") from error
+    if not isinstance(index, np.ndarray):  # it opens archives as well
+        raise BadIndex(path, "unreadable index (not an array)")
     if index.dtype != INDEX_DTYPE or index.shape != (shard.samples,):
-        raise UserError(
-            f"{path}: index of shape {index.shape} and type {index.dtype}, "
-            f"the manifest says ({shard.samples},) and {INDEX_DTYPE}; {advice}"
+        raise BadIndex(
+            path,
+            f"index of shape {index.shape} and type {index.dtype}, "
+            f"the manifest says ({shard.samples},) and {INDEX_DTYPE}",
         )
     return index
 

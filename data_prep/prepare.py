@@ -19,7 +19,7 @@ from data_prep.sources.folder import FolderSource
 from data_prep.state import Record, SplitState
 from data_prep.store import Store, is_remote, local_path, open_store
 from data_prep.token_labels import TokenMaps, open_token_maps
-from data_prep.wording import counted
+from data_prep.wording import counted, printable
 from data_prep.workers import build_shards, usable_cores
 
 SHOWN = 20
@@ -207,5 +207,5 @@ def _current_manifest(store: Store) -> Manifest | None:
 
 def describe_quarantine(bad: Sequence[BadImage]) -> str:
     """The first images of a quarantine list, one per line."""
-    lines = [f"  {image.source}: {image.reason} ({image.action})" for image in bad[:SHOWN]]
+    lines = [f"  {printable(f'{image.source}: {image.reason} ({image.action})')}" for image in bad[:SHOWN]]
     return "\n".join(lines + ([f"  ... and {len(bad) - SHOWN:,} more"] if len(bad) > SHOWN else []))

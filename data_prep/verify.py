@@ -35,6 +35,7 @@ from data_prep.wording import counted
 from data_prep.workers import usable_cores
 
 REPAIR = "run the same `rookery prep` command again with --repair: it makes only what is damaged"
+_LABEL_BYTES = 20
 DELETE = "delete it if it is of no use: the manifest doesn't know it"
 
 
@@ -201,6 +202,8 @@ def _check_shard(directory: Path, shard: Shard, manifest: Manifest) -> Iterator[
 def _damage(path: Path, sha256: str, size: int | None) -> str | None:
     try:
         actual = path.stat().st_size
+        if not path.is_file():
+            return "not a regular file"
         if size is not None and actual != size:
             return f"{actual} bytes, the manifest says {size}"
         return None if file_sha256(path) == sha256 else "its contents have changed: the sha256 differs"
@@ -222,7 +225,7 @@ def _disagreement(directory: Path, shard: Shard, manifest: Manifest) -> str | No
                     found["key"] = index["key"]  # the shard has none
             else:
                 found = _scan(file.fileno(), manifest.token_labels)
-    except (UserError, TarError, beton.BetonError, ValueError, OSError) as error:
+    except (UserError, TarError, beton.BetonError, ValueError, OverflowError, OSError) as error:
         return str(error)
     if len(found) != len(index):
         return f"{counted(len(index), 'row')}, but the {kind} holds {counted(len(found), 'sample')}"
@@ -254,6 +257,8 @@ def _scan(descriptor: int, tokens: TokenLabels | None) -> np.ndarray:
             found = next(files, None)
             if found != expected:
                 raise TarError(f"{label.name} is followed by {found}, not by {expected}")
+        if label.size > _LABEL_BYTES:
+            raise TarError(f"{label.name} has {label.size} bytes")
         rows.append((image.offset, image.size, int(os.pread(descriptor, label.size, label.offset)), key.encode()))
     return np.array(rows, dtype=INDEX_DTYPE)
 

@@ -21,6 +21,7 @@ from data_prep.store import Store, open_store
 from data_prep.verify import split_directories
 from data_prep.verify import verify as verify_directory
 from data_prep.wording import counted
+from launch.quarantine_cli import replay_quarantine
 
 INTERRUPTED = 130
 
@@ -151,15 +152,27 @@ def prep(
 
 def verify(
     directory: Annotated[
-        str, typer.Argument(help="A split's folder, or the folder that holds the splits; also s3://..., https://...")
-    ],
+        str | None,
+        typer.Argument(help="A split's folder, or the folder that holds the splits; also s3://..., https://..."),
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads. Default: one per usable core.")] = None,
+    quarantine: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN", help="Instead try the bad samples again that this run met (DIRECTORY: if its shards moved)."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check shards and indexes against their manifest: hashes, sizes, and every index row against its shard.
 
     Exit status: 0 everything is as it was made, 1 something is wrong (listed, with how to mend it), 2 wrong input.
     """
+    if quarantine is not None:
+        replay_quarantine(quarantine, directory, as_json)
+        return
+    if directory is None:
+        raise UserError("name a folder with shards, or a run with --quarantine")
     progress = SilentProgress() if as_json and not sys.stderr.isatty() else make_progress()
     splits = split_directories(directory)
     problems = verify_directory(directory, workers, progress)

@@ -99,6 +99,12 @@ class DataConfig(Section):
         "compiled",
         description="compiled: libjpeg-turbo and compiled loops; pillow: the plain path that they are tested against",
     )
+    max_bad_samples: int | None = Field(
+        None,
+        ge=0,
+        description="bad samples of `train` that others stand in for before the run stops; 0: the first one stops it; "
+        "null: 0.1 % of the samples, at least 10",
+    )
     trace: bool = Field(False, description="write the keys of the samples of every step to <run>/trace/")
 
     def cache_options(self) -> CacheOptions:

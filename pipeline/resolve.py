@@ -15,6 +15,7 @@ import torch
 from data_prep.manifest import Manifest
 from data_prep.store import is_remote
 from pipeline.config import RunConfig
+from pipeline.data.cache_room import CacheOptions
 from pipeline.data.order import DataOrder, default_lanes
 from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
@@ -69,7 +70,7 @@ def resolve(config: RunConfig, world_size: int) -> Resolved:
     Raises:
         UserError: data, model, batch and processes do not fit together; the message names the key to change.
     """
-    train = ShardSet(config.data.train).manifest
+    train = training_shards(config).manifest
     val = None if config.data.val is None else ShardSet(config.data.val).manifest
     lanes = config.data.lanes or default_lanes(config.train.global_batch_size)
     classes = config.model.num_classes or train.num_classes
@@ -98,6 +99,19 @@ def resolve(config: RunConfig, world_size: int) -> Resolved:
     params = sum(p.numel() for p in model.parameters())
     macs = count_macs(model)
     return Resolved(config, plan, order, train, val, params, num_drop_paths(model), macs, token_grid)
+
+
+def training_shards(config: RunConfig, cache: CacheOptions | None = None) -> ShardSet:
+    """The shards of `data.train`.
+
+    A lost shard is a mistake where a run begins. One that goes on does what it would have done had it not been stopped:
+    it takes other samples, as `data.max_bad_samples` says.
+
+    Raises:
+        UserError: no manifest, or a shard that is missing or of another size.
+    """
+    check_files = config.data.max_bad_samples == 0 or not _continues(config)
+    return ShardSet(config.data.train, cache, check_files)
 
 
 def _check_spikes(config: RunConfig, plan: Plan) -> None:

@@ -41,6 +41,8 @@ def open_source(where: str | Path, options: PrepOptions | None = None) -> Source
     with reading(path):  # looking around may already be forbidden
         if not DigitsSource.matches(path) and options.kind != DigitsSource.kind and not path.exists():
             raise UserError(f"{where}: no such file or folder; a source is one of\n{UNDERSTOOD}")
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+            raise UserError(f"{where}: neither a file nor a folder; a source is one of\n{UNDERSTOOD}")
         for kind in [SOURCES[options.kind]] if options.kind else SOURCES.values():
             if options.kind or kind.matches(path):
                 return kind(path, options)

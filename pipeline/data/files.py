@@ -100,7 +100,12 @@ class LocalFiles:
         yield self.directory / shard.index_file
 
     def open(self, shard: Shard) -> _LocalFile:
-        return _LocalFile(open(self.directory / shard.file, "rb", buffering=0))
+        return _LocalFile(open(self.directory / shard.file, "rb", buffering=0, opener=_without_waiting))
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open, as a shard should never be, a pipe too; reading from it then fails."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 class _LocalFile:

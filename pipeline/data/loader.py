@@ -26,7 +26,8 @@ from pipeline.data.batches import Batches, Failed
 from pipeline.data.fast.decode import decode_array, decode_image
 from pipeline.data.fast.transform import FastTransform
 from pipeline.data.order import DataOrder
-from pipeline.data.shards import Sample, ShardSet
+from pipeline.data.shards import ShardSet
+from pipeline.data.substitute import BadSample, Replaced, Retries, Substitutes
 from pipeline.errors import UserError
 from pipeline.hashing import uniform
 
@@ -44,11 +45,12 @@ class TrainBatch(NamedTuple):
     Attributes:
         images: (b, C, H, W), augmented: float32 and normalised, or uint8 where that is left to the device.
         labels: (b,) int64.
-        samples: (b,) int64, positions in the manifest.
+        samples: (b,) int64, positions in the manifest of what is trained on: of the replacement where one is bad.
         drop_path: (b, P) float32 uniforms, one per sample and stochastic-depth branch.
         mix: partners, weights and boxes of mixup and CutMix.
         tokens: label maps; None where the tokens have no labels of their own.
         erased: boxes that the device erases; None where `images` are finished.
+        replaced: the bad samples among those that the order asks for; None: all are good.
     """
 
     images: torch.Tensor
@@ -58,6 +60,7 @@ class TrainBatch(NamedTuple):
     mix: MixParams
     tokens: TokenLabelBatch | None = None
     erased: Erased | None = None
+    replaced: list[Replaced] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,13 +92,42 @@ class EvalBatch(NamedTuple):
     real: torch.Tensor
 
 
+class Decoded(NamedTuple):
+    """A sample that can be used: its key, label, label map if asked for, and picture.
+
+    `picture` is a Pillow image, or an (H, W, C) uint8 array for compiled loops.
+    """
+
+    key: str
+    picture: Any
+    label: int
+    tokens: torch.Tensor | None
+
+
+def load_sample(shards: ShardSet, sample: int, in_chans: int, tokens: bool = False, as_array: bool = False) -> Decoded:
+    """Read and decode one sample.
+
+    Raises:
+        BadSample: it can't be.
+    """
+    read = next(shards.read([sample], tokens))
+    try:
+        picture = (decode_array if as_array else decode_image)(read.data, in_chans, read.shape)
+        maps = None if read.tokens is None else decode_map(read.tokens, shards.manifest)
+    except UserError as error:
+        shards.reopen(sample)
+        mend = "check the shards with `rookery verify`"
+        raise BadSample(shards.path_of(sample), str(error), mend, read.key) from error
+    return Decoded(read.key, picture, read.label, maps)
+
+
 @contextmanager
-def _naming(sample: Sample, shards: ShardSet) -> Iterator[None]:
+def _naming(key: str, shards: ShardSet) -> Iterator[None]:
     """Say which sample a mistake is about."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{shards.directory}: sample {sample.key}: {error}") from error
+        raise UserError(f"{shards.directory}: sample {key}: {error}") from error
 
 
 class StepDataset(Dataset):
@@ -113,6 +145,7 @@ class StepDataset(Dataset):
         rank, world_size: this process among those that share the steps.
         tokens: read the label maps of the shards; None: don't.
         finish: give floats; False: a `FastTransform` leaves normalisation and erasing to the device.
+        replace_bad: put another sample in the place of one that can't be used, rather than fail.
 
     Raises:
         UserError: `world_size` does not divide the lanes.
@@ -131,11 +164,13 @@ class StepDataset(Dataset):
         world_size: int,
         tokens: TokenLabelOptions | None = None,
         finish: bool = True,
+        replace_bad: bool = False,
     ) -> None:
         order.check_world_size(world_size)
         self.shards, self.order, self.transform, self.mix = shards, order, transform, mix
         self.img_size, self.in_chans, self.drop_paths = img_size, in_chans, drop_paths
         self.rank, self.world_size, self.tokens, self.finish = rank, world_size, tokens, finish
+        self._samples: Substitutes[Decoded] = Substitutes(order.shard_samples, order.seed, replace_bad)
 
     def __getitem__(self, step: int) -> TrainBatch | Failed:
         try:
@@ -148,52 +183,69 @@ class StepDataset(Dataset):
         chosen = order.step(step, self.rank, self.world_size)
         # Copies of a sample in repeated augmentation are told apart as if they were further samples.
         ids = chosen.samples + chosen.copies * order.num_samples
-        fast = isinstance(self.transform, FastTransform)
-        pictures: list[Any] = []
-        labels, maps = [], []
-        for sample in self.shards.read(chosen.samples, tokens=self.tokens is not None):
-            with _naming(sample, self.shards):
-                pictures.append((decode_array if fast else decode_image)(sample.data, self.in_chans, sample.shape))
-                if sample.tokens is not None:
-                    maps.append(decode_map(sample.tokens))
-            labels.append(sample.label)
-        images, erased, warps = (self._fast if fast else self._plain)(pictures, seed, chosen.epoch, ids)
+        used, samples, replaced = [], [], []
+        for sample in chosen.samples.tolist():
+            # A replacement takes a bad sample's place, and with it all that is drawn there.
+            position, loaded, fault = self._samples.load(sample, chosen.epoch, self._load)
+            if fault is not None:
+                replaced.append(Replaced(sample, fault.file, fault.key, fault.reason, position, loaded.key))
+            used.append(position)
+            samples.append(loaded)
+        augment = self._fast if isinstance(self.transform, FastTransform) else self._plain
+        images, erased, warps = augment(samples, chosen.epoch, ids)
         return TrainBatch(
             images,
-            torch.tensor(labels),
-            torch.from_numpy(chosen.samples),
+            torch.tensor([sample.label for sample in samples]),
+            torch.tensor(used),
             torch.from_numpy(uniform(seed, _DROP_PATH_STREAM, chosen.epoch, ids[:, None], np.arange(self.drop_paths))),
             draw_mix(self.mix, seed, step, chosen.lanes, order.chunk, self.img_size),
-            self._tokens(step, chosen.lanes, maps, warps),
+            self._tokens(step, chosen.lanes, samples, warps),
             erased,
+            replaced or None,
         )
 
-    def _fast(self, pictures: list[np.ndarray], seed: int, epoch: int, ids: np.ndarray) -> _Images:
+    def _load(self, sample: int) -> Decoded:
+        as_array = isinstance(self.transform, FastTransform)
+        return load_sample(self.shards, sample, self.in_chans, self.tokens is not None, as_array)
+
+    def _fast(self, samples: list[Decoded], epoch: int, ids: np.ndarray) -> _Images:
         assert isinstance(self.transform, FastTransform)
-        swap = self.tokens is not None and self.tokens.swap_axes
-        done = self.transform(pictures, seed, epoch, ids, self.tokens is not None, swap)
+        done = self.transform(
+            [sample.picture for sample in samples],
+            self.order.seed,
+            epoch,
+            ids,
+            trace=self.tokens is not None,
+            swap_axes=self.tokens is not None and self.tokens.swap_axes,
+            naming=lambda i: _naming(samples[i].key, self.shards),
+        )
         if self.finish:
             return self.transform.finish.on_host(done.pixels, done.erased), None, done.warps
         return torch.from_numpy(done.pixels).permute(0, 3, 1, 2), done.erased, done.warps
 
-    def _plain(self, pictures: list[Image.Image], seed: int, epoch: int, ids: np.ndarray) -> _Images:
+    def _plain(self, samples: list[Decoded], epoch: int, ids: np.ndarray) -> _Images:
         assert not isinstance(self.transform, FastTransform)
-        if self.tokens is None:
-            images = [self.transform(image, seed, epoch, int(i)) for image, i in zip(pictures, ids, strict=True)]
-            return torch.stack(images), None, None
-        assert isinstance(self.transform, TrainTransform), "only it knows where pixels come from"
-        swap = self.tokens.swap_axes
-        traced = [
-            self.transform.traced(image, seed, epoch, int(i), swap) for image, i in zip(pictures, ids, strict=True)
-        ]
-        return torch.stack([image for image, _ in traced]), None, np.stack([warp for _, warp in traced])
+        images, warps = [], []
+        for sample, index in zip(samples, ids.tolist(), strict=True):
+            with _naming(sample.key, self.shards):
+                if self.tokens is None:
+                    images.append(self.transform(sample.picture, self.order.seed, epoch, index))
+                    continue
+                assert isinstance(self.transform, TrainTransform), "only it knows where pixels come from"
+                pixels, warp = self.transform.traced(
+                    sample.picture, self.order.seed, epoch, index, self.tokens.swap_axes
+                )
+                images.append(pixels)
+                warps.append(warp)
+        return torch.stack(images), None, np.stack(warps) if warps else None
 
     def _tokens(
-        self, step: int, lanes: np.ndarray, maps: list[torch.Tensor], warps: np.ndarray | None
+        self, step: int, lanes: np.ndarray, samples: list[Decoded], warps: np.ndarray | None
     ) -> TokenLabelBatch | None:
         if self.tokens is None:
             return None
         assert warps is not None, "asked for with the maps"
+        maps = [sample.tokens for sample in samples if sample.tokens is not None]
         mix = None
         if self.tokens.mix_token:
             mix = draw_mix_token(self.order.seed, step, lanes, self.order.chunk, self.tokens.grid)
@@ -214,6 +266,7 @@ class EvalDataset(Dataset):
     ) -> None:
         self.shards, self.transform, self.in_chans = shards, transform, in_chans
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self._retries = Retries()
 
     def __len__(self) -> int:
         return math.ceil(len(self.shards) / (self.batch_size * self.world_size))
@@ -221,6 +274,8 @@ class EvalDataset(Dataset):
     def __getitem__(self, i: int) -> EvalBatch | Failed:
         try:
             return self._batch(i)
+        except BadSample as error:
+            return Failed(f"{error}; evaluation leaves no sample out: figures over others would not compare")
         except UserError as error:
             return Failed(str(error))
 
@@ -233,13 +288,17 @@ class EvalDataset(Dataset):
         samples = self.samples_of(i)
         images, labels = [], []
         # A process whose share is all padding looks at some image to learn its shape.
-        for sample in self.shards.read(samples or range(1)):
-            with _naming(sample, self.shards):
-                images.append(self.transform(decode_image(sample.data, self.in_chans, sample.shape)))
-            labels.append(sample.label)
+        for sample in samples or range(1):
+            loaded = self._retries.load(sample, self._load)
+            with _naming(loaded.key, self.shards):
+                images.append(self.transform(loaded.picture))
+            labels.append(loaded.label)
         real, missing = len(samples), self.batch_size - len(samples)
         return EvalBatch(
             torch.stack(images[:real] + [torch.zeros_like(images[0])] * missing),
             torch.tensor(labels[:real] + [0] * missing),
             torch.arange(self.batch_size) < real,
         )
+
+    def _load(self, sample: int) -> Decoded:
+        return load_sample(self.shards, sample, self.in_chans)

@@ -1,25 +1,29 @@
-"""Random access to the samples of a directory of WebDataset or FFCV shards, through its index."""
+"""Random access to the samples of a split, wherever its shards lie, through their indexes."""
 
 from __future__ import annotations
 
+import errno
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from data_prep import beton
 from data_prep.hashes import file_sha256
-from data_prep.manifest import Manifest, load_index, token_labels_offset
+from data_prep.manifest import FORMATS, MAX_BYTES, BadIndex, Manifest, load_index, token_labels_offset
 from pipeline.data.cache_room import CacheOptions
 from pipeline.data.files import ShardFile, open_files
+from pipeline.data.substitute import BadSample
 from pipeline.errors import UserError
 
 # An open shard holds two file descriptors, of which a process often has no more than 1,024.
 MAX_OPEN = 256
-FORMATS = ("webdataset", "ffcv")
+# What fails for want of memory or descriptors says nothing about the data.
+_OWN_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_MEND = "restore it, or rebuild it with `rookery prep --repair`"
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,10 @@ class Sample:
     shape: tuple[int, int] | None = None
 
 
-class _OpenShard(NamedTuple):
-    file: ShardFile
+@dataclass
+class _OpenShard:
     rows: np.ndarray
+    file: ShardFile | None = None  # opened when a sample is read: keys stand in the index
 
 
 class ShardSet:
@@ -55,12 +60,13 @@ class ShardSet:
     Args:
         directory: path or address of the split.
         cache: the node's cache for what has an address; None: every sample is a request, right for a few of them.
+        check_files: look at once whether all shards are there, and of the right size.
 
     Raises:
         UserError: no manifest, or a shard that is missing or of another size.
     """
 
-    def __init__(self, directory: str | Path, cache: CacheOptions | None = None) -> None:
+    def __init__(self, directory: str | Path, cache: CacheOptions | None = None, check_files: bool = True) -> None:
         self.files = open_files(directory, cache)
         self.directory = self.files.name
         self.manifest = Manifest.load(directory)
@@ -69,7 +75,8 @@ class ShardSet:
                 f"{self.directory}: format {self.manifest.format!r} has no reader; there is one for "
                 f"{' and '.join(FORMATS)} shards"
             )
-        self._check_files()
+        if check_files and (wrong := next(self.missing(), None)) is not None:
+            raise UserError(f"{wrong}; {_MEND}; `rookery verify` lists all damage")
         self._starts = np.cumsum([0, *(shard.samples for shard in self.manifest.shards)])
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._checked: set[int] = set()
@@ -81,112 +88,152 @@ class ShardSet:
         """The given samples, in the given order; with `tokens` their label maps too, which the split must have.
 
         Raises:
-            UserError: a shard can't be read or ends before the sample does, or its index was changed.
+            BadSample: a shard can't be read or ends before the sample does, its index was changed, or the sample's row
+                of it can't be true.
         """
         for sample in samples:
             shard, row = self._find(sample)
-            offset, size = int(row["offset"]), int(row["size"])
-            data = self._pread(shard, size, offset)
-            yield Sample(
-                row["key"].decode(),
-                data,
-                int(row["label"]),
-                self._map(shard, offset, size) if tokens else None,
-                self._shape(shard, sample, offset),
-            )
+            key, offset, size, label = _key(row), int(row["offset"]), int(row["size"]), int(row["label"])
+            described = self.manifest.shards[shard]
+            if offset + size > described.bytes or size > MAX_BYTES:
+                where = f"bytes {offset} to {offset + size} of {described.bytes}"
+                raise BadSample(self._path(shard), f"it can't be where its index says, at {where}", _MEND, key)
+            if not 0 <= label < self.manifest.num_classes:
+                reason = f"its label is {label}, but there are {self.manifest.num_classes} classes"
+                raise BadSample(self._path(shard), reason, _MEND, key)
+            data = self._pread(shard, size, offset, key)
+            shape = self._shape(shard, sample, offset, key)
+            yield Sample(key, data, label, self._map(shard, offset, size, key) if tokens else None, shape)
 
     def keys(self, samples: Iterable[int]) -> list[str]:
-        """Keys of the given samples, without reading them."""
-        return [self._find(sample)[1]["key"].decode() for sample in samples]
+        """Keys of the given samples, without reading them; shard and row where an index was lost meanwhile."""
+        return [self._key_of(sample) for sample in samples]
+
+    def reopen(self, sample: int) -> None:
+        """Open the shard of a sample anew when it is read next: it may be mended by then, which makes another file."""
+        self._forget(self._place(sample)[0])
+
+    def path_of(self, sample: int) -> str:
+        """The shard that holds a sample, as messages call it."""
+        return self._path(self._place(sample)[0])
+
+    def missing(self) -> Iterator[str]:
+        """What is wrong with shards that are not there, or of another size than the manifest says: one stat for each.
+
+        A lost or cut file is thus reported before the first step rather than in hour nine.
+        """
+        for number, shard in enumerate(self.manifest.shards):
+            path = self._path(number)
+            try:
+                size = self.files.size(shard)
+            except OSError as error:
+                yield f"{path}: shard missing ({error.strerror})"
+                continue
+            if size != shard.bytes:
+                yield f"{path}: {size} bytes, the manifest says {shard.bytes}"
 
     def close(self) -> None:
         """Close all files; reading opens them again."""
         while self._open:
-            self._open.popitem()[1].file.close()
+            self._forget(next(iter(self._open)))
 
     def __getstate__(self) -> dict[str, Any]:
         # A loader process opens the files itself.
         return self.__dict__ | {"_open": OrderedDict()}
 
-    def _check_files(self) -> None:
-        # One stat per shard, so that a lost or cut file is reported before the first step rather than in hour nine.
-        advice = "restore it, or rebuild it with `rookery prep --repair`; `rookery verify` lists all damage"
-        for shard in self.manifest.shards:
-            path = self.files.at(shard.file)
-            try:
-                size = self.files.size(shard)
-            except OSError as error:
-                raise UserError(f"{path}: shard missing ({error.strerror}); {advice}") from error
-            if size != shard.bytes:
-                raise UserError(f"{path}: {size} bytes, the manifest says {shard.bytes}; {advice}")
+    def _path(self, shard: int) -> str:
+        return self.files.at(self.manifest.shards[shard].file)
 
-    def _find(self, sample: int) -> tuple[int, Any]:
-        """Shard and index row of a sample."""
+    def _place(self, sample: int) -> tuple[int, int]:
+        """Shard, and row in it, of a sample."""
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} of {len(self)}")
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        return shard, self._opened(shard).rows[int(sample) - int(self._starts[shard])]
+        return shard, int(sample) - int(self._starts[shard])
+
+    def _find(self, sample: int) -> tuple[int, Any]:
+        """Shard and index row of a sample."""
+        shard, row = self._place(sample)
+        return shard, self._opened(shard).rows[row]
+
+    def _key_of(self, sample: int) -> str:
+        try:
+            return _key(self._find(sample)[1])
+        except BadSample:
+            shard, row = self._place(sample)
+            return f"{self.manifest.shards[shard].file}#{row}"
 
     def _opened(self, shard: int) -> _OpenShard:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
         while len(self._open) >= MAX_OPEN:
-            self._open.popitem(last=False)[1].file.close()
-        described = self.manifest.shards[shard]
-        index = self._checked_index(shard)
-        try:
-            file = self.files.open(described)
-        except OSError as error:
-            raise self._unreadable(described.file, error) from error
-        self._open[shard] = _OpenShard(file, index)
+            self._forget(next(iter(self._open)))
+        self._open[shard] = _OpenShard(self._checked_index(shard))
         return self._open[shard]
+
+    def _forget(self, shard: int) -> None:
+        opened = self._open.pop(shard, None)
+        if opened is not None and opened.file is not None:
+            opened.file.close()
 
     def _checked_index(self, shard: int) -> np.ndarray:
         described = self.manifest.shards[shard]
+        name = self.files.at(described.index_file)
         try:
             with self.files.index(described) as path:
                 index = load_index(self.directory, described, path)
                 # A flipped label would poison the training silently, and to hash the small index once costs little.
                 if shard not in self._checked and file_sha256(path) != described.index_sha256:
-                    raise UserError(
-                        f"{self.files.at(described.index_file)}: not the index that the manifest describes; "
-                        "rebuild it with `rookery prep --repair`"
-                    )
+                    raise BadSample(name, "not the index that the manifest describes", _MEND, lost=True)
+        except BadIndex as error:
+            if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+                raise self._unreadable(name, error.__cause__) from error
+            raise BadSample(name, error.reason, _MEND, lost=True) from error
         except OSError as error:
-            raise self._unreadable(described.index_file, error) from error
+            raise self._unreadable(name, error) from error
         self._checked.add(shard)
         return index
 
-    def _map(self, shard: int, offset: int, size: int) -> bytes:
+    def _map(self, shard: int, offset: int, size: int, key: str) -> bytes:
         described = self.manifest.token_labels
         assert described is not None, "resolve checks that the split has label maps"
-        return self._pread(shard, described.bytes, token_labels_offset(offset, size))
+        return self._pread(shard, described.bytes, token_labels_offset(offset, size), key)
 
-    def _shape(self, shard: int, sample: int, offset: int) -> tuple[int, int] | None:
+    def _shape(self, shard: int, sample: int, offset: int, key: str) -> tuple[int, int] | None:
         """`Sample.shape`: a `.beton` says of every image how it is stored."""
         if self.manifest.format != "ffcv" or self.manifest.options.get("write_mode") == "jpg":
             return None
         row = int(sample) - int(self._starts[shard])
-        stored = self._pread(shard, beton.ROW.itemsize, beton.ROWS_START + row * beton.ROW.itemsize)
+        stored = self._pread(shard, beton.ROW.itemsize, beton.ROWS_START + row * beton.ROW.itemsize, key)
         try:
             return beton.raw_shape(stored, offset)
         except beton.BetonError as error:
-            path = self.files.at(self.manifest.shards[shard].file)
-            raise UserError(f"{path}: {error}; rebuild it with `rookery prep --repair`") from error
+            raise BadSample(self._path(shard), str(error), _MEND, key) from error
 
-    def _pread(self, shard: int, size: int, offset: int) -> bytes:
-        file = self.manifest.shards[shard].file
+    def _pread(self, shard: int, size: int, offset: int, key: str) -> bytes:
+        path, opened = self._path(shard), self._opened(shard)
         try:
-            data = self._opened(shard).file.pread(size, offset)
+            if opened.file is None:
+                opened.file = self.files.open(self.manifest.shards[shard])
+            data = opened.file.pread(size, offset)
         except OSError as error:
-            raise self._unreadable(file, error) from error
+            lost = opened.file is None
+            self._forget(shard)  # as `reopen`
+            raise self._unreadable(path, error, key, lost) from error
         if len(data) != size:
-            raise UserError(
-                f"{self.files.at(file)}: ends inside a sample (byte {offset + len(data)}); "
-                "rebuild it with `rookery prep --repair`"
-            )
+            self._forget(shard)
+            raise BadSample(path, f"the file ends inside it, at byte {offset + len(data)}", _MEND, key)
         return data
 
-    def _unreadable(self, file: str, error: OSError) -> UserError:
-        return UserError(f"{self.files.at(file)}: can't be read ({error}); `rookery verify {self.directory}` checks it")
+    def _unreadable(self, path: str, error: OSError, key: str = "", lost: bool = True) -> UserError:
+        reason = f"can't be read ({error.strerror or error})"
+        if error.errno in _OWN_FAULT:
+            return UserError(f"{path}: {reason}; lower data.workers, or give the job more memory and open files")
+        passing = not isinstance(error, FileNotFoundError)
+        mend = f"`rookery verify {self.directory}` checks it"
+        return BadSample(path, reason, mend, key, lost=lost, passing=passing)
+
+
+def _key(row: Any) -> str:
+    return row["key"].decode(errors="replace")

@@ -12,7 +12,7 @@ from pipeline.data.loader import TrainBatch
 
 
 def on_device(batches: Iterable[TrainBatch], device: torch.device, finish: Finish) -> Iterator[TrainBatch]:
-    """The batches, on the device but for their sample numbers, which only the host reads; 8-bit images are finished.
+    """The batches on the device, images finished, but for what only the host reads: numbers and faults of samples.
 
     On a GPU each copy runs in a stream of its own. The host is ahead of the GPU, so it runs while the GPU still
     computes the step before; the step itself waits for it on the GPU, and the host never does.
@@ -34,6 +34,7 @@ def on_device(batches: Iterable[TrainBatch], device: torch.device, finish: Finis
                 erased=None
                 if batch.erased is None
                 else batch.erased._replace(noise=batch.erased.noise.to(device, non_blocking=True)),
+                replaced=batch.replaced,
             )
         compute = torch.cuda.current_stream(device)
         compute.wait_stream(stream)

@@ -9,19 +9,17 @@ from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 from pipeline.config import RunConfig
 from pipeline.data.ahead import fetched_ahead
 from pipeline.data.augment.transforms import build_eval_transform, build_train_transform
-from pipeline.data.fast.decode import decode_image
 from pipeline.data.fast.transform import FastTransform
-from pipeline.data.loader import Batches, EvalDataset, StepDataset, TokenLabelOptions
+from pipeline.data.loader import Batches, EvalDataset, StepDataset, TokenLabelOptions, load_sample
 from pipeline.data.order import DataOrder
 from pipeline.data.shards import ShardSet
 from pipeline.hashing import seed64
-from pipeline.resolve import Resolved, build_model
+from pipeline.resolve import Resolved, build_model, training_shards
 from pipeline.train.cores import num_cores
 from pipeline.train.distributed import World
 from pipeline.train.init_weights import load_init
@@ -72,6 +70,7 @@ def train_batches(run: Resolved, shards: ShardSet, world: World, start: int) -> 
         world.size,
         token_options(run),
         finish=world.device.type != "cuda",
+        replace_bad=config.data.max_bad_samples != 0,
     )
     steps = range(start, run.plan.end_step)
     # A copy of the order, since it keeps one epoch at a time, and fetching ahead may be in another one.
@@ -119,14 +118,9 @@ def try_samples(run: Resolved) -> None:
     size, channels = config.model.img_size, config.model.in_chans
     train = build_train_transform(config.augment, size, channels)
     evaluate = build_eval_transform(config.eval_transform, config.augment, size, channels)
-    train(_first(ShardSet(config.data.train), channels), config.seed, 0, 0)
+    train(load_sample(training_shards(config), 0, channels).picture, config.seed, 0, 0)
     if config.data.val is not None:
-        evaluate(_first(ShardSet(config.data.val), channels))
-
-
-def _first(shards: ShardSet, channels: int) -> Image.Image:
-    sample = next(shards.read([0]))
-    return decode_image(sample.data, channels, sample.shape)
+        evaluate(load_sample(ShardSet(config.data.val), 0, channels).picture)
 
 
 def loader_workers(config: RunConfig) -> int:

@@ -228,7 +228,7 @@ def test_bad_sample_is_one_clear_message_in_its_turn(digits: Path, tmp_path: Pat
             arrived.append(batch)
     assert len(arrived) == bad_step
     key = dataset.shards.keys([17])[0]
-    assert str(caught.value).startswith(f"{tmp_path / 'test'}: sample {key}: can't be decoded (")
+    assert str(caught.value).startswith(f"{tmp_path / 'test' / 'test-000000.tar'}: sample {key}: can't be decoded (")
     assert str(caught.value).endswith("check the shards with `rookery verify`") and "\n" not in str(caught.value)
 
 

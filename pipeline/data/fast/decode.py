@@ -7,6 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
+from data_prep.manifest import is_absurd
 from pipeline.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -30,7 +31,9 @@ def decode_array(data: bytes, in_chans: int, shape: tuple[int, int] | None = Non
         import simplejpeg  # only loader processes decode
 
         try:
-            if simplejpeg.decode_jpeg_header(data)[2] not in ("CMYK", "YCCK"):  # these it makes RGB in its own way
+            height, width, space, *_ = simplejpeg.decode_jpeg_header(data)
+            # Those colours it makes RGB in its own way; absurd sizes are refused below.
+            if space not in ("CMYK", "YCCK") and not is_absurd(width, height):
                 return simplejpeg.decode_jpeg(data, "RGB")
         except ValueError:
             pass  # damage that Pillow describes better
@@ -49,8 +52,12 @@ def decode_image(data: bytes, in_chans: int, shape: tuple[int, int] | None = Non
             image = Image.frombytes("RGB", shape[::-1], data)
             return image.convert("L") if in_chans == 1 else image
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if is_absurd(*image.size):
+                raise ValueError(f"absurd size: {image.width} x {image.height} pixels")
             return image.convert("L" if in_chans == 1 else "RGB")
     except MemoryError:
         raise
+    except Image.UnidentifiedImageError as error:  # its text holds an address
+        raise UserError("can't be decoded (no JPEG, PNG or WebP)") from error
     except Exception as error:  # the decoders raise nearly every type on damaged bytes
-        raise UserError(f"can't be decoded ({error}); check the shards with `rookery verify`") from error
+        raise UserError(f"can't be decoded ({error or type(error).__name__})") from error

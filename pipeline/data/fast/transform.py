@@ -6,7 +6,8 @@ path by at most one in 255 in few pixels (resizing), and by the rounding of colo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -71,6 +72,7 @@ class FastTransform:
         indices: np.ndarray,
         trace: bool = False,
         swap_axes: bool = False,
+        naming: Callable[[int], AbstractContextManager[None]] = lambda i: nullcontext(),
     ) -> Augmented:
         """The augmented batch.
 
@@ -79,6 +81,7 @@ class FastTransform:
             seed, epoch: of this presentation.
             indices: (B,) the samples' numbers.
             trace: give the warps too; `swap_axes` as in `TrainTransform.traced`.
+            naming: entered around the work on picture i; it may say in an error which one that is.
 
         Raises:
             UserError: a picture is too small for the configured crop.
@@ -92,7 +95,8 @@ class FastTransform:
         for i, numbers in enumerate(Numbers.of_batch(seed, epoch, indices, self._needed)):
             drawn = self.plain.drawn(numbers)
             picture = pictures[i]
-            crop, size = self._sample(picture, drawn, numbers, pixels[i], spare)
+            with naming(i):
+                crop, size = self._sample(picture, drawn, numbers, pixels[i], spare)
             if drawn.jitter is not None:
                 color.apply_color_jitter(pixels[i], drawn.jitter, self._planes)
             if drawn.erased is not None:

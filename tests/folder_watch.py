@@ -1,13 +1,18 @@
-"""Watching how large a folder gets."""
+"""Watching how large a cache gets."""
 
 from __future__ import annotations
 
+import fcntl
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 
 class Watch:
-    """Looks at the sum of all sizes in a folder, again and again. Use as a context manager.
+    """Looks at the sum of all sizes in a cache's folder, again and again. Use as a context manager.
+
+    A look takes the cache's lock, under which files come and grow: without it, a file that goes and the one that takes
+    its room could both be counted.
 
     Attributes:
         most: the largest sum seen.
@@ -17,7 +22,7 @@ class Watch:
     def __init__(self, folder: Path) -> None:
         self.folder, self.most, self.looks = folder, 0, 0
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Watch:
         self._thread.start()
@@ -27,12 +32,18 @@ class Watch:
         self._stop.set()
         self._thread.join()
 
-    def _look(self) -> None:
+    def _watch(self) -> None:
         while not self._stop.wait(0.001):
-            sizes = []
-            for path in self.folder.iterdir() if self.folder.is_dir() else ():
-                try:
-                    sizes.append(path.stat().st_size)
-                except FileNotFoundError:
-                    continue
-            self.most, self.looks = max(self.most, sum(sizes)), self.looks + 1
+            with suppress(FileNotFoundError):
+                with open(self.folder / ".lock", "rb") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    self.most = max(self.most, self._size())
+                self.looks += 1
+
+    def _size(self) -> int:
+        found = {}
+        for path in self.folder.iterdir():
+            with suppress(FileNotFoundError):  # a file may get another name meanwhile
+                seen = path.stat()
+                found[seen.st_ino] = seen.st_size
+        return sum(found.values())

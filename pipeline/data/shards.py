@@ -13,7 +13,7 @@ import numpy as np
 
 from data_prep import beton
 from data_prep.hashes import file_sha256
-from data_prep.manifest import FORMATS, MAX_BYTES, BadIndex, Manifest, load_index, token_labels_offset
+from data_prep.manifest import MAX_BYTES, BadIndex, Manifest, load_index, token_labels_offset
 from pipeline.data.cache_room import CacheOptions
 from pipeline.data.files import ShardFile, open_files
 from pipeline.data.substitute import BadSample
@@ -70,11 +70,6 @@ class ShardSet:
         self.files = open_files(directory, cache)
         self.directory = self.files.name
         self.manifest = Manifest.load(directory)
-        if self.manifest.format not in FORMATS:
-            raise UserError(
-                f"{self.directory}: format {self.manifest.format!r} has no reader; there is one for "
-                f"{' and '.join(FORMATS)} shards"
-            )
         if check_files and (wrong := next(self.missing(), None)) is not None:
             raise UserError(f"{wrong}; {_MEND}; `rookery verify` lists all damage")
         self._starts = np.cumsum([0, *(shard.samples for shard in self.manifest.shards)])
@@ -227,12 +222,13 @@ class ShardSet:
         return data
 
     def _unreadable(self, path: str, error: OSError, key: str = "", lost: bool = True) -> UserError:
-        reason = f"can't be read ({error.strerror or error})"
+        lost_file = isinstance(error, FileNotFoundError)
+        # Those of a store often hold nothing but the address, which the message begins with.
+        reason = f"can't be read ({error.strerror or ('not there' if lost_file else error)})"
         if error.errno in _OWN_FAULT:
             return UserError(f"{path}: {reason}; lower data.workers, or give the job more memory and open files")
-        passing = not isinstance(error, FileNotFoundError)
         mend = f"`rookery verify {self.directory}` checks it"
-        return BadSample(path, reason, mend, key, lost=lost, passing=passing)
+        return BadSample(path, reason, mend, key, lost=lost, passing=not lost_file)
 
 
 def _key(row: Any) -> str:

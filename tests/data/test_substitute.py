@@ -137,7 +137,7 @@ def make_bad(dataset: StepDataset, samples: tuple[int, ...]) -> StepDataset:
     shards = dataset.shards
     for sample in samples:
         [read] = shards.read([sample])
-        path = shards.path_of(sample)
+        path = Path(shards.path_of(sample))
         path.write_bytes(path.read_bytes().replace(read.data, bytes(len(read.data)), 1))
     return dataset
 
@@ -180,7 +180,7 @@ def test_a_replacement_takes_the_place_and_nothing_else(digits: Path, broken: Pa
             # Augmented as the sample whose place it has.
             assert torch.equal(batch.images[place], dataset.transform(decode_image(read.data, 1), 5, 0, sample))
             assert (fault.sample, fault.by, fault.by_key) == (sample, other, read.key)
-            assert fault.shard == dataset.shards.path_of(sample).name
+            assert fault.shard == Path(dataset.shards.path_of(sample)).name
             assert [fault.key] == dataset.shards.keys([sample])
             assert fault.reason == "can't be decoded (no JPEG, PNG or WebP)"
             met.append(sample)
@@ -220,7 +220,7 @@ def test_through_loader_processes(broken: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_lost_shard_is_left_alone(digits: Path, broken: Path) -> None:
     dataset = tolerant(broken)
     lost = range(200, 400)  # the second shard
-    dataset.shards.path_of(200).unlink()
+    Path(dataset.shards.path_of(200)).unlink()
     shards = ShardSet(digits / "train")
     for step in range(10):
         batch = dataset[step]

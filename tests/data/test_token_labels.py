@@ -314,7 +314,7 @@ def test_a_damaged_map_is_a_bad_sample(
     assert whole.tokens is not None
     file = bytearray(whole.tokens)
     spoil(file)
-    path = shards.path_of(7)
+    path = Path(shards.path_of(7))
     path.write_bytes(path.read_bytes().replace(whole.tokens, bytes(file), 1))
     with pytest.raises(BadSample) as error:
         load_sample(ShardSet(split), 7, 3, tokens=True)

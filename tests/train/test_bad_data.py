@@ -57,7 +57,7 @@ def spoil(split: Path, samples: list[int]) -> None:
     shards = ShardSet(split)
     for sample in samples:
         [read] = shards.read([sample])
-        path = shards.path_of(sample)
+        path = Path(shards.path_of(sample))
         path.write_bytes(path.read_bytes().replace(read.data, bytes(len(read.data)), 1))
 
 
@@ -133,7 +133,7 @@ def test_the_same_at_1_2_and_3_processes(recipe: Path, data: Path, fork_server: 
         assert trace[step] == sorted(shards.keys(used))
     assert listed(runs[0]) == [
         {
-            "shard": shards.path_of(sample).name,
+            "shard": Path(shards.path_of(sample)).name,
             "key": shards.keys([sample])[0],
             "sample": sample,
             "reason": "can't be decoded (no JPEG, PNG or WebP)",
@@ -163,7 +163,7 @@ def test_a_shard_that_disappears_while_training(
     assert len(of_training(run)) < 20
     assert job.wait() == [0, 0], fork_server.log.read_text()[-3000:]
     shards = ShardSet(data / "train", check_files=False)
-    of_shard = [i for i in range(len(shards)) if shards.path_of(i).name == lost]
+    of_shard = [i for i in range(len(shards)) if Path(shards.path_of(i)).name == lost]
     assert sorted(line["sample"] for line in listed(run)) == of_shard
     assert [line["key"] for line in sorted(listed(run), key=lambda line: line["sample"])] == shards.keys(of_shard)
     assert {line["reason"] for line in listed(run)} == {"can't be read (No such file or directory)"}
@@ -264,7 +264,7 @@ def test_replayed(recipe: Path, data: Path, digits: Path, fork_server: ForkServe
     assert replayed.stdout.endswith(
         f"--repair: it makes only what is damaged\n{run}: 2 bad samples listed, 2 still bad\n"
     )
-    first, second = (shards.path_of(sample) for sample in bad)
+    first, second = (Path(shards.path_of(sample)) for sample in bad)
     shutil.copy(digits / "train" / first.name, first)
     second.unlink()
     one_left = verify("--quarantine", run, "--json")

@@ -87,7 +87,8 @@ class LocalStore:
     def sizes(self, folder: str = "") -> dict[str, int]:
         try:
             with os.scandir(self.path / folder) as entries:
-                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+                sizes = ((entry.name, _size(entry)) for entry in entries)
+                return {name: size for name, size in sizes if size is not None}
         except FileNotFoundError:
             return {}
 
@@ -111,6 +112,14 @@ class LocalStore:
 
     def sha256(self, file: str) -> str:
         return file_sha256(self.path / file)
+
+
+def _size(entry: os.DirEntry[str]) -> int | None:
+    """Bytes of a file, -1 of one that can't be looked at (a link to itself), None of anything else."""
+    try:
+        return entry.stat().st_size if entry.is_file() else None
+    except OSError:
+        return -1
 
 
 def is_remote(place: str | Path) -> bool:

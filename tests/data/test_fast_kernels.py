@@ -122,5 +122,5 @@ def test_decoded_equals_pillow(name: str, in_chans: int) -> None:
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"GIF89a", ENCODED["baseline"][:5000], ENCODED["png"][:5000]])
 def test_damaged_bytes_are_an_error(data: bytes) -> None:
-    with pytest.raises(UserError, match=r"can't be decoded .*rookery verify"):
+    with pytest.raises(UserError, match="can't be decoded"):
         decode_array(data, 3)

@@ -18,26 +18,44 @@ def _cut(value):
     return min(max(value, np.float32(0)), np.float32(1))
 
 
+@numba.njit(cache=True, nogil=True, inline="always")
+def _rounded(value):
+    return np.uint8(np.int32(value * np.float32(255) + np.float32(0.5)))
+
+
 @numba.njit("void(float32[:, ::1], float32)", cache=True, nogil=True)
 def _brighten(planes, factor):
-    for plane in planes:
+    for c in range(len(planes)):  # iterating gives planes of unknown strides
+        plane = planes[c]
         for i in range(len(plane)):
             plane[i] = _cut(plane[i] * factor)
 
 
+@numba.njit("float32(float32[::1])", cache=True, nogil=True)
+def _mean(plane):
+    """Sums of 256 values in single precision, added up in double: as exact as needed, and vectorised."""
+    total = 0.0
+    for start in range(0, len(plane), 256):
+        part = plane[start : start + 256]
+        a = b = c = d = np.float32(0)
+        whole = len(part) // 4
+        for i in range(whole):
+            k = np.uint64(4 * i)
+            a += part[k]
+            b += part[k + np.uint64(1)]
+            c += part[k + np.uint64(2)]
+            d += part[k + np.uint64(3)]
+        for i in range(4 * whole, len(part)):
+            a += part[i]
+        total += (a + b) + (c + d)
+    return np.float32(total / len(plane))
+
+
 @numba.njit("void(float32[:, ::1], float32)", cache=True, nogil=True)
 def _contrast(planes, factor):
-    for plane in planes:
-        # Eight sums side by side, which the processor can add at once.
-        sums = np.zeros(8, np.float64)
-        whole = len(plane) // 8 * 8
-        for i in range(0, whole, 8):
-            for j in range(8):
-                sums[j] += plane[i + j]
-        total = sums.sum()
-        for i in range(whole, len(plane)):
-            total += plane[i]
-        mean = np.float32(total / len(plane))
+    for c in range(len(planes)):  # iterating gives planes of unknown strides
+        plane = planes[c]
+        mean = _mean(plane)
         for i in range(len(plane)):
             plane[i] = _cut(mean + factor * (plane[i] - mean))
 
@@ -89,25 +107,32 @@ def _to_grey(red, green, blue):
 @numba.njit("void(uint8[:, :, ::1], int64[::1], float32[::1], boolean, float32[:, ::1])", cache=True, nogil=True)
 def _jitter(picture, codes, amounts, gray, planes):
     rows, columns, channels = picture.shape
-    n = rows * columns
-    flat = picture.reshape(n, channels)
-    for c in range(channels):
-        for i in range(n):
-            planes[c, i] = np.float32(flat[i, c]) / np.float32(255)
+    flat = picture.reshape(picture.size)
+    one, two = np.uint64(1), np.uint64(2)
+    red, green, blue = planes[0], planes[min(1, channels - 1)], planes[channels - 1]
+    for i in range(rows * columns):
+        k = np.uint64(channels * i)
+        red[i] = np.float32(flat[k]) / np.float32(255)
+        if channels == 3:
+            green[i] = np.float32(flat[k + one]) / np.float32(255)
+            blue[i] = np.float32(flat[k + two]) / np.float32(255)
     for k in range(len(codes)):
         if codes[k] == 0:
             _brighten(planes, amounts[k])
         elif codes[k] == 1:
             _contrast(planes, amounts[k])
         elif channels == 3 and codes[k] == 2:
-            _saturate(planes[0], planes[1], planes[2], amounts[k])
+            _saturate(red, green, blue, amounts[k])
         elif channels == 3:
-            _turn(planes[0], planes[1], planes[2], amounts[k])
+            _turn(red, green, blue, amounts[k])
     if gray and channels == 3:
-        _to_grey(planes[0], planes[1], planes[2])
-    for c in range(channels):
-        for i in range(n):
-            flat[i, c] = np.uint8(planes[c, i] * np.float32(255) + np.float32(0.5))
+        _to_grey(red, green, blue)
+    for i in range(rows * columns):
+        k = np.uint64(channels * i)
+        flat[k] = _rounded(red[i])
+        if channels == 3:
+            flat[k + one] = _rounded(green[i])
+            flat[k + two] = _rounded(blue[i])
 
 
 def apply_color_jitter(picture: np.ndarray, jitter: ColorJitter, planes: np.ndarray) -> None:

@@ -4,6 +4,9 @@ They give the numbers that Pillow gives, except where a docstring says by how mu
 fixed, so that everything is compiled (or read from Numba's cache) when the module is imported: once, in the server that
 loader processes are forked from. Without `fastmath` the compiler may not reorder or fuse floating-point operations,
 so the results are the same on every processor.
+
+Pixels are walked as a flat array with unsigned indices: Numba would look at signed ones for negative values, which mean
+places from the end, and that keeps the compiler from using vector instructions.
 """
 
 from __future__ import annotations
@@ -16,10 +19,17 @@ import numpy as np
 
 _PICTURE = "uint8[:, :, ::1]"
 _PART = "uint8[:, :, :]"
+_U = np.uint64
+_ONE, _TWO = np.uint64(1), np.uint64(2)
 
 
 def _compiled(signature: str) -> Any:
     return numba.njit(signature, cache=True, nogil=True, boundscheck=False)
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _between(a, b, weight):
+    return np.uint8(np.int32(a + weight * (b - a)))
 
 
 @_compiled(f"void({_PICTURE}, int64, int64, int64, int64, boolean, {_PICTURE})")
@@ -34,8 +44,9 @@ def resize_point(source, top, left, height, width, mirror, out):
     """
     rows, columns, channels = out.shape
     step_y, step_x = height / rows, width / columns
-    line = np.empty(width * channels, np.float32)
-    near, far, part = np.empty(columns, np.int64), np.empty(columns, np.int64), np.empty(columns, np.float32)
+    n = width * channels
+    line = np.empty(n, np.float32)
+    near, far, part = np.empty(columns, np.uint64), np.empty(columns, np.uint64), np.empty(columns, np.float32)
     for x in range(columns):
         place = (x + 0.5) * step_x - 0.5
         first = math.floor(place)
@@ -47,15 +58,18 @@ def resize_point(source, top, left, height, width, mirror, out):
         place = (y + 0.5) * step_y - 0.5
         first = math.floor(place)
         weight = np.float32(place - first)
-        above = source[top + min(max(first, 0), height - 1), left : left + width].reshape(width * channels)
-        below = source[top + min(max(first + 1, 0), height - 1), left : left + width].reshape(width * channels)
-        for i in range(width * channels):
+        above = source[top + min(max(first, 0), height - 1), left : left + width].reshape(n)
+        below = source[top + min(max(first + 1, 0), height - 1), left : left + width].reshape(n)
+        for i in range(n):
             a = np.float32(above[i])
             line[i] = a + weight * (np.float32(below[i]) - a)
+        target = out[y].reshape(columns * channels)
         for x in range(columns):
-            for c in range(channels):
-                a = line[near[x] + c]
-                out[y, x, c] = np.uint8(a + part[x] * (line[far[x] + c] - a))
+            i, j, w, k = near[x], far[x], part[x], _U(channels * x)
+            target[k] = _between(line[i], line[j], w)
+            if channels == 3:
+                target[k + _ONE] = _between(line[i + _ONE], line[j + _ONE], w)
+                target[k + _TWO] = _between(line[i + _TWO], line[j + _TWO], w)
 
 
 @_compiled(f"void({_PART}, boolean, {_PICTURE})")
@@ -81,16 +95,24 @@ def warp_nearest(source, matrix, fill, out):
     fixed_d, fixed_e = math.floor(d * 65536 + 0.5), math.floor(e * 65536 + 0.5)
     line_x = math.floor((c + a * 0.5 + b * 0.5) * 65536 + 0.5)
     line_y = math.floor((f + d * 0.5 + e * 0.5) * 65536 + 0.5)
-    for y in range(out.shape[0]):
+    pixels, target = source.reshape(source.size), out.reshape(out.size)
+    k = _U(0)
+    for _ in range(out.shape[0]):
         at_x, at_y = line_x, line_y
-        for x in range(out.shape[1]):
+        for _ in range(out.shape[1]):
             from_x, from_y = at_x >> 16, at_y >> 16
             if 0 <= from_x < columns and 0 <= from_y < rows:
-                for k in range(channels):
-                    out[y, x, k] = source[from_y, from_x, k]
+                i = _U((from_y * columns + from_x) * channels)
+                target[k] = pixels[i]
+                if channels == 3:
+                    target[k + _ONE] = pixels[i + _ONE]
+                    target[k + _TWO] = pixels[i + _TWO]
             else:
-                for k in range(channels):
-                    out[y, x, k] = fill[k]
+                target[k] = fill[0]
+                if channels == 3:
+                    target[k + _ONE] = fill[1]
+                    target[k + _TWO] = fill[2]
+            k += _U(channels)
             at_x += fixed_a
             at_y += fixed_d
         line_x += fixed_b
@@ -186,21 +208,29 @@ def warp_bicubic(source, matrix, fill, out):
 def apply_tables(picture, tables):
     """Replace every value v of channel c by `tables[c, v]`, in place."""
     rows, columns, channels = picture.shape
-    for y in range(rows):
-        for x in range(columns):
-            for c in range(channels):
-                picture[y, x, c] = tables[c, picture[y, x, c]]
+    flat = picture.reshape(picture.size)
+    first, second, third = tables[0], tables[min(1, channels - 1)], tables[channels - 1]
+    for i in range(rows * columns):
+        k = _U(channels * i)
+        flat[k] = first[flat[k]]
+        if channels == 3:
+            flat[k + _ONE] = second[flat[k + _ONE]]
+            flat[k + _TWO] = third[flat[k + _TWO]]
 
 
 @_compiled(f"int64[:, ::1]({_PICTURE})")
 def histograms(picture):
     """(C, 256) how often each value occurs in each channel."""
     rows, columns, channels = picture.shape
+    flat = picture.reshape(picture.size)
     counts = np.zeros((channels, 256), np.int64)
-    for y in range(rows):
-        for x in range(columns):
-            for c in range(channels):
-                counts[c, picture[y, x, c]] += 1
+    first, second, third = counts[0], counts[min(1, channels - 1)], counts[channels - 1]
+    for i in range(rows * columns):
+        k = _U(channels * i)
+        first[flat[k]] += 1
+        if channels == 3:
+            second[flat[k + _ONE]] += 1
+            third[flat[k + _TWO]] += 1
     return counts
 
 
@@ -214,20 +244,18 @@ def _grey(red, green, blue):
 def grey_sum(picture):
     """Sum of the grey values of all pixels."""
     rows, columns, channels = picture.shape
+    flat = picture.reshape(picture.size)
     total = 0
-    for y in range(rows):
-        for x in range(columns):
-            if channels == 1:
-                total += picture[y, x, 0]
-            else:
-                total += _grey(picture[y, x, 0], picture[y, x, 1], picture[y, x, 2])
+    for i in range(rows * columns):
+        k = _U(channels * i)
+        total += _grey(flat[k], flat[k + _ONE], flat[k + _TWO]) if channels == 3 else np.int32(flat[k])
     return total
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
 def _blend(low, high, factor):
     value = np.float32(low) + factor * np.float32(np.int32(high) - np.int32(low))
-    return np.uint8(min(max(value, np.float32(0)), np.float32(255)))
+    return np.uint8(np.int32(min(max(value, np.float32(0)), np.float32(255))))
 
 
 @_compiled(f"void({_PICTURE}, float32)")
@@ -236,11 +264,14 @@ def saturate(picture, factor):
     rows, columns, channels = picture.shape
     if channels == 1:
         return
-    for y in range(rows):
-        for x in range(columns):
-            grey = _grey(picture[y, x, 0], picture[y, x, 1], picture[y, x, 2])
-            for c in range(channels):
-                picture[y, x, c] = _blend(grey, picture[y, x, c], factor)
+    flat = picture.reshape(picture.size)
+    for i in range(rows * columns):
+        k = _U(3 * i)
+        red, green, blue = flat[k], flat[k + _ONE], flat[k + _TWO]
+        grey = _grey(red, green, blue)
+        flat[k] = _blend(grey, red, factor)
+        flat[k + _ONE] = _blend(grey, green, factor)
+        flat[k + _TWO] = _blend(grey, blue, factor)
 
 
 @_compiled(f"void({_PICTURE}, float32, {_PICTURE})")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +74,12 @@ class ShardSet:
         self.manifest = Manifest.load(directory)
         if check_files and (wrong := next(self.missing(), None)) is not None:
             raise UserError(f"{wrong}; {_MEND}; `rookery verify` lists all damage")
-        self._starts = np.cumsum([0, *(shard.samples for shard in self.manifest.shards)])
+        self._starts = [0, *accumulate(shard.samples for shard in self.manifest.shards)]
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._checked: set[int] = set()
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def read(self, samples: Iterable[int], tokens: bool = False) -> Iterator[Sample]:
         """The given samples, in the given order; with `tokens` their label maps too, which the split must have.
@@ -143,8 +145,8 @@ class ShardSet:
         """Shard, and row in it, of a sample."""
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} of {len(self)}")
-        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        return shard, int(sample) - int(self._starts[shard])
+        shard = bisect_right(self._starts, sample) - 1
+        return shard, int(sample) - self._starts[shard]
 
     def _find(self, sample: int) -> tuple[int, Any]:
         """Shard and index row of a sample."""
@@ -199,7 +201,7 @@ class ShardSet:
         """`Sample.shape`: a `.beton` says of every image how it is stored."""
         if self.manifest.format != "ffcv" or self.manifest.options.get("write_mode") == "jpg":
             return None
-        row = int(sample) - int(self._starts[shard])
+        row = int(sample) - self._starts[shard]
         stored = self._pread(shard, beton.ROW.itemsize, beton.ROWS_START + row * beton.ROW.itemsize, key)
         try:
             return beton.raw_shape(stored, offset)
@@ -207,7 +209,7 @@ class ShardSet:
             raise BadSample(self._path(shard), str(error), _MEND, key) from error
 
     def _pread(self, shard: int, size: int, offset: int, key: str) -> bytes:
-        path, opened = self._path(shard), self._opened(shard)
+        opened = self._opened(shard)
         try:
             if opened.file is None:
                 opened.file = self.files.open(self.manifest.shards[shard])
@@ -215,10 +217,10 @@ class ShardSet:
         except OSError as error:
             lost = opened.file is None
             self._forget(shard)  # as `reopen`
-            raise self._unreadable(path, error, key, lost) from error
+            raise self._unreadable(self._path(shard), error, key, lost) from error
         if len(data) != size:
             self._forget(shard)
-            raise BadSample(path, f"the file ends inside it, at byte {offset + len(data)}", _MEND, key)
+            raise BadSample(self._path(shard), f"the file ends inside it, at byte {offset + len(data)}", _MEND, key)
         return data
 
     def _unreadable(self, path: str, error: OSError, key: str = "", lost: bool = True) -> UserError:

@@ -37,7 +37,7 @@ def _mean(plane):
     total = 0.0
     for start in range(0, len(plane), 256):
         part = plane[start : start + 256]
-        a = b = c = d = np.float32(0)
+        a, b, c, d = np.zeros(4, np.float32)
         whole = len(part) // 4
         for i in range(whole):
             k = np.uint64(4 * i)
@@ -116,15 +116,15 @@ def _jitter(picture, codes, amounts, gray, planes):
         if channels == 3:
             green[i] = np.float32(flat[k + one]) / np.float32(255)
             blue[i] = np.float32(flat[k + two]) / np.float32(255)
-    for k in range(len(codes)):
-        if codes[k] == 0:
-            _brighten(planes, amounts[k])
-        elif codes[k] == 1:
-            _contrast(planes, amounts[k])
-        elif channels == 3 and codes[k] == 2:
-            _saturate(red, green, blue, amounts[k])
+    for code, amount in zip(codes, amounts):  # noqa: B905  (Numba's zip takes no more)
+        if code == 0:
+            _brighten(planes, amount)
+        elif code == 1:
+            _contrast(planes, amount)
+        elif channels == 3 and code == 2:
+            _saturate(red, green, blue, amount)
         elif channels == 3:
-            _turn(red, green, blue, amounts[k])
+            _turn(red, green, blue, amount)
     if gray and channels == 3:
         _to_grey(red, green, blue)
     for i in range(rows * columns):

@@ -7,9 +7,10 @@ steps from where the last one stopped.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from pipeline.data.augment.mixing import MixConfig, MixParams, draw_mix
 from pipeline.data.augment.token_labels import TokenLabelBatch, decode_map
 from pipeline.data.augment.transforms import TrainTransform
 from pipeline.data.batches import Batches, Failed
-from pipeline.data.fast.decode import decode_array, decode_image
+from pipeline.data.fast.decode import decode_image, decode_rows
 from pipeline.data.fast.transform import FastTransform
 from pipeline.data.order import DataOrder
 from pipeline.data.shards import ShardSet
@@ -95,7 +96,7 @@ class EvalBatch(NamedTuple):
 class Decoded(NamedTuple):
     """A sample that can be used: its key, label, label map if asked for, and picture.
 
-    `picture` is a Pillow image, or an (H, W, C) uint8 array for compiled loops.
+    `picture` is a Pillow image, or `Rows` for compiled loops.
     """
 
     key: str
@@ -104,15 +105,28 @@ class Decoded(NamedTuple):
     tokens: torch.Tensor | None
 
 
-def load_sample(shards: ShardSet, sample: int, in_chans: int, tokens: bool = False, as_array: bool = False) -> Decoded:
+def load_sample(
+    shards: ShardSet,
+    sample: int,
+    in_chans: int,
+    tokens: bool = False,
+    bottom: Callable[[int, int], int] | None = None,
+) -> Decoded:
     """Read and decode one sample.
+
+    Args:
+        bottom: give `Rows`, as `decode_rows` says; None: a Pillow image.
 
     Raises:
         BadSample: it can't be.
     """
     read = next(shards.read([sample], tokens))
     try:
-        picture = (decode_array if as_array else decode_image)(read.data, in_chans, read.shape)
+        picture: Any
+        if bottom is None:
+            picture = decode_image(read.data, in_chans, read.shape)
+        else:
+            picture = decode_rows(read.data, in_chans, read.shape, bottom)
         maps = None if read.tokens is None else decode_map(read.tokens, shards.manifest)
     except UserError as error:
         shards.reopen(sample)
@@ -184,9 +198,9 @@ class StepDataset(Dataset):
         # Copies of a sample in repeated augmentation are told apart as if they were further samples.
         ids = chosen.samples + chosen.copies * order.num_samples
         used, samples, replaced = [], [], []
-        for sample in chosen.samples.tolist():
+        for sample, bottom in zip(chosen.samples.tolist(), self._bottoms(chosen.epoch, ids), strict=True):
             # A replacement takes a bad sample's place, and with it all that is drawn there.
-            position, loaded, fault = self._samples.load(sample, chosen.epoch, self._load)
+            position, loaded, fault = self._samples.load(sample, chosen.epoch, partial(self._load, bottom=bottom))
             if fault is not None:
                 replaced.append(Replaced(sample, fault.file, fault.key, fault.reason, position, loaded.key))
             used.append(position)
@@ -204,9 +218,14 @@ class StepDataset(Dataset):
             replaced or None,
         )
 
-    def _load(self, sample: int) -> Decoded:
-        as_array = isinstance(self.transform, FastTransform)
-        return load_sample(self.shards, sample, self.in_chans, self.tokens is not None, as_array)
+    def _bottoms(self, epoch: int, ids: np.ndarray) -> Iterable[Callable[[int, int], int] | None]:
+        """How far down each sample has to be decoded."""
+        if not isinstance(self.transform, FastTransform):
+            return [None] * len(ids)
+        return [partial(self.transform.bottom, its) for its in self.transform.numbers(self.order.seed, epoch, ids)]
+
+    def _load(self, sample: int, bottom: Callable[[int, int], int] | None) -> Decoded:
+        return load_sample(self.shards, sample, self.in_chans, self.tokens is not None, bottom)
 
     def _fast(self, samples: list[Decoded], epoch: int, ids: np.ndarray) -> _Images:
         assert isinstance(self.transform, FastTransform)

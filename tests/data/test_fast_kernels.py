@@ -14,7 +14,7 @@ from pipeline.data.augment import color as plain_color
 from pipeline.data.augment.randaugment import POLICIES, draw_ops, fill_color
 from pipeline.data.augment.settings import ColorJitterConfig, RandAugmentConfig
 from pipeline.data.fast import color, kernels
-from pipeline.data.fast.decode import decode_array, decode_image
+from pipeline.data.fast.decode import decode_array, decode_image, decode_rows
 from pipeline.data.fast.randaugment import apply_op
 from pipeline.errors import UserError
 
@@ -124,3 +124,23 @@ def test_decoded_equals_pillow(name: str, in_chans: int) -> None:
 def test_damaged_bytes_are_an_error(data: bytes) -> None:
     with pytest.raises(UserError, match="can't be decoded"):
         decode_array(data, 3)
+
+
+@pytest.mark.parametrize("name", ["baseline", "4:4:4", "grey", "odd sides", "progressive", "cmyk", "png", "restarts"])
+def test_rows_are_those_of_the_whole_picture(name: str) -> None:
+    data = encoded(PHOTO, "JPEG", restart_marker_rows=1) if name == "restarts" else ENCODED[name]
+    whole = decode_array(data, 3)
+    height, width = whole.shape[:2]
+    shortened = 0
+    for needed in (1, 8, 100, 150, height - 17, height):
+        part = decode_rows(data, 3, None, lambda *size, n=needed: n if size == (width, height) else 0)
+        assert part.height == height and needed <= len(part.pixels) <= height
+        assert np.array_equal(part.pixels[:needed], whole[:needed])
+        shortened += len(part.pixels) < height
+    assert shortened >= 4 if name in ("baseline", "4:4:4", "grey", "odd sides", "restarts") else shortened == 0
+
+
+@pytest.mark.parametrize("kept", [3000, 20_000])
+def test_a_jpeg_cut_short_is_an_error_however_little_is_needed(kept: int) -> None:
+    with pytest.raises(UserError, match="can't be decoded"):
+        decode_rows(ENCODED["baseline"][:kept], 3, None, lambda width, height: 8)

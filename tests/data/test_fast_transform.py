@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from pipeline.data.augment.finish import Erased
 from pipeline.data.augment.keyed import Numbers, Stream, sample_key
 from pipeline.data.augment.settings import AugmentConfig
 from pipeline.data.augment.transforms import TrainTransform
+from pipeline.data.fast.decode import decode_array, decode_rows
 from pipeline.data.fast.transform import FastTransform
 from tests.data.test_augment_settings import RECIPES
 
@@ -107,6 +110,24 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
         assert np.array_equal(alone.pixels[0], whole.pixels[i])
         [mine] = np.flatnonzero(whole.erased.boxes[:, 0] == i)[None] if len(alone.erased.boxes) else [[]]
         assert np.array_equal(alone.erased.boxes[:, 1:], whole.erased.boxes[mine, 1:])
+
+
+@pytest.mark.parametrize("case", ["nest-imagenet", "hvt-deit", "centre", "digits"])
+def test_rows_below_a_crop_are_not_needed(case: str) -> None:
+    _, _, side, in_chans, *_ = CASES[case]
+    fast, indices = FastTransform(config_of(case), side, in_chans), np.arange(24)
+    files = []
+    for picture in pictures(side, in_chans, 24):
+        buffer = io.BytesIO()
+        Image.fromarray(picture if in_chans == 3 else picture[:, :, 0]).save(buffer, "JPEG")
+        files.append(buffer.getvalue())
+    wholes = [decode_array(data, in_chans) for data in files]
+    pairs = zip(files, fast.numbers(1, 0, indices), strict=True)
+    rows = [decode_rows(data, in_chans, None, partial(fast.bottom, numbers)) for data, numbers in pairs]
+    shorter = sum(len(part.pixels) < part.height for part in rows)
+    assert shorter > 3 if case in ("nest-imagenet", "hvt-deit") else shorter == 0
+    expected, got = fast(wholes, 1, 0, indices, trace=True), fast(rows, 1, 0, indices, trace=True)
+    assert np.array_equal(got.pixels, expected.pixels) and np.array_equal(got.warps, expected.warps)
 
 
 def test_numbers_of_a_batch_are_those_of_each_sample() -> None:

@@ -21,6 +21,7 @@ from pipeline.data.augment.keyed import Numbers, Stream, normals
 from pipeline.data.augment.lazy import LazyModule
 from pipeline.data.augment.settings import AugmentConfig, CenterCrop, PadCrop, RandomResizedCrop
 from pipeline.data.augment.transforms import SampleDraw, TrainTransform
+from pipeline.data.fast.decode import Rows
 
 # Loader processes compile or load these; a process that trains only hands the transform on to them.
 kernels = LazyModule("pipeline.data.fast.kernels")
@@ -66,7 +67,7 @@ class FastTransform:
 
     def __call__(
         self,
-        pictures: Sequence[np.ndarray],
+        pictures: Sequence[np.ndarray | Rows],
         seed: int,
         epoch: int,
         indices: np.ndarray,
@@ -77,7 +78,7 @@ class FastTransform:
         """The augmented batch.
 
         Args:
-            pictures: decoded, (H, W, C) uint8 each, of any size.
+            pictures: decoded, (H, W, C) uint8 each, of any size; of some perhaps only the rows that `bottom` asks for.
             seed, epoch: of this presentation.
             indices: (B,) the samples' numbers.
             trace: give the warps too; `swap_axes` as in `TrainTransform.traced`.
@@ -92,11 +93,12 @@ class FastTransform:
         if self._planes is None:  # not in a pickle that goes to a loader process
             self._planes = np.empty((self.in_chans, side * side), np.float32)
         boxes, noise, warps = [], [], []
-        for i, numbers in enumerate(Numbers.of_batch(seed, epoch, indices, self._needed)):
+        for i, numbers in enumerate(self.numbers(seed, epoch, indices)):
             drawn = self.plain.drawn(numbers)
             picture = pictures[i]
+            rows = Rows(picture, len(picture)) if isinstance(picture, np.ndarray) else picture
             with naming(i):
-                crop, size = self._sample(picture, drawn, numbers, pixels[i], spare)
+                crop, size = self._sample(rows, drawn, numbers, pixels[i], spare)
             if drawn.jitter is not None:
                 color.apply_color_jitter(pixels[i], drawn.jitter, self._planes)
             if drawn.erased is not None:
@@ -106,7 +108,7 @@ class FastTransform:
                     n = self.in_chans * box.height * box.width
                     noise.append(normals(numbers.key, Stream.ERASING_NOISE, n))
             if trace:
-                whole = (picture.shape[1], picture.shape[0])
+                whole = (rows.pixels.shape[1], rows.height)
                 warps.append(self.plain.warps(drawn, crop, size, whole, swap_axes))
         erased = Erased(
             np.array(boxes, np.int64).reshape(-1, 5),
@@ -114,10 +116,22 @@ class FastTransform:
         )
         return Augmented(pixels, erased, np.stack(warps) if trace else None)
 
+    def numbers(self, seed: int, epoch: int, indices: np.ndarray) -> list[Numbers]:
+        """What is drawn from for the samples of a batch."""
+        return Numbers.of_batch(seed, epoch, indices, self._needed)
+
+    def bottom(self, numbers: Numbers, width: int, height: int) -> int:
+        """How many rows of a width x height picture the crop needs, from the top on."""
+        if self._by_pillow or not isinstance(self.config.crop, RandomResizedCrop):
+            return height
+        box = draw_resized_crop(self.config.crop, width, height, numbers.of(Stream.CROP, CROP_DRAWS + 1))
+        return box.top + box.height
+
     def _sample(
-        self, picture: np.ndarray, drawn: SampleDraw, numbers: Numbers, out: np.ndarray, spare: np.ndarray
+        self, rows: Rows, drawn: SampleDraw, numbers: Numbers, out: np.ndarray, spare: np.ndarray
     ) -> tuple[Box, tuple[int, int]]:
         """Write the picture after its 8-bit operations to `out`; returns what `TrainTransform.cropped` says of it."""
+        picture = rows.pixels
         if self._by_pillow:
             image = Image.fromarray(picture if self.in_chans == 3 else picture[:, :, 0])
             if self.config.crop_last:
@@ -127,17 +141,17 @@ class FastTransform:
                 image = self.plain.distorted(image, drawn)
             out[:] = np.asarray(image).reshape(out.shape)
             return box, size
-        box = self._crop(picture, drawn.flip, numbers, out)
+        box = self._crop(rows, drawn.flip, numbers, out)
         current, other = out, spare
         for op in drawn.ops:
             current, other = randaugment.apply_op(current, other, op, self._fill)
         if current is not out:
             out[:] = current
-        return box, (picture.shape[1], picture.shape[0])
+        return box, (picture.shape[1], rows.height)
 
-    def _crop(self, picture: np.ndarray, mirror: bool, numbers: Numbers, out: np.ndarray) -> Box:
+    def _crop(self, rows: Rows, mirror: bool, numbers: Numbers, out: np.ndarray) -> Box:
         config, side = self.config.crop, self.img_size
-        height, width = picture.shape[:2]
+        picture, height, width = rows.pixels, rows.height, rows.pixels.shape[1]
         u = numbers.of(Stream.CROP, CROP_DRAWS + 1)
         if isinstance(config, RandomResizedCrop):
             box = draw_resized_crop(config, width, height, u)

@@ -39,6 +39,8 @@ def test_nest_tiny_learns_and_survives_a_kill(real_data: Path, rookery: Rookery,
         "optim.lr=5e-4",
         "optim.lr_batch=null",
         f"train.global_batch_size={BATCH}",
+        # Ten times as fast as bf16 on a CPU without instructions for it.
+        "train.precision=fp32",
         "train.log_every=1steps",
         "checkpoint.every=7steps",
         "tracking.mlflow=false",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shlex
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launch.bench_loader.contender import Settings
+from launch.bench_loader.contender import Settings, timed
 from launch.bench_loader.ours import OURS, bytes_per_image, split
 from launch.bench_loader.report import rows
 from launch.bench_loader.rounds import contenders, measure
@@ -71,32 +71,29 @@ def bench_loader(
         }
         if "failed" not in table[0]:
             _tell("waiting of a step as long as the loader takes")
-            report["wait_share"] = wait_share(settings, table[0]["images_per_second"]["median"])
+            shares = [wait_share(settings) for _ in range(repeats)]
+            report["wait_share"] = {"median": statistics.median(shares), "min": min(shares), "max": max(shares)}
         return report
 
 
-def wait_share(settings: Settings, rate: float) -> float:
-    """Part of the time that a training waits for data whose step takes as long as the loader at `rate` images/s.
+def wait_share(settings: Settings) -> float:
+    """Part of the time that a training waits for data whose step takes as long as the loader does for a batch.
 
-    The step is slept, as on the host of a GPU. Its first steps don't count.
+    The loader's rate is measured by an epoch just before, because it drifts on a shared machine. The step is slept, as
+    on the host of a GPU. The first steps don't count.
     """
-    batches: Iterator[Any] = OURS[0 if settings.recipe == "crop" else 2].epochs(settings)()
-    step, waited, steps = settings.batch / rate, 0.0, 0
-    start = time.perf_counter()
+    epochs = OURS[0 if settings.recipe == "crop" else 2].epochs(settings)
+    step = settings.batch / timed(epochs(), settings.warmup)["rate"]
+    batches = epochs()
+    for _ in range(settings.warmup):
+        next(batches)
+    start, waited = time.perf_counter(), 0.0
     while True:
-        asked = time.perf_counter()
-        try:
-            next(batches)
-        except StopIteration:
-            break
-        arrived = time.perf_counter()
-        steps += 1
-        if steps > settings.warmup:
-            waited += arrived - asked
-        else:
-            start = arrived
         time.sleep(step)
-    return waited / (time.perf_counter() - start)
+        asked = time.perf_counter()
+        if next(batches, None) is None:
+            return waited / (asked - start)
+        waited += time.perf_counter() - asked
 
 
 def _tell(text: str) -> None:

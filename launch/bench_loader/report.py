@@ -103,8 +103,9 @@ def print_report(report: dict[str, Any]) -> None:
         console.print(f"left out: {', '.join(report['left_out'])}")
     parts = ", ".join(f"{name} {spent:.2f}" for name, spent in report["split_ms"].items())
     console.print(f"\nwhere the time of rookery goes, ms per image: {parts}")
-    console.print(
-        f"a step at this rate waits for data {report['wait_share']:.1%} of its time" if "wait_share" in report else ""
-    )
+    if "wait_share" in report:
+        waits = report["wait_share"]
+        spread = f"({waits['min']:.1%} to {waits['max']:.1%})"
+        console.print(f"a training that is as fast waits for data {waits['median']:.1%} of its time {spread}")
     for line in advice(report):
         console.print(line)

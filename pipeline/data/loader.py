@@ -7,7 +7,7 @@ steps from where the last one stopped.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,9 +23,9 @@ from pipeline.data.augment.mix_token import draw_mix_token
 from pipeline.data.augment.mixing import MixConfig, MixParams, draw_mix
 from pipeline.data.augment.token_labels import TokenLabelBatch, decode_map
 from pipeline.data.augment.transforms import TrainTransform
-from pipeline.data.batches import Batches, Failed
+from pipeline.data.batches import Batches, Failed, empty_to_send
 from pipeline.data.fast.decode import decode_image, decode_rows
-from pipeline.data.fast.transform import FastTransform
+from pipeline.data.fast.transform import Bottom, FastTransform
 from pipeline.data.order import DataOrder
 from pipeline.data.shards import ShardSet
 from pipeline.data.substitute import BadSample, Replaced, Retries, Substitutes
@@ -36,6 +36,8 @@ __all__ = ["Batches", "EvalBatch", "EvalDataset", "StepDataset", "TrainBatch"]
 
 _DROP_PATH_STREAM = 101
 
+# Gives the picture of the next sample of a batch, as far down as it is told.
+_Load = Callable[..., Any]
 # Augmented images, boxes that are still to be erased, and where parts of the images come from.
 _Images = tuple[torch.Tensor, Erased | None, np.ndarray | None]
 
@@ -96,7 +98,7 @@ class EvalBatch(NamedTuple):
 class Decoded(NamedTuple):
     """A sample that can be used: its key, label, label map if asked for, and picture.
 
-    `picture` is a Pillow image, or `Rows` for compiled loops.
+    `picture` is a Pillow image, or `Rows` for compiled loops; None where it was used already.
     """
 
     key: str
@@ -110,7 +112,7 @@ def load_sample(
     sample: int,
     in_chans: int,
     tokens: bool = False,
-    bottom: Callable[[int, int], int] | None = None,
+    bottom: Bottom | None = None,
 ) -> Decoded:
     """Read and decode one sample.
 
@@ -197,16 +199,22 @@ class StepDataset(Dataset):
         chosen = order.step(step, self.rank, self.world_size)
         # Copies of a sample in repeated augmentation are told apart as if they were further samples.
         ids = chosen.samples + chosen.copies * order.num_samples
-        used, samples, replaced = [], [], []
-        for sample, bottom in zip(chosen.samples.tolist(), self._bottoms(chosen.epoch, ids), strict=True):
+        used: list[int] = []
+        samples: list[Decoded] = []
+        replaced: list[Replaced] = []
+
+        def load(sample: int, bottom: Bottom | None = None) -> Any:
             # A replacement takes a bad sample's place, and with it all that is drawn there.
             position, loaded, fault = self._samples.load(sample, chosen.epoch, partial(self._load, bottom=bottom))
             if fault is not None:
                 replaced.append(Replaced(sample, fault.file, fault.key, fault.reason, position, loaded.key))
             used.append(position)
-            samples.append(loaded)
+            samples.append(loaded._replace(picture=None))
+            return loaded.picture
+
+        loads: list[_Load] = [partial(load, sample) for sample in chosen.samples.tolist()]
         augment = self._fast if isinstance(self.transform, FastTransform) else self._plain
-        images, erased, warps = augment(samples, chosen.epoch, ids)
+        images, erased, warps = augment(loads, samples, chosen.epoch, ids)
         return TrainBatch(
             images,
             torch.tensor([sample.label for sample in samples]),
@@ -218,42 +226,39 @@ class StepDataset(Dataset):
             replaced or None,
         )
 
-    def _bottoms(self, epoch: int, ids: np.ndarray) -> Iterable[Callable[[int, int], int] | None]:
-        """How far down each sample has to be decoded."""
-        if not isinstance(self.transform, FastTransform):
-            return [None] * len(ids)
-        return [partial(self.transform.bottom, its) for its in self.transform.numbers(self.order.seed, epoch, ids)]
-
-    def _load(self, sample: int, bottom: Callable[[int, int], int] | None) -> Decoded:
+    def _load(self, sample: int, bottom: Bottom | None) -> Decoded:
         return load_sample(self.shards, sample, self.in_chans, self.tokens is not None, bottom)
 
-    def _fast(self, samples: list[Decoded], epoch: int, ids: np.ndarray) -> _Images:
+    def _fast(self, loads: list[_Load], samples: list[Decoded], epoch: int, ids: np.ndarray) -> _Images:
         assert isinstance(self.transform, FastTransform)
+        batch, side, channels = len(loads), self.img_size, self.in_chans
+        pixels = empty_to_send((batch, side, side, channels), torch.uint8) if not self.finish else None
         done = self.transform(
-            [sample.picture for sample in samples],
+            loads,
             self.order.seed,
             epoch,
             ids,
             trace=self.tokens is not None,
             swap_axes=self.tokens is not None and self.tokens.swap_axes,
             naming=lambda i: _naming(samples[i].key, self.shards),
+            out=None if pixels is None else pixels.numpy(),
         )
-        if self.finish:
-            return self.transform.finish.on_host(done.pixels, done.erased), None, done.warps
-        return torch.from_numpy(done.pixels).permute(0, 3, 1, 2), done.erased, done.warps
+        if pixels is None:
+            images = empty_to_send((batch, channels, side, side), torch.float32)
+            return self.transform.finish.on_host(done.pixels, done.erased, images), None, done.warps
+        return pixels.permute(0, 3, 1, 2), done.erased, done.warps
 
-    def _plain(self, samples: list[Decoded], epoch: int, ids: np.ndarray) -> _Images:
+    def _plain(self, loads: list[_Load], samples: list[Decoded], epoch: int, ids: np.ndarray) -> _Images:
         assert not isinstance(self.transform, FastTransform)
         images, warps = [], []
-        for sample, index in zip(samples, ids.tolist(), strict=True):
-            with _naming(sample.key, self.shards):
+        for load, index in zip(loads, ids.tolist(), strict=True):
+            picture = load()
+            with _naming(samples[-1].key, self.shards):
                 if self.tokens is None:
-                    images.append(self.transform(sample.picture, self.order.seed, epoch, index))
+                    images.append(self.transform(picture, self.order.seed, epoch, index))
                     continue
                 assert isinstance(self.transform, TrainTransform), "only it knows where pixels come from"
-                pixels, warp = self.transform.traced(
-                    sample.picture, self.order.seed, epoch, index, self.tokens.swap_axes
-                )
+                pixels, warp = self.transform.traced(picture, self.order.seed, epoch, index, self.tokens.swap_axes)
                 images.append(pixels)
                 warps.append(warp)
         return torch.stack(images), None, np.stack(warps) if warps else None

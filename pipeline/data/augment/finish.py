@@ -53,14 +53,18 @@ class Finish:
         images = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
         return self._erase(images.sub_(self.mean).div_(self.std), erased)
 
-    def on_host(self, pixels: np.ndarray, erased: Erased) -> torch.Tensor:
-        """The same inputs to the bit, of (B, H, W, C) uint8 in the memory of the host, by one compiled loop."""
+    def on_host(self, pixels: np.ndarray, erased: Erased, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The same inputs to the bit, of (B, H, W, C) uint8 in the memory of the host, by one compiled loop.
+
+        Args:
+            out: contiguous, takes the result; None: new memory.
+        """
         from pipeline.data.fast.kernels import look_up  # a process that trains on a GPU never needs it
 
         batch, height, width, channels = pixels.shape
-        images = np.empty((batch, channels, height, width), np.float32)
-        look_up(pixels, self._table, images)
-        return self._erase(torch.from_numpy(images), Erased(erased.boxes, torch.as_tensor(erased.noise)))
+        images = torch.empty((batch, channels, height, width)) if out is None else out
+        look_up(pixels, self._table, images.numpy())
+        return self._erase(images, Erased(erased.boxes, torch.as_tensor(erased.noise)))
 
     def _erase(self, images: torch.Tensor, erased: Erased) -> torch.Tensor:
         start = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,11 @@ from pipeline.data.fast.decode import Rows
 kernels = LazyModule("pipeline.data.fast.kernels")
 color = LazyModule("pipeline.data.fast.color")
 randaugment = LazyModule("pipeline.data.fast.randaugment")
+
+
+Picture = np.ndarray | Rows
+# How many rows of a width x height picture are needed, from the top on.
+Bottom = Callable[[int, int], int]
 
 
 class Augmented(NamedTuple):
@@ -67,35 +73,40 @@ class FastTransform:
 
     def __call__(
         self,
-        pictures: Sequence[np.ndarray | Rows],
+        pictures: Sequence[Picture | Callable[[Bottom], Picture]],
         seed: int,
         epoch: int,
         indices: np.ndarray,
         trace: bool = False,
         swap_axes: bool = False,
         naming: Callable[[int], AbstractContextManager[None]] = lambda i: nullcontext(),
+        out: np.ndarray | None = None,
     ) -> Augmented:
         """The augmented batch.
 
         Args:
-            pictures: decoded, (H, W, C) uint8 each, of any size; of some perhaps only the rows that `bottom` asks for.
+            pictures: decoded, (H, W, C) uint8 each, of any size, or only the rows that are needed; or functions that
+                decode them. These are called one by one, so that a picture is still in the processor's cache when it
+                is cropped, and the next one takes its memory.
             seed, epoch: of this presentation.
             indices: (B,) the samples' numbers.
             trace: give the warps too; `swap_axes` as in `TrainTransform.traced`.
             naming: entered around the work on picture i; it may say in an error which one that is.
+            out: (B, side, side, C) uint8, takes the result; None: new memory.
 
         Raises:
             UserError: a picture is too small for the configured crop.
         """
         side = self.img_size
-        pixels = np.empty((len(pictures), side, side, self.in_chans), np.uint8)
+        pixels = np.empty((len(pictures), side, side, self.in_chans), np.uint8) if out is None else out
         spare = np.empty(pixels.shape[1:], np.uint8)
         if self._planes is None:  # not in a pickle that goes to a loader process
             self._planes = np.empty((self.in_chans, side * side), np.float32)
         boxes, noise, warps = [], [], []
         for i, numbers in enumerate(self.numbers(seed, epoch, indices)):
             drawn = self.plain.drawn(numbers)
-            picture = pictures[i]
+            given = pictures[i]
+            picture = given(partial(self.bottom, numbers)) if callable(given) else given
             rows = Rows(picture, len(picture)) if isinstance(picture, np.ndarray) else picture
             with naming(i):
                 crop, size = self._sample(rows, drawn, numbers, pixels[i], spare)

@@ -7,6 +7,9 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+# Held during a look. Who forks takes it: a child that inherited the open lock file would keep the lock while it lives.
+LOOKING = threading.Lock()
+
 
 class Watch:
     """Looks at the sum of all sizes in a cache's folder, again and again. Use as a context manager.
@@ -34,7 +37,7 @@ class Watch:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.001):
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError), LOOKING:
                 with open(self.folder / ".lock", "rb") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX)
                     self.most = max(self.most, self._size())

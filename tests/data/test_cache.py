@@ -24,7 +24,7 @@ from pipeline.data.cache_room import CacheOptions, room_for
 from pipeline.errors import UserError
 from tests.conftest import small_disk
 from tests.faulty_server import FaultyServer, Request, folder
-from tests.folder_watch import Watch
+from tests.folder_watch import LOOKING, Watch
 
 SIZE = 10_000
 QUICK = Patience(tries=3, seconds=2, first_pause=0.01)
@@ -204,7 +204,8 @@ FORK = multiprocessing.get_context("fork")
 def start(target: Callable[..., None], *args: Any) -> Any:
     """A process that does not share this one's connections."""
     process = FORK.Process(target=target, args=args, daemon=True)
-    process.start()
+    with LOOKING:
+        process.start()
     return process
 
 

@@ -9,17 +9,19 @@ in re-encoded ones.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-MAX_SIDE = 20_000
-MAX_PIXELS = 100_000_000
-MAX_BYTES = 64 * 2**20
+from data_prep.manifest import MAX_BYTES, is_absurd
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+MAX_SCANNED = 2_000_000_000  # half a minute
 READ_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # a closed list: some others start external programs
+RAW = "raw"  # the extension of pixels that are not encoded at all
+STORED_AS = {"jpg": "JPEG", "png": "PNG", RAW: "raw pixels"}
 PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 
 
@@ -32,45 +34,74 @@ class Usable:
     """What goes into the shard.
 
     Attributes:
-        data: the encoded image.
-        extension: its true format, whatever the source called it.
+        data: the encoded image, or (height, width, 3) uint8 RGB pixels.
+        extension: its true format, whatever the source called it; `RAW` for pixels.
+        width, height: in pixels.
         repair: (what was wrong, what was done) where the image was not simply kept or resized.
     """
 
     data: bytes
     extension: str
+    width: int
+    height: int
     repair: tuple[str, str] | None = None
 
 
-def make_usable(data: bytes, resize: int | None = None, quality: int = 90) -> Usable:
+def make_usable(
+    data: bytes,
+    resize: int | None = None,
+    quality: int = 90,
+    max_resolution: int | None = None,
+    store_raw: Callable[[int, int], bool] | None = None,
+) -> Usable:
     """Check one image; shrink it to short side `resize` if it is larger; mend what readers would get wrong.
 
     Resizing is bicubic with antialiasing (Pillow), the long side rounded down as torchvision does. JPEG and WebP become
     JPEG of this quality (4:2:0), everything else stays lossless as PNG.
+
+    Args:
+        max_resolution: shrink to this long side too.
+        store_raw: (width, height) to whether it is stored as pixels, for a shard that holds JPEG and raw pixels and
+            nothing else; None: for one that holds files of any format.
 
     Raises:
         UnusableImage: zero bytes, not an image, truncated or damaged, or of an absurd size.
     """
     image = _decode(data)
     name, mode = image.format or "", image.mode
+    size = _shrunk(image.size, resize, max_resolution)
+    kept = EXTENSIONS.get(name) if mode in PLAIN_MODES and size == image.size else None
+    if store_raw is None:
+        extension = kept or ("jpg" if name in ("JPEG", "MPO", "WEBP") else "png")
+    else:
+        extension = RAW if store_raw(*size) else "jpg"
+    if extension == kept:
+        return Usable(data, extension, *size)
     repair = None
     if mode not in PLAIN_MODES:
         image = _eight_bit(image)
         repair = (f"{name} with {mode} pixels", f"converted to {'greyscale' if image.mode == 'L' else 'RGB'}")
     elif name not in EXTENSIONS:
-        repair = (f"{name} image", "stored as PNG")
-    shrink = resize is not None and min(image.size) > resize
-    if repair is None and not shrink:
-        return Usable(data, EXTENSIONS[name])
+        repair = (f"{name} image", f"stored as {STORED_AS[extension]}")
     if image.mode not in ("L", "RGB"):
         image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
-    if resize is not None and shrink:
-        short = min(image.size)
-        width, height = (resize * side // short for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    if name in ("JPEG", "MPO", "WEBP"):
-        return Usable(_encoded(image, "JPEG", quality=quality), "jpg", repair)
-    return Usable(_encoded(image, "PNG"), "png", repair)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    return Usable(_stored(image, extension, quality), extension, *size, repair)
+
+
+def _shrunk(size: tuple[int, int], resize: int | None, max_resolution: int | None) -> tuple[int, int]:
+    for limit, side_of in ((resize, min), (max_resolution, max)):
+        side = side_of(size)
+        if limit is not None and side > limit:
+            width, height = (max(1, limit * length // side) for length in size)
+            size = (width, height)
+    return size
+
+
+def absurd_bytes(size: int) -> str:
+    """Why a file of more than `MAX_BYTES` is no image; sources that know the size need not read it."""
+    return f"absurd size: {size} bytes, the limit is {MAX_BYTES}"
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -82,12 +113,16 @@ def _decode(data: bytes) -> Image.Image:
     if not data:
         raise UnusableImage("zero bytes")
     if len(data) > MAX_BYTES:
-        raise UnusableImage(f"absurd size: {len(data)} bytes, the limit is {MAX_BYTES}")
+        raise UnusableImage(absurd_bytes(len(data)))
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=READ_FORMATS)
         width, height = image.size
-        if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        if is_absurd(width, height):
             raise UnusableImage(f"absurd size: {width} x {height} pixels")
+        # Every scan of a progressive JPEG goes over all of its pixels.
+        scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
+        if scans * width * height > MAX_SCANNED:
+            raise UnusableImage(f"absurd size: {width} x {height} pixels, {scans} scans")
         image.load()
     except Image.UnidentifiedImageError:
         raise UnusableImage(f"not an image ({', '.join(READ_FORMATS)})") from None
@@ -104,11 +139,18 @@ def _decode(data: bytes) -> Image.Image:
 def _eight_bit(image: Image.Image) -> Image.Image:
     """CMYK and other colour spaces to RGB, 16-bit greyscale to 8 bits (which a plain convert would clip)."""
     if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+        values = np.asarray(image)  # unsigned 16 bits, or signed 32
+        return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
     try:
         return image.convert("RGB")
     except ValueError as error:
         raise UnusableImage(f"{image.format} with {image.mode} pixels, which have no RGB form") from error
+
+
+def _stored(image: Image.Image, extension: str, quality: int) -> bytes:
+    if extension == RAW:
+        return image.convert("RGB").tobytes()
+    return _encoded(image, "JPEG", quality=quality) if extension == "jpg" else _encoded(image, "PNG")
 
 
 def _encoded(image: Image.Image, name: str, **options: int) -> bytes:

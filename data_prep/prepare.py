@@ -16,9 +16,10 @@ from data_prep.progress import Progress, SilentProgress
 from data_prep.sources import open_source
 from data_prep.sources.base import Listing, Source
 from data_prep.sources.folder import FolderSource
-from data_prep.state import Record, SplitState, writing
+from data_prep.state import Record, SplitState
+from data_prep.store import Store, is_remote, local_path, open_store
 from data_prep.token_labels import TokenMaps, open_token_maps
-from data_prep.wording import counted
+from data_prep.wording import counted, printable
 from data_prep.workers import build_shards, usable_cores
 
 SHOWN = 20
@@ -62,9 +63,13 @@ def prepare_splits(
     options = options or PrepOptions()
     progress = progress or SilentProgress()
     if options.format not in WRITERS:
-        raise UserError(f"--format {options.format}: no such format; there is {', '.join(WRITERS)}")
+        raise UserError(f"--format {options.format}: no such format; there are {' and '.join(WRITERS)}")
     opened = open_source(source, options) if isinstance(source, str | Path) else source
-    if opened.kind == FolderSource.kind and Path(out).resolve().is_relative_to(opened.path.resolve()):
+    if (
+        opened.kind == FolderSource.kind
+        and not is_remote(out)
+        and local_path(out).resolve().is_relative_to(opened.path.resolve())
+    ):
         raise UserError(f"{out}: lies inside the class folders of {opened.path}; choose an OUT outside")
     chosen = list(splits or opened.splits())
     if options.token_labels is not None and not any(map(options.maps_of, chosen)):
@@ -78,7 +83,7 @@ def prepare_splits(
         directory = options.maps_of(split)
         maps = None if directory is None else open_token_maps(directory, listing)
         plan = make_plan(listing, opened.kind, opened.name, split, options, maps)
-        jobs[split] = _SplitJob(split, listing, plan, maps, SplitState(Path(out) / split), options, progress)
+        jobs[split] = _SplitJob(split, listing, plan, maps, SplitState(open_store(out).below(split)), options, progress)
     return {split: job.run() for split, job in jobs.items()}
 
 
@@ -111,12 +116,12 @@ class _SplitJob:
 
     def run(self) -> Manifest:
         """Make what is missing, and the manifest if it is not what the shards say."""
-        with self.state.locked() as exclusive, writing(self.state.directory):
+        with self.state.locked() as exclusive, self.state.writing():
             if not exclusive:
                 self._say("this file system has no locks; let no other prep write here meanwhile")
             files = self._files()
             records = self.state.begin(self.plan, files, self.options.overwrite, self.options.repair)
-            current = _current_manifest(self.state.directory)
+            current = _current_manifest(self.state.store)
             missing = [number for number, file in enumerate(files) if file not in records]
             if missing:
                 self._build(missing, records)
@@ -128,7 +133,8 @@ class _SplitJob:
                 )
                 return manifest
             self._check_bad(manifest)
-            manifest.save(self.state.directory)
+            self.state.check_still_ours(self.plan)
+            manifest.save(self.state.store)
             return manifest
 
     def _say(self, text: str) -> None:
@@ -148,9 +154,7 @@ class _SplitJob:
             self.state,
             self.plan.fingerprint,
             self.listing.reader,
-            options.format,
-            options.resize,
-            options.quality,
+            options,
             self.maps,
         )
 
@@ -184,7 +188,7 @@ class _SplitJob:
         tolerated = self.options.tolerated(images)
         if len(bad) <= tolerated and manifest.shards:
             return
-        (self.state.directory / MANIFEST_NAME).unlink(missing_ok=True)
+        self.state.store.remove(MANIFEST_NAME)
         listed = describe_quarantine(bad)
         if not manifest.shards:
             raise UserError(f"{self.split}: none of the images is usable ({counted(images, 'image')})\n{listed}")
@@ -194,14 +198,14 @@ class _SplitJob:
         )
 
 
-def _current_manifest(directory: Path) -> Manifest | None:
+def _current_manifest(store: Store) -> Manifest | None:
     try:
-        return Manifest.load(directory)
+        return Manifest.load(store)
     except UserError:
         return None  # missing or damaged: the records know better
 
 
 def describe_quarantine(bad: Sequence[BadImage]) -> str:
     """The first images of a quarantine list, one per line."""
-    lines = [f"  {image.source}: {image.reason} ({image.action})" for image in bad[:SHOWN]]
+    lines = [f"  {printable(f'{image.source}: {image.reason} ({image.action})')}" for image in bad[:SHOWN]]
     return "\n".join(lines + ([f"  ... and {len(bad) - SHOWN:,} more"] if len(bad) > SHOWN else []))

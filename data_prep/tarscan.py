@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 BLOCK = tarfile.BLOCKSIZE
+# A long name or a pax header is read as a whole; no real one comes near.
+MAX_EXTRA = 2**20
+_CHUNK = 2**20
 
 
 class TarError(Exception):
@@ -22,14 +25,19 @@ class Member(NamedTuple):
     size: int
 
 
-def members(descriptor: int, start: int = 0, end: int | None = None) -> Iterator[Member]:
+def members(
+    descriptor: int, start: int = 0, end: int | None = None, others: list[str] | None = None
+) -> Iterator[Member]:
     """The regular members of the tar that lies in bytes [start, end) of an open file.
 
     Understands ustar, GNU long names and pax paths and sizes. Uses `os.pread` only: any number of threads may scan
     one descriptor, and a tar inside a tar is scanned in place.
 
+    Args:
+        others: gets the names of links, devices and pipes.
+
     Raises:
-        TarError: a damaged header, or the tar ends before its end mark.
+        TarError: a damaged header, the tar ends before its end mark, or goes on behind it.
     """
     end = os.fstat(descriptor).st_size if end is None else end
     position = start
@@ -39,12 +47,18 @@ def members(descriptor: int, start: int = 0, end: int | None = None) -> Iterator
         if len(header) < BLOCK:
             raise TarError(f"truncated: it ends at byte {end - start} without an end mark")
         if not header.strip(b"\0"):
+            _check_end(descriptor, position, start, end)
             return
         try:
             info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
             raise TarError(f"damaged header at byte {position - start} ({error})") from error
-        size = int(override.get("size", info.size))
+        size = _size(override["size"]) if "size" in override else info.size
+        if size < 0:  # base-256 numbers have a sign, and a step back would never end
+            raise TarError(f"damaged header at byte {position - start} (size {size})")
+        extra = info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE)
+        if extra and size > MAX_EXTRA:
+            raise TarError(f"damaged header at byte {position - start} (a name of {size} bytes)")
         offset = position + BLOCK
         position = offset + -(-size // BLOCK) * BLOCK
         if offset + size > end:
@@ -59,7 +73,17 @@ def members(descriptor: int, start: int = 0, end: int | None = None) -> Iterator
         elif info.type != tarfile.XGLTYPE:
             if info.isreg():
                 yield Member(override.get("path", info.name), offset, size)
+            elif others is not None and not info.isdir():
+                others.append(override.get("path", info.name))
             override = {}
+
+
+def _check_end(descriptor: int, position: int, start: int, end: int) -> None:
+    """A hole that a disk left in a tar looks like its end mark, but more of it follows."""
+    for place in range(position, end, _CHUNK):
+        data = os.pread(descriptor, min(_CHUNK, end - place), place)
+        if data.count(0) != len(data):
+            raise TarError(f"damaged: it goes on behind an end mark at byte {position - start}")
 
 
 def _pax(data: bytes) -> dict[str, str]:
@@ -67,10 +91,16 @@ def _pax(data: bytes) -> dict[str, str]:
     found = {}
     while data:
         digits, _, _ = data.partition(b" ")
-        if not digits.isdigit() or not 0 < int(digits) <= len(data):
+        if not 0 < _size(digits.decode("ascii", "replace")) <= len(data):
             raise TarError("damaged pax header")
         record, data = data[: int(digits)], data[int(digits) :]
         key, _, value = record[len(digits) + 1 : -1].partition(b"=")
         if key in (b"path", b"size"):
             found[key.decode()] = value.decode("utf-8", "surrogateescape")
     return found
+
+
+def _size(digits: str) -> int:
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 20):
+        raise TarError("damaged pax header")
+    return int(digits)

@@ -8,7 +8,6 @@ float16, k = 5 on an 18 x 18 grid, to `<class>/<file name up to the first dot>.p
 from __future__ import annotations
 
 import io
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.images import UnusableImage
+from data_prep.manifest import MAX_BYTES
 from data_prep.sources.base import Item, Listing
 
 # The member of a sample that holds its map: `key.tokens.npy`.
@@ -47,7 +47,10 @@ class TokenMaps:
         Raises:
             UnusableImage: it is missing, can't be read, or is no map of this split.
         """
-        values = _load(self.directory / map_file(self.classes, item))
+        path = self.directory / map_file(self.classes, item)
+        if not path.resolve().is_relative_to(self.directory.resolve()):
+            raise UnusableImage(f"the token-label map of class {self.classes[item.label]} would lie elsewhere: {path}")
+        values = _load(path)
         if values.shape != self.shape or values.dtype.name != self.dtype:
             raise UnusableImage(
                 f"token-label map of shape {values.shape} and type {values.dtype}, "
@@ -109,10 +112,12 @@ def _load(path: Path) -> np.ndarray:
     import torch
 
     try:
+        if path.exists() and not (path.is_file() and path.stat().st_size <= MAX_BYTES):
+            raise ValueError("not a regular file, or too large")
         tensor = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UnusableImage(f"no token-label map: {path} is missing") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # PyTorch raises nearly every type on a damaged file
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UnusableImage(f"unreadable token-label map {path.name} ({reason})") from error
     if not isinstance(tensor, torch.Tensor):

@@ -49,8 +49,7 @@ def step(
     Exit status: 0 measured, 2 a mistake in config or options, 1 a failure.
     """
     counts = _counts(nproc)
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise UserError(f"{out}: no file can be written there; choose another --out")
+    _check_out(out)
     # torch takes seconds to import.
     import torch
 
@@ -83,6 +82,52 @@ def step(
     print_report(report)
     if out is not None:
         write_text(out, json.dumps(report, indent=1) + "\n")
+
+
+@bench.command()
+def loader(
+    shards: Annotated[Path, typer.Argument(help="a split with WebDataset shards of real pictures")],
+    recipe: Annotated[
+        str, typer.Option(help="crop: random resized crop and flip; nest: all of NesT's ImageNet recipe")
+    ] = "crop",
+    side: Annotated[int, typer.Option(min=8, help="side of the inputs, pixels")] = 224,
+    batch: Annotated[int, typer.Option(min=2, help="samples of a batch")] = 64,
+    workers: Annotated[int | None, typer.Option(min=1, help="loader processes; default: the usable cores")] = None,
+    samples: Annotated[int, typer.Option(min=64, help="images at least, from the first shards on")] = 4000,
+    repeats: Annotated[int, typer.Option(min=1, help="rounds of each loader, interleaved")] = 5,
+    peers: Annotated[
+        bool, typer.Option("--peers/--no-peers", help="measure other loaders beside, if installed")
+    ] = True,
+    target: Annotated[float | None, typer.Option(min=1, help="images/s that your GPU trains, for advice")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    out: Annotated[Path | None, typer.Option(help="also write the figures to this JSON file")] = None,
+) -> None:
+    """Time this loader beside others on your own shards, and tell where its time goes and which knob to turn.
+
+    All read the same bytes with the same number of workers. Rounds are interleaved; a ratio compares figures of one
+    round. The images are laid out again below TMPDIR for loaders that read class folders or FFCV files.
+
+    Exit status: 0 measured, 2 a mistake in shards or options.
+    """
+    if recipe not in ("crop", "nest"):
+        raise UserError(f"--recipe {recipe}: there is crop and nest")
+    _check_out(out)
+    from launch.bench_loader.measure import bench_loader
+    from launch.bench_loader.report import print_report
+    from pipeline.tracking.files import write_text
+
+    report = bench_loader(shards, recipe, side, batch, workers, samples, repeats, peers, target)
+    if as_json:
+        typer.echo(json.dumps(report, indent=1))
+    else:
+        print_report(report)
+    if out is not None:
+        write_text(out, json.dumps(report, indent=1) + "\n")
+
+
+def _check_out(out: Path | None) -> None:
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise UserError(f"{out}: no file can be written there; choose another --out")
 
 
 def _counts(text: str) -> list[int]:

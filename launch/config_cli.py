@@ -27,10 +27,11 @@ def config(
     elif recipe is not None:
         # torch takes seconds to import; a list of the keys need not wait for it.
         from pipeline.resolve import build_model
+        from pipeline.tracking.redact import redact
 
         resolved = load_config(recipe, overrides or [])
         build_model(resolved, "meta")
-        typer.echo(dump_config(resolved), nl=False)
+        typer.echo(redact(dump_config(resolved)), nl=False)
     else:
         for key, default, about, is_section in describe_keys():
             typer.echo(f"\n{key}  {default}  {about}" if is_section else f"  {key:<36} {default:<14} {about}")

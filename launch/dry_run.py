@@ -7,9 +7,18 @@ from dataclasses import fields
 from rich.console import Console
 from rich.table import Table
 
+from launch.cache_line import size_text
 from launch.workers import Nodes
 from pipeline.resolve import Resolved
-from pipeline.train.forecast import Activations, States, count_activations, count_reading, count_states, count_wire
+from pipeline.train.forecast import (
+    Activations,
+    States,
+    count_activations,
+    count_node_bytes,
+    count_reading,
+    count_states,
+    count_wire,
+)
 from pipeline.wording import counted
 
 _SPEED_HINT = "unknown: add --images-per-second N, the rate of one GPU that a short run prints"
@@ -42,6 +51,7 @@ def _lines(run: Resolved, job: Nodes, activations: Activations, images_per_secon
     world = job.world_size
     local = run.order.batch // world
     reading = count_reading(run.order, world)
+    node = count_node_bytes(run.order, [shard.bytes for shard in run.train.shards], job.nproc, job.nodes)
     shards = " to ".join(f"{n:,}" for n in sorted(set(reading.shards)))
     return {
         "processes": f"{world:,} on {counted(job.nodes, 'node')}; each {counted(local, 'sample')} a step in "
@@ -49,7 +59,8 @@ def _lines(run: Resolved, job: Nodes, activations: Activations, images_per_secon
         "input": f"{_shape(activations.images)} per micro-batch",
         "tokens": "; ".join(f"{_shape(s)} in {counted(n, 'layer')}" for n, s in activations.layers),
         "reading": f"{counted(reading.lanes, 'lane')} per process; in an epoch {counted(reading.samples, 'sample')} "
-        f"from {shards} shards per process, {reading.opened:,} openings of shards in all",
+        f"from {shards} shards per process, {reading.opened:,} openings of shards in all; "
+        f"shards of {size_text(node.epoch)} per node",
         "time": _SPEED_HINT if images_per_second is None else _hours(run, world, images_per_second),
     }
 

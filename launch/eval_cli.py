@@ -19,7 +19,9 @@ _PRECISIONS = ("fp32", "bf16", "fp16")
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="run directory, or a directory with model.safetensors and config.json")],
-    data: Annotated[str | None, typer.Option(help="split to evaluate on; default: the run's data.val")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="directory or address of the split; default: the run's data.val")
+    ] = None,
     weights: Annotated[
         str | None, typer.Option(help="of a run: final, best, or last (newest checkpoint); default: final, else last")
     ] = None,
@@ -40,6 +42,12 @@ def evaluate(
             help="with --calibrate: part of the samples, by a hash of their keys, that the best ratio is "
             "measured and not chosen on; 0: choose and measure on all; default: 0.5"
         ),
+    ] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="folder of this node for shards from an address; default: the run's data.cache")
+    ] = None,
+    cache_gb: Annotated[
+        float | None, typer.Option(min=0.001, help="GB that it may hold; default: the run's data.cache_gb")
     ] = None,
     output: Annotated[str, typer.Option(help="also write the JSON result to this file")] = "",
 ) -> None:
@@ -62,6 +70,7 @@ def evaluate(
         crop_pct=crop_pct,
         ratios=[] if calibrate is None else parse_ratios(calibrate),
         holdout=0.5 if holdout is None else holdout,
+        cache=replace(job.cache, directory=cache or job.cache.directory, gigabytes=cache_gb or job.cache.gigabytes),
     )
     if job.step is not None:
         typer.echo(f"evaluating the checkpoint of step {job.step}: {job.weights}", err=True)
@@ -119,7 +128,14 @@ def find_job(run: Path, weights: str | None, data: str | None, precision: str | 
     if data is None:
         raise UserError(f"{run}: which split? pass --data DIRECTORY")
     directory, step = _weights_of(run, weights)
-    return EvalJob(str(directory), data, str(run), step, precision=precision or config.train.precision)
+    return EvalJob(
+        str(directory),
+        data,
+        str(run),
+        step,
+        precision=precision or config.train.precision,
+        cache=config.data.cache_options(),
+    )
 
 
 def _weights_of(run: Path, weights: str | None) -> tuple[Path, int | None]:

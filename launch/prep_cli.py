@@ -17,9 +17,11 @@ from data_prep.manifest import Manifest
 from data_prep.options import PrepOptions
 from data_prep.prepare import describe_quarantine, prepare_splits
 from data_prep.progress import SilentProgress, make_progress
+from data_prep.store import Store, open_store
 from data_prep.verify import split_directories
 from data_prep.verify import verify as verify_directory
 from data_prep.wording import counted
+from launch.quarantine_cli import replay_quarantine
 
 INTERRUPTED = 130
 
@@ -31,7 +33,10 @@ def prep(
             help="Class folders, ILSVRC2012 tar, Hugging Face parquet, CIFAR archive, or the word `digits`."
         ),
     ],
-    out: Annotated[str, typer.Argument(help="Folder for the shards; every split gets its own folder in it.")],
+    out: Annotated[
+        str,
+        typer.Argument(help="Folder for the shards, or s3://..., gs://...; every split gets its own folder in it."),
+    ],
     split: Annotated[
         list[str] | None,
         typer.Option(help="Split to prepare; repeat it for several. Default: every split of the source."),
@@ -60,6 +65,23 @@ def prep(
         ),
     ] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality where an image is encoded again.")] = 90,
+    max_resolution: Annotated[
+        int | None, typer.Option(min=1, help="With ffcv: shrink images to this long side.")
+    ] = None,
+    write_mode: Annotated[
+        str | None,
+        typer.Option(
+            help="With ffcv: jpg (default), raw, proportion (JPEG by --compress-probability, else raw) or smart (JPEG "
+            "above --smart-threshold, else raw)."
+        ),
+    ] = None,
+    compress_probability: Annotated[
+        float | None, typer.Option(help="With --write-mode proportion: share of JPEGs. Default: 0.5.")
+    ] = None,
+    smart_threshold: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --write-mode smart: bytes of pixels. Default: 786432 (512 x 512 pixels)."),
+    ] = None,
     token_labels: Annotated[
         Path | None,
         typer.Option(help="Folder of dense label maps, <class>/<image>.pt, to store beside the training images."),
@@ -77,7 +99,7 @@ def prep(
     coarse_labels: Annotated[bool, typer.Option("--coarse-labels", help="CIFAR-100: its 20 coarse classes.")] = False,
     image_column: Annotated[str | None, typer.Option(help="Parquet: the image column. Default: found out.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Parquet: the label column. Default: found out.")] = None,
-    format: Annotated[str, typer.Option(help="Format of the shards: webdataset.")] = "webdataset",
+    format: Annotated[str, typer.Option(help="Format of the shards: webdataset or ffcv.")] = "webdataset",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace shards made with other options or from another source.")
     ] = False,
@@ -107,6 +129,10 @@ def prep(
         shuffle_seed=shuffle_seed,
         resize=resize,
         quality=quality,
+        max_resolution=max_resolution,
+        write_mode=write_mode,
+        compress_probability=compress_probability,
+        smart_threshold=smart_threshold,
         token_labels=token_labels,
         max_bad=max_bad,
         workers=workers,
@@ -115,44 +141,59 @@ def prep(
     )
     start = time.monotonic()
     try:
-        manifests = prepare_splits(source, Path(out), options, split or (), make_progress())
+        manifests = prepare_splits(source, out, options, split or (), make_progress())
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command continues", err=True)
         raise typer.Exit(INTERRUPTED) from None
     for manifest in manifests.values():
-        typer.echo(_summary(manifest, Path(out)))
+        typer.echo(_summary(manifest, open_store(out)))
     typer.echo(f"{time.monotonic() - start:.1f} s")
 
 
 def verify(
-    directory: Annotated[Path, typer.Argument(help="A split's folder, or the folder that holds the splits.")],
+    directory: Annotated[
+        str | None,
+        typer.Argument(help="A split's folder, or the folder that holds the splits; also s3://..., https://..."),
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads. Default: one per usable core.")] = None,
+    quarantine: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN", help="Instead try the bad samples again that this run met (DIRECTORY: if its shards moved)."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check shards and indexes against their manifest: hashes, sizes, and every index row against its tar.
+    """Check shards and indexes against their manifest: hashes, sizes, and every index row against its shard.
 
     Exit status: 0 everything is as it was made, 1 something is wrong (listed, with how to mend it), 2 wrong input.
     """
+    if quarantine is not None:
+        replay_quarantine(quarantine, directory, as_json)
+        return
+    if directory is None:
+        raise UserError("name a folder with shards, or a run with --quarantine")
     progress = SilentProgress() if as_json and not sys.stderr.isatty() else make_progress()
     splits = split_directories(directory)
     problems = verify_directory(directory, workers, progress)
     if as_json:
-        content = {"ok": not problems, "splits": [str(path) for path in splits], "problems": [*map(asdict, problems)]}
+        content = {"ok": not problems, "splits": [split.name for split in splits], "problems": [*map(asdict, problems)]}
         typer.echo(json.dumps(content, indent=1))
     else:
         for problem in problems:
             typer.echo(f"{problem.split}/{problem.file}: {problem.what}\n    {problem.mend}")
         wrong = counted(len(problems), "problem") if problems else "everything is as it was made"
-        typer.echo(f"{', '.join(path.name for path in splits)}: {wrong}")
+        typer.echo(f"{', '.join(Path(split.name).name for split in splits)}: {wrong}")
     if problems:
         raise typer.Exit(1)
 
 
-def _summary(manifest: Manifest, out: Path) -> str:
+def _summary(manifest: Manifest, out: Store) -> str:
     size = sum(shard.bytes for shard in manifest.shards)
     line = (
-        f"{out / manifest.split}: {counted(manifest.num_samples, 'sample')}, {counted(manifest.num_classes, 'class')}, "
-        f"{counted(len(manifest.shards), 'shard')}, {size / 1e6:,.1f} MB, fingerprint {manifest.fingerprint()[:12]}"
+        f"{out.at(manifest.split)}: {counted(manifest.num_samples, 'sample')}, "
+        f"{counted(manifest.num_classes, 'class')}, {counted(len(manifest.shards), 'shard')}, {size / 1e6:,.1f} MB, "
+        f"fingerprint {manifest.fingerprint()[:12]}"
     )
     if not manifest.quarantine:
         return line

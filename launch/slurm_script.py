@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.tracking.files import write_text
+from pipeline.tracking.redact import redact
 
 SCRIPT = "resubmit.sh"
 LOGS = "logs"
@@ -111,11 +112,18 @@ def write_script(run: Path, options: Sequence[str], arguments: Sequence[str]) ->
         arguments: of `rookery train`.
 
     Raises:
-        UserError: an option of sbatch that would break the script, or the directory can't be written.
+        UserError: an option of sbatch that would break the script, credentials that it would keep, or the directory
+            can't be written.
     """
     for option in options:
         if not option.startswith("-") or "\n" in option:
             raise UserError(f"--sbatch {option!r}: write an option of sbatch, such as --sbatch=--account=vision")
+    for argument in arguments:
+        if redact(argument) != argument:
+            raise UserError(
+                f"{redact(argument)}: the job script would keep these credentials; leave them out of the address and "
+                "put them into variables of the environment (AWS_ACCESS_KEY_ID, ...), which sbatch passes on"
+            )
     kept = {
         key: value for key, value in sorted(os.environ.items()) if key in _VARIABLES or key.startswith(_ENVIRONMENT)
     }

@@ -5,8 +5,10 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from launch.cache_line import cache_line
 from launch.workers import Nodes
 from pipeline.resolve import Resolved
+from pipeline.tracking.redact import redact
 from pipeline.wording import counted
 
 _OPTIMIZER_COPIES = 4  # weights, gradients and AdamW's two moments, all float32
@@ -30,15 +32,17 @@ def summary(run: Resolved, job: Nodes) -> dict[str, str]:
     rule = f" = {optim.lr:g} x {order.batch} / {optim.lr_batch}" if optim.lr_batch else ""
     parts = job.world_size if config.engine.name == "fsdp" else 1
     state = run.params * 4 * (_OPTIMIZER_COPIES + (train.ema_decay is not None)) / parts / 1e6
+    cache = cache_line(run, job)
     ends = "" if plan.end_step == plan.total_steps else f", stops after {plan.end_step:,}"
     return {
         "run": f"{config.out}/{config.name}",
         "model": f"{config.model.name}, {run.params:,} parameters, {run.macs / 1e9:.3f} GMACs at "
         f"{config.model.img_size} px, {counted(run.train.num_classes, 'class')}"
         + ("" if config.model.init is None else f"; starts from {config.model.init}"),
-        "data": f"{config.data.train}, {counted(run.train.num_samples, 'sample')} in "
+        "data": f"{redact(config.data.train)}, {counted(run.train.num_samples, 'sample')} in "
         f"{counted(len(run.train.shards), 'shard')}"
-        + ("" if run.val is None else f"; evaluated on {run.val.num_samples:,} of {config.data.val}"),
+        + ("" if run.val is None else f"; evaluated on {run.val.num_samples:,} of {redact(config.data.val)}"),
+        **({} if cache is None else {"cache": cache}),
         "batch": f"{order.batch} = {counted(job.world_size, 'process')} x {counted(train.accumulate, 'micro-batch')} x "
         f"{local // train.accumulate}; {counted(order.lanes, 'lane')} of {counted(order.chunk, 'sample')} a step",
         "learning rate": f"{run.peak_lr:.4g}{rule}; warm-up {counted(plan.warmup_steps, 'step')}, then cosine to "

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.data.augment.settings import AugmentConfig, EvalTransformConfig, MixConfig
+from pipeline.data.cache_room import CacheOptions
 from pipeline.durations import Duration, Epochs, Interval
 from pipeline.errors import UserError
 
@@ -75,8 +76,15 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where the shards are and in which order their samples come; see docs/data_order.md."""
 
-    train: Directory = Field(description="directory of the training split (holds manifest.json)")
-    val: Directory | None = Field(None, description="directory of the evaluation split; null: no evaluation")
+    train: Directory = Field(description="directory or address (s3://...) of the training split (holds manifest.json)")
+    val: Directory | None = Field(None, description="directory or address of the evaluation split; null: no evaluation")
+    cache: Directory | None = Field(
+        None,
+        description="folder of this node for shards from an address; null: in $SLURM_TMPDIR, $TMPDIR or ~/.cache",
+    )
+    cache_gb: float | None = Field(
+        None, gt=0, description="GB that the cache may hold; null: all but a tenth of its disk"
+    )
     lanes: int | None = Field(
         None, ge=1, description="parallel streams of an epoch; a world size must divide it; null: from the batch size"
     )
@@ -87,7 +95,21 @@ class DataConfig(Section):
     repeats: int = Field(1, ge=1, description="repeated augmentation: copies of each sample, next to each other")
     workers: int = Field(2, ge=0, description="loader processes per training process; 0 loads in the process itself")
     prefetch: int = Field(4, ge=1, description="batches that each loader process prepares ahead")
+    augment_by: Literal["compiled", "pillow"] = Field(
+        "compiled",
+        description="compiled: libjpeg-turbo and compiled loops; pillow: the plain path that they are tested against",
+    )
+    max_bad_samples: int | None = Field(
+        None,
+        ge=0,
+        description="bad samples of `train` that others stand in for before the run stops; 0: the first one stops it; "
+        "null: 0.1 % of the samples, at least 10",
+    )
     trace: bool = Field(False, description="write the keys of the samples of every step to <run>/trace/")
+
+    def cache_options(self) -> CacheOptions:
+        """The node's cache of what has an address."""
+        return CacheOptions(self.cache, self.cache_gb)
 
 
 class ScheduleConfig(Section):

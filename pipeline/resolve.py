@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from data_prep.manifest import Manifest
+from data_prep.store import is_remote
 from pipeline.config import RunConfig
+from pipeline.data.cache_room import CacheOptions
 from pipeline.data.order import DataOrder, default_lanes
 from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
@@ -68,12 +70,13 @@ def resolve(config: RunConfig, world_size: int) -> Resolved:
     Raises:
         UserError: data, model, batch and processes do not fit together; the message names the key to change.
     """
-    train = ShardSet(config.data.train).manifest
+    train = training_shards(config).manifest
     val = None if config.data.val is None else ShardSet(config.data.val).manifest
     lanes = config.data.lanes or default_lanes(config.train.global_batch_size)
     classes = config.model.num_classes or train.num_classes
     config = _update(config, model={"num_classes": classes}, data={"lanes": lanes})
     _check_classes(config, train, val)
+    _check_cache(config, train, val)
     model = build_model(config, "meta")
     if config.model.init is not None and not _continues(config):
         check_init(model, config.model, train.classes)
@@ -96,6 +99,19 @@ def resolve(config: RunConfig, world_size: int) -> Resolved:
     params = sum(p.numel() for p in model.parameters())
     macs = count_macs(model)
     return Resolved(config, plan, order, train, val, params, num_drop_paths(model), macs, token_grid)
+
+
+def training_shards(config: RunConfig, cache: CacheOptions | None = None) -> ShardSet:
+    """The shards of `data.train`.
+
+    A lost shard is a mistake where a run begins. One that goes on does what it would have done had it not been stopped:
+    it takes other samples, as `data.max_bad_samples` says.
+
+    Raises:
+        UserError: no manifest, or a shard that is missing or of another size.
+    """
+    check_files = config.data.max_bad_samples == 0 or not _continues(config)
+    return ShardSet(config.data.train, cache, check_files)
 
 
 def _check_spikes(config: RunConfig, plan: Plan) -> None:
@@ -171,6 +187,20 @@ def _check_classes(config: RunConfig, train: Manifest, val: Manifest | None) -> 
             f"({val.num_classes} and {train.num_classes}; the first difference: {different[1]!r}, {different[0]!r}); "
             "prepare both splits from the same class list"
         )
+
+
+def _check_cache(config: RunConfig, train: Manifest, val: Manifest | None) -> None:
+    limit = config.data.cache_gb
+    for key, place, manifest in (("train", config.data.train, train), ("val", config.data.val, val)):
+        if limit is None or place is None or manifest is None or not is_remote(place):
+            continue
+        largest = max((shard.bytes for shard in manifest.shards), default=0)
+        if largest > limit * 1e9:
+            raise UserError(
+                f"data.cache_gb={limit:g} has no room for a shard of data.{key}={place} ({largest / 1e9:.3g} GB); "
+                "raise it (a process needs one shard at a time; with less than a window of the shuffle holds, see "
+                "--dry-run, shards are fetched again and again)"
+            )
 
 
 def _check_batch(config: RunConfig, order: DataOrder, world_size: int) -> None:

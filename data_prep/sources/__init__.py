@@ -12,6 +12,7 @@ from data_prep.sources.digits import DigitsSource
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.ilsvrc import IlsvrcSource
 from data_prep.sources.parquet import ParquetSource
+from data_prep.store import is_remote, local_path
 from data_prep.wording import counted
 
 # In the order of detection: a folder of class folders is what remains when nothing more particular fits.
@@ -32,12 +33,16 @@ def open_source(where: str | Path, options: PrepOptions | None = None) -> Source
         UserError: there is nothing there, or nothing that is understood.
     """
     options = options or PrepOptions()
-    path = Path(where)
+    if is_remote(where):
+        raise UserError(f"{where}: a source must lie on this machine (OUT need not); copy it here first")
+    path = local_path(where)
     if options.kind is not None and options.kind not in SOURCES:
         raise UserError(f"--kind {options.kind}: no such kind of source; there are\n{UNDERSTOOD}")
     with reading(path):  # looking around may already be forbidden
         if not DigitsSource.matches(path) and options.kind != DigitsSource.kind and not path.exists():
             raise UserError(f"{where}: no such file or folder; a source is one of\n{UNDERSTOOD}")
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+            raise UserError(f"{where}: neither a file nor a folder; a source is one of\n{UNDERSTOOD}")
         for kind in [SOURCES[options.kind]] if options.kind else SOURCES.values():
             if options.kind or kind.matches(path):
                 return kind(path, options)

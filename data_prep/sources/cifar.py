@@ -7,11 +7,9 @@ bytes. Pixels are channel-first, 3 x 32 x 32.
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import io
 import pickle
-import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +21,7 @@ import numpy as np
 from data_prep.errors import UserError
 from data_prep.images import encode_png
 from data_prep.options import PrepOptions
+from data_prep.sources.archive import first_name, read_files, read_whole
 from data_prep.sources.base import Item, Listing, reading
 
 PIXELS = 3 * 32 * 32
@@ -82,9 +81,10 @@ class CifarSource:
         files = _load(self.path, {*names, meta})
         classes = self._classes(files[meta])
         batches = [_parse(self.path, name, files[name], self._layout, self._coarse) for name in names]
-        labels = np.concatenate([batch.labels for batch in batches]).astype(np.int64)
-        if labels.min() < 0 or labels.max() >= len(classes):
-            raise UserError(f"{self.path}: label {labels.max()} in {split}, but there are {len(classes)} classes")
+        labels = np.concatenate([batch.labels for batch in batches])
+        wrong = labels[(labels < 0) | (labels >= len(classes))]
+        if len(wrong):
+            raise UserError(f"{self.path}: label {wrong[0]} in {split}, but there are {len(classes)} classes")
         content = hashlib.sha256()
         for batch in batches:
             content.update(batch.pixels.tobytes())
@@ -102,11 +102,18 @@ class CifarSource:
         )
 
     def _classes(self, meta: bytes) -> list[str]:
-        if self._layout.binary:
-            return meta.decode().split()
-        table = _unpickle(self.path, meta)
-        key = (b"coarse_label_names" if self._coarse else b"fine_label_names") if self._layout.fine else b"label_names"
-        return [name.decode() for name in table[key]]
+        try:
+            if self._layout.binary:
+                return meta.decode().split()
+            table = _unpickle(self.path, meta)
+            kind = (
+                ("coarse_label_names" if self._coarse else "fine_label_names") if self._layout.fine else "label_names"
+            )
+            return [name.decode() for name in table[kind.encode()]]
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{self.path}: no class names in {self._layout.meta} ({error!r}); fetch it again"
+            ) from error
 
 
 class CifarReader:
@@ -141,18 +148,39 @@ def _parse(path: Path, name: str, data: bytes, layout: Layout, coarse: bool) -> 
         if not data or len(data) % width:
             raise UserError(f"{path}: {name} has {len(data)} bytes, not a whole number of {width}-byte records")
         records = np.frombuffer(data, dtype=np.uint8).reshape(-1, width)
-        return _Batch(records[:, -PIXELS:], records[:, 0 if coarse or not layout.fine else 1], [])
+        labels = records[:, 0 if coarse or not layout.fine else 1].astype(np.int64)
+        return _Batch(records[:, -PIXELS:], labels, [])
     table = _unpickle(path, data)
     key = (b"coarse_labels" if coarse else b"fine_labels") if layout.fine else b"labels"
     try:
-        pixels = np.asarray(table[b"data"], dtype=np.uint8).reshape(-1, PIXELS)
-        labels = np.asarray(table[key])
+        pixels = np.asarray(table[b"data"])
+        labels = np.asarray(table[key], dtype=object).astype(np.int64)
         stems = [PurePosixPath(file.decode()).stem for file in table.get(b"filenames", [])]
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path}: {name} is not a CIFAR batch ({error})") from error
+        if pixels.dtype != np.uint8 or labels.ndim != 1 or labels.tolist() != list(table[key]):
+            raise ValueError(f"pixels of type {pixels.dtype}, or labels that are no numbers")
+        pixels = pixels.reshape(-1, PIXELS)
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(f"{path}: {name} is not a CIFAR batch ({error}); fetch it again") from error
     if len(labels) != len(pixels) or (stems and len(stems) != len(pixels)):
         raise UserError(f"{path}: {name} has {len(pixels)} images, but {len(labels)} labels and {len(stems)} names")
     return _Batch(pixels, labels, stems)
+
+
+class _ArrayType:
+    """Stands for `numpy.ndarray` in a pickle, which could else be made to allocate one of any size."""
+
+
+def _empty_array(kind: type, *_: object) -> np.ndarray:
+    """What a pickle of an array begins with; its shape, type and bytes follow as its state."""
+    if kind is not _ArrayType:
+        raise pickle.UnpicklingError("not an array")
+    return np.empty(0, np.uint8)
+
+
+def _latin1(text: str, encoding: str = "latin1") -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"text in {encoding}")
+    return text.encode(encoding)
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -160,18 +188,20 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return np.empty(0).__reduce__()[0]
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
+            return _empty_array
+        if (module, name) == ("numpy", "ndarray"):
+            return _ArrayType
+        if (module, name) == ("numpy", "dtype"):
+            return np.dtype
         if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
-            return codecs.encode
+            return _latin1
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 def _unpickle(path: Path, data: bytes) -> dict[bytes, Any]:
     try:
         return dict(_ArrayUnpickler(io.BytesIO(data), encoding="bytes").load())
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+    except Exception as error:  # a damaged pickle calls anything with anything, and so raises any type
         raise UserError(f"{path}: damaged batch file ({type(error).__name__}: {error}); fetch it again") from error
 
 
@@ -184,30 +214,15 @@ def _find(path: Path) -> tuple[Path, str] | None:
                     if all((folder / file).is_file() for file in layout.all_files()):
                         return folder, name
             return None
-        try:
-            with tarfile.open(path) as archive:
-                first = next(iter(archive), None)
-        except (tarfile.TarError, EOFError, OSError):
-            return None
-    name = PurePosixPath(first.name).parts[0] if first is not None else ""
-    return (path, name) if name in LAYOUTS else None
+    top = next(iter(PurePosixPath(first_name(path)).parts), "")
+    return (path, top) if top in LAYOUTS else None
 
 
 def _load(path: Path, names: set[str]) -> dict[str, bytes]:
     """The named files of an archive or folder."""
-    with reading(path):
-        if path.is_dir():
-            return {name: (path / name).read_bytes() for name in names}
-        found: dict[str, bytes] = {}
-        try:
-            with tarfile.open(path) as archive:
-                for member in archive:
-                    name = PurePosixPath(member.name).name
-                    file = archive.extractfile(member) if name in names else None
-                    if file is not None:
-                        found[name] = file.read()
-        except (tarfile.TarError, EOFError) as error:
-            raise UserError(f"{path}: damaged archive ({error}); fetch it again") from error
+    if path.is_dir():
+        return {name: read_whole(path / name) for name in names}
+    found = read_files(path, names)
     missing = sorted(names - found.keys())
     if missing:
         raise UserError(f"{path}: {missing[0]} is missing in it; fetch it again")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from data_prep.errors import UserError
+from data_prep.images import absurd_bytes
+from data_prep.manifest import MAX_BYTES, BadImage
 from data_prep.options import PrepOptions
 from data_prep.sources.base import SPLIT_NAMES, Item, Listing, reading
 
@@ -47,12 +50,13 @@ class FolderSource:
             if not own:
                 raise UserError(f"{root}: no class folders in it; the layout is <class>/<images>")
             names, labels, sizes = [], [], []
+            rejected: list[BadImage] = []
             label_of = {name: label for label, name in enumerate(classes)}
             for folder in own:
-                files = sorted(_files(root, folder))
-                names += [name for name, _ in files]
-                sizes += [size for _, size in files]
-                labels += [label_of[folder]] * len(files)
+                for name, size in sorted(_files(root, folder, rejected)):
+                    names.append(name)
+                    labels.append(label_of[folder])
+                    sizes.append(size)
         column = np.array(sizes, dtype=np.int64)
         return Listing(
             classes,
@@ -62,6 +66,7 @@ class FolderSource:
             column[:, None],
             FolderReader(str(root)),
             stems=[PurePosixPath(name).stem for name in names],
+            rejected=sorted(rejected, key=lambda bad: bad.source),
         )
 
 
@@ -89,13 +94,32 @@ def _folders(path: Path) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _files(root: Path, folder: str) -> Iterator[tuple[str, int]]:
-    """Path relative to `root` and size of every visible file below root/folder."""
-    with os.scandir(root / folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _files(root, f"{folder}/{entry.name}")
-            elif entry.is_file() or entry.is_symlink():  # a dangling link fails in stat() rather than vanish
-                yield f"{folder}/{entry.name}", entry.stat().st_size
+def _files(root: Path, folder: str, rejected: list[BadImage]) -> Iterator[tuple[str, int]]:
+    """Path relative to `root` and size of every visible file below root/folder; `rejected` gets what can't be one.
+
+    Links to folders are followed, but every folder is read once: links can make one hold itself.
+    """
+    waiting, seen = [folder], set()
+    while waiting:
+        folder = waiting.pop()
+        status = (root / folder).stat()
+        place = (status.st_dev, status.st_ino)
+        if place in seen:
+            rejected.append(BadImage(folder, "another name of a folder of this class", "dropped"))
+            continue
+        seen.add(place)
+        with os.scandir(root / folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                name = f"{folder}/{entry.name}"
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    waiting.append(name)
+                    continue
+                status = entry.stat()  # a dangling link fails here rather than vanish
+                if not stat.S_ISREG(status.st_mode):  # a pipe or a device may have no end
+                    rejected.append(BadImage(name, "not a regular file", "dropped"))
+                elif status.st_size > MAX_BYTES:
+                    rejected.append(BadImage(name, absurd_bytes(status.st_size), "dropped"))
+                else:
+                    yield name, status.st_size

@@ -8,25 +8,29 @@ splits are positions in the *sorted* WordNet ids, the order that every ImageNet 
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import re
-import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from data_prep.errors import UserError
-from data_prep.manifest import BadImage
+from data_prep.images import absurd_bytes
+from data_prep.manifest import MAX_BYTES, BadImage
 from data_prep.options import PrepOptions
+from data_prep.sources.archive import read_files, read_whole
 from data_prep.sources.base import Item, Listing, reading
 from data_prep.tarscan import Member, TarError, members
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12"
+_DEVKIT_BYTES = 16 * 2**20  # it has a thousand classes and 50,000 labels
 SCAN_THREADS = 16  # headers of the class tars are read one by one; on network storage the waiting adds up
 
 
@@ -78,7 +82,8 @@ class IlsvrcSource:
                 f"name it with --devkit {DEVKIT}.tar.gz"
             )
         classes, truth = read_devkit(self._devkit)
-        found = sorted(members(descriptor), key=lambda member: member.name)
+        others: list[str] = []
+        found = sorted(members(descriptor, others=others), key=lambda member: member.name)
         numbers = [_val_number(path, member.name) for member in found]
         if sorted(numbers) != list(range(1, len(truth) + 1)):
             raise UserError(
@@ -86,7 +91,7 @@ class IlsvrcSource:
                 "the two must come from the same release"
             )
         labels = np.array([truth[number - 1] for number in numbers], dtype=np.int64)
-        return _listing(path, classes, [member.name for member in found], found, labels)
+        return _listing(path, classes, [member.name for member in found], found, labels, _not_files(others))
 
 
 class TarReader:
@@ -111,76 +116,89 @@ def read_devkit(path: Path) -> tuple[list[str], list[int]]:
     `path` is the devkit's archive or its extracted folder. Its `meta.mat` numbers the synsets; those without children
     are the classes.
     """
-    from scipy.io import loadmat
-
     truth_file, meta_file = _devkit_files(path)
     try:
-        synsets = np.atleast_1d(loadmat(io.BytesIO(meta_file), squeeze_me=True)["synsets"])
-        wnid_of = {
-            int(number): str(wnid)
-            for number, wnid, children in zip(
-                synsets["ILSVRC2012_ID"], synsets["WNID"], synsets["num_children"], strict=True
-            )
-            if int(children) == 0
-        }
+        # In a process of its own: a damaged file can crash SciPy's reader rather than raise.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            wnid_of = process.submit(_read_classes, meta_file).result()
         classes = sorted(wnid_of.values())
         label_of = {number: classes.index(wnid) for number, wnid in wnid_of.items()}
         return classes, [label_of[int(line)] for line in truth_file.split()]
-    except (KeyError, ValueError, TypeError, NotImplementedError) as error:
+    except Exception as error:  # SciPy raises nearly every type on a damaged file
         raise UserError(f"{path}: not a readable development kit ({type(error).__name__}: {error})") from error
+
+
+def _read_classes(meta: bytes) -> dict[int, str]:
+    """ILSVRC2012_ID and WordNet id of the synsets without children, from `meta.mat`."""
+    from scipy.io import loadmat
+
+    synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
+    columns = (synsets[name] for name in ("ILSVRC2012_ID", "WNID", "num_children"))
+    return {int(number): str(wnid) for number, wnid, children in zip(*columns, strict=True) if int(children) == 0}
 
 
 def _devkit_files(path: Path) -> tuple[bytes, bytes]:
     wanted = ["ILSVRC2012_validation_ground_truth.txt", "meta.mat"]
-    found: dict[str, bytes] = {}
     with reading(path):
         if path.is_dir():
-            found = {file.name: file.read_bytes() for file in path.glob("**/data/*") if file.name in wanted}
+            found = {file.name: read_whole(file) for file in path.glob("**/data/*") if file.name in wanted}
         else:
-            try:
-                with tarfile.open(path) as archive:
-                    for member in archive:
-                        name = PurePosixPath(member.name).name
-                        file = archive.extractfile(member) if name in wanted else None
-                        if file is not None:
-                            found[name] = file.read()
-            except (tarfile.TarError, EOFError) as error:
-                raise UserError(f"{path}: not a readable archive ({error})") from error
+            found = read_files(path, set(wanted))
     missing = [name for name in wanted if name not in found]
     if missing:
         raise UserError(f"{path}: no data/{missing[0]} in it; it should be {DEVKIT}.tar.gz or its extracted folder")
+    large = [name for name in wanted if len(found[name]) > _DEVKIT_BYTES]
+    if large:
+        raise UserError(f"{path}: {len(found[large[0]])} bytes are too many for data/{large[0]}; fetch it again")
     return found[wanted[0]], found[wanted[1]]
 
 
 def _list_train(path: Path, descriptor: int) -> Listing:
+    others: list[str] = []
     tars, rejected = [], []
-    for member in members(descriptor):
+    for member in members(descriptor, others=others):
         if member.name.endswith(".tar"):
             tars.append(member)
         else:
             rejected.append(BadImage(f"{path.name}!{member.name}", "not the tar of a class", "dropped"))
+    rejected += _not_files([f"{path.name}!{name}" for name in others])
     tars.sort(key=lambda tar: tar.name)
+    classes = [PurePosixPath(tar.name).stem for tar in tars]
+    twice = [name for name, number in Counter(classes).items() if number > 1]
+    if twice:
+        raise TarError(f"{twice[0]}.tar is in it twice")
 
-    def scan(tar: Member) -> list[Member]:
+    def scan(tar: Member) -> tuple[list[Member], list[str]]:
+        others: list[str] = []
         try:
-            return sorted(members(descriptor, tar.offset, tar.offset + tar.size))
+            return sorted(members(descriptor, tar.offset, tar.offset + tar.size, others)), others
         except TarError as error:
             raise TarError(f"{tar.name}: {error}") from error
 
     with ThreadPoolExecutor(SCAN_THREADS) as threads:
-        images = list(threads.map(scan, tars))
+        images, not_files = zip(*threads.map(scan, tars), strict=True) if tars else ((), ())
+    for tar, others in zip(tars, not_files, strict=True):
+        rejected += _not_files([f"{tar.name}!{name}" for name in others])
     names = [f"{tar.name}!{image.name}" for tar, inside in zip(tars, images, strict=True) for image in inside]
     labels = np.repeat(np.arange(len(tars)), [len(inside) for inside in images])
-    classes = [PurePosixPath(tar.name).stem for tar in tars]
-    listing = _listing(path, classes, names, [image for inside in images for image in inside], labels)
-    listing.rejected = rejected
-    return listing
+    return _listing(path, classes, names, [image for inside in images for image in inside], labels, rejected)
 
 
-def _listing(path: Path, classes: list[str], names: list[str], found: list[Member], labels: np.ndarray) -> Listing:
+def _not_files(names: Sequence[str]) -> list[BadImage]:
+    return [BadImage(name, "a link, device or pipe, not a file", "dropped") for name in sorted(names)]
+
+
+def _listing(
+    path: Path, classes: list[str], names: list[str], found: list[Member], labels: np.ndarray, rejected: list[BadImage]
+) -> Listing:
     at = np.array([(member.offset, member.size) for member in found], dtype=np.int64).reshape(-1, 2)
     stems = [PurePosixPath(member.name).stem for member in found]
-    return Listing(classes, names, labels, at[:, 1], at, TarReader(str(path)), stems=stems)
+    large = np.flatnonzero(at[:, 1] > MAX_BYTES).tolist()
+    rejected = rejected + [BadImage(names[i], absurd_bytes(at[i, 1]), "dropped") for i in large]
+    small = np.delete(np.arange(len(found)), large)
+    names, stems = [names[i] for i in small], [stems[i] for i in small]
+    at, labels = at[small], labels[small]
+    return Listing(classes, names, labels, at[:, 1], at, TarReader(str(path)), stems=stems, rejected=rejected)
 
 
 def _split_of(path: Path) -> str | None:

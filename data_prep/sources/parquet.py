@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import UserError
+from data_prep.manifest import MAX_BYTES
 from data_prep.options import PrepOptions
 from data_prep.sources.base import SPLIT_NAMES, Item, Listing, reading
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "image_bytes")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "target")
 SHARD_NAME = re.compile(r"(?P<split>[A-Za-z]\w*)(?:-(?P<number>\d+)-of-(?P<count>\d+)(?:-\w+)?)?\.parquet")
+MAX_CLASSES = 1_000_000
 ROWS_AT_ONCE = 256  # bounds the memory of a reader, whatever the size of a row group
 
 
@@ -71,10 +73,17 @@ class ParquetSource:
                 stems += [PurePosixPath(path or "").stem for path in paths or [""] * table.num_rows]
                 for group in range(parquet.num_row_groups):
                     meta = parquet.metadata.row_group(group)
+                    if not 0 <= meta.total_byte_size <= MAX_BYTES * max(1, meta.num_rows):
+                        raise UserError(
+                            f"{file}: row group {group} unpacks to {meta.total_byte_size} bytes in {meta.num_rows} "
+                            f"rows, but images have {MAX_BYTES} at most; leave it out, or fetch it again"
+                        )
                     sizes.append(np.full(meta.num_rows, meta.total_byte_size // max(1, meta.num_rows)))
                     rows = np.arange(meta.num_rows)
                     at.append(np.stack([np.full_like(rows, number), np.full_like(rows, group), rows], axis=1))
                     blocks.append(np.full(meta.num_rows, len(blocks)))
+                if sum(map(len, blocks)) != sum(map(len, labels)):
+                    raise ValueError("row groups that don't add up")
             names += [f"{file.name}#{row}" for row in range(table.num_rows)]
             digest.update(_footer(file))
         column = np.concatenate(labels).astype(np.int64)
@@ -117,12 +126,13 @@ class ParquetSource:
         largest = -1
         for file in (file for files in self._files.values() for file in files):
             with _opened(file) as parquet:
-                metadata = (parquet.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
-                feature = json.loads(metadata).get("info", {}).get("features", {}).get(label, {})
-                if feature.get("names"):
-                    return [str(name) for name in feature["names"]]
+                names = _names(parquet, label)
+                if names:
+                    return names
                 if label in parquet.schema_arrow.names:
                     largest = max(largest, pc.max(parquet.read(columns=[label]).column(label)).as_py() or 0)
+        if largest >= MAX_CLASSES:
+            raise UserError(f"{self.path}: {label} goes up to {largest}, so it can't be the label; name --label-column")
         return [str(number) for number in range(largest + 1)]
 
 
@@ -143,7 +153,7 @@ class ParquetReader:
             with _opened(Path(self.files[file])) as parquet:
                 self._read_group(parquet, group, sorted(rows), found)
         for order in range(len(items)):
-            yield found.pop(order)
+            yield found.pop(order, b"")
 
     def _read_group(self, parquet: Any, group: int, rows: list[tuple[int, int]], found: dict[int, bytes]) -> None:
         leaf = f"{self.column}.bytes" if _has_path(parquet, self.column) else self.column
@@ -171,7 +181,7 @@ def _opened(file: Path) -> Iterator[Any]:
         try:
             with pq.ParquetFile(file) as parquet:
                 yield parquet
-        except pa.ArrowException as error:
+        except (pa.ArrowException, KeyError, ValueError, TypeError, OverflowError) as error:
             raise UserError(f"{file}: not a readable parquet file ({error}); fetch it again") from error
 
 
@@ -179,6 +189,16 @@ def _has_path(parquet: Any, column: str) -> bool:
     import pyarrow as pa
 
     return pa.types.is_struct(parquet.schema_arrow.field(column).type)
+
+
+def _names(parquet: Any, label: str) -> list[str]:
+    """Class names from the metadata that Hugging Face's library writes; none where there are no such."""
+    metadata = (parquet.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+    try:
+        names = json.loads(metadata)["info"]["features"][label]["names"]
+        return [str(name) for name in names or ()]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return []
 
 
 def _footer(file: Path) -> bytes:

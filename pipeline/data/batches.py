@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import multiprocessing
 import os
 import signal
@@ -18,11 +19,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.data.augment.lazy import TIMM, TORCHVISION
 from pipeline.errors import UserError
 
-# What every loader process would import for seconds: the server that they are forked from does it once.
-_PRELOAD = ["pipeline.data.loader", "pipeline.data.augment.transforms", TORCHVISION, TIMM]
+# What every loader process would import for seconds: the server that they are forked from does it once. The plain
+# path's torchvision and timm are not among it: it is for comparisons, and they would slow the start of every other run.
+_PRELOAD = ["pipeline.data.loader", "pipeline.data.fast.randaugment", "pipeline.data.fast.color", "simplejpeg"]
 # Every tensor from a loader process costs a handshake of 0.4 ms here; up to this many bytes, to send it is cheaper.
 _SENT_BYTES = 2**18
 
@@ -134,6 +135,17 @@ class _Watch:
             process.kill()
         with open(os.devnull, "wb") as nowhere:  # and not close(): torch may still write to it when it ends
             os.dup2(nowhere.fileno(), self._pipe.fileno())
+
+
+def empty_to_send(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory for a part of a batch, with no particular content.
+
+    In a loader process the trainer can map it, so that nothing is copied when the batch is sent.
+    """
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
 def _map(batch: Any, leaf: Callable[[Any], Any]) -> Any:

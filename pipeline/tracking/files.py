@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -59,13 +60,21 @@ def read_json(path: Path) -> Any:
 
 def append_line(path: Path, entry: dict[str, Any]) -> None:
     """Append one JSON line and flush it to disk; a torn line that a killed process left is cut off first."""
+    append_lines(path, [entry])
+
+
+def append_lines(path: Path, entries: list[dict[str, Any]]) -> None:
+    """`append_line` for several: all of them, or on a full disk none."""
     cut_torn_tail(path)
+    before = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "ab") as file:
-            file.write(json_line(entry))
+            file.writelines(map(json_line, entries))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
+        with suppress(OSError):
+            os.truncate(path, before)
         raise UserError(f"{path} can't be written: {error.strerror}; free space or choose another folder") from error
 
 

@@ -14,6 +14,7 @@ from pipeline.tracking.run_dir import (
     CONFIG_NAME,
     DIFF_NAME,
     FACTS_NAME,
+    QUARANTINE_NAME,
     RESULT_NAME,
     SESSIONS_NAME,
     RunDir,
@@ -84,7 +85,7 @@ def run_times(path: Path) -> tuple[int | None, int | None]:
 
 def run_files(path: Path) -> list[Path]:
     """The small files that go along as artifacts; weights stay where they are, `checkpoints.json` names them."""
-    names = (CONFIG_NAME, FACTS_NAME, DIFF_NAME, SESSIONS_NAME, CHECKPOINTS_NAME, RESULT_NAME)
+    names = (CONFIG_NAME, FACTS_NAME, DIFF_NAME, SESSIONS_NAME, QUARANTINE_NAME, CHECKPOINTS_NAME, RESULT_NAME)
     return [path / name for name in names if (path / name).exists()]
 
 

@@ -6,6 +6,7 @@
         git.diff         local changes against the commit, when there are any
         sessions.jsonl   a line when the run is started or started again, and one when it ends
         metrics.jsonl    see `pipeline.tracking.metrics`
+        quarantine.jsonl bad samples that were replaced, when there are any; see `pipeline.train.quarantine`
         result.json      final figures, once the run is complete
         checkpoints.json final and best weights by path and sha256
         mlflow.json      what was uploaded where
@@ -36,6 +37,7 @@ CONFIG_NAME = "config.yaml"
 FACTS_NAME = "facts.json"
 DIFF_NAME = "git.diff"
 SESSIONS_NAME = "sessions.jsonl"
+QUARANTINE_NAME = "quarantine.jsonl"
 RESULT_NAME = "result.json"
 CHECKPOINTS_NAME = "checkpoints.json"
 LOCK_NAME = ".lock"
@@ -165,7 +167,7 @@ class RunDir:
         write_text(self.path / CONFIG_NAME, yaml.safe_dump(redact(config), sort_keys=False, width=120))
         write_json(self.path / FACTS_NAME, self.facts)
         if diff:
-            write_text(self.path / DIFF_NAME, diff)
+            write_text(self.path / DIFF_NAME, redact(diff))
         else:
             (self.path / DIFF_NAME).unlink(missing_ok=True)
 

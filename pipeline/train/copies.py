@@ -7,17 +7,19 @@ from typing import Any
 
 import torch
 
+from pipeline.data.augment.finish import Finish
 from pipeline.data.loader import TrainBatch
 
 
-def on_device(batches: Iterable[TrainBatch], device: torch.device) -> Iterator[TrainBatch]:
-    """The batches, on the device but for their sample numbers, which only the host reads.
+def on_device(batches: Iterable[TrainBatch], device: torch.device, finish: Finish) -> Iterator[TrainBatch]:
+    """The batches on the device, images finished, but for what only the host reads: numbers and faults of samples.
 
     On a GPU each copy runs in a stream of its own. The host is ahead of the GPU, so it runs while the GPU still
     computes the step before; the step itself waits for it on the GPU, and the host never does.
     """
     if device.type != "cuda":
-        yield from batches
+        for batch in batches:
+            yield _finished(batch, finish)
         return
     stream = torch.cuda.Stream(device)
     for batch in batches:
@@ -29,6 +31,10 @@ def on_device(batches: Iterable[TrainBatch], device: torch.device) -> Iterator[T
                 drop_path=batch.drop_path.to(device, non_blocking=True),
                 mix=batch.mix.to(device),
                 tokens=None if batch.tokens is None else batch.tokens.to(device),
+                erased=None
+                if batch.erased is None
+                else batch.erased._replace(noise=batch.erased.noise.to(device, non_blocking=True)),
+                replaced=batch.replaced,
             )
         compute = torch.cuda.current_stream(device)
         compute.wait_stream(stream)
@@ -36,7 +42,13 @@ def on_device(batches: Iterable[TrainBatch], device: torch.device) -> Iterator[T
             if tensor.is_cuda:
                 # Its memory, of the copying stream, must not be used again before the step has read it.
                 tensor.record_stream(compute)
-        yield moved
+        yield _finished(moved, finish)
+
+
+def _finished(batch: TrainBatch, finish: Finish) -> TrainBatch:
+    if batch.erased is None:
+        return batch
+    return batch._replace(images=finish(batch.images, batch.erased), erased=None)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

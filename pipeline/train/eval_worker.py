@@ -14,15 +14,18 @@ import torch
 
 from pipeline.data.augment.settings import EvalTransformConfig
 from pipeline.data.augment.transforms import build_eval_transform
+from pipeline.data.cache_room import CacheOptions
 from pipeline.data.loader import Batches, EvalDataset
 from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
+from pipeline.tracking.redact import redact
 from pipeline.train.calibrate import Figures, Ratio, held_out, own_ratio, report, search, table, with_ratio
 from pipeline.train.distributed import World
 from pipeline.train.engines.base import PRECISIONS
 from pipeline.train.eval_progress import watched
 from pipeline.train.evaluate import evaluate, evaluate_parts
 from pipeline.train.process import run_process
+from pipeline.train.setup import eval_dataset_batches
 from pipeline.train.trained import Trained
 
 _PREFETCH = 4
@@ -44,6 +47,7 @@ class EvalJob:
         crop_pct: crop ratio; None leaves the run's own evaluation as it is.
         ratios: crop ratios to choose the best of; empty for a single evaluation.
         holdout: part of the samples that the choice is not made on.
+        cache: of the node, for a split that has an address.
     """
 
     weights: str
@@ -57,6 +61,7 @@ class EvalJob:
     crop_pct: float | None = None
     ratios: list[float] = field(default_factory=list)
     holdout: float = 0.5
+    cache: CacheOptions = field(default_factory=CacheOptions)
 
 
 def run_job(job: EvalJob, world: World) -> dict[str, Any]:
@@ -68,7 +73,7 @@ def run_job(job: EvalJob, world: World) -> dict[str, Any]:
     weights = Path(job.weights)
     trained = Trained.from_export(weights) if job.step is None else Trained.from_checkpoint(Path(job.run), weights)
     evaluation = _Evaluation(job, trained, world)
-    result: dict[str, Any] = {"weights": job.weights, "data": job.data}
+    result: dict[str, Any] = {"weights": job.weights, "data": redact(job.data)}
     if job.step is not None:
         result["step"] = job.step
     if job.ratios:
@@ -92,7 +97,7 @@ class _Evaluation:
 
     def __init__(self, job: EvalJob, trained: Trained, world: World) -> None:
         self.job, self.trained, self.world = job, trained, world
-        self.shards = ShardSet(job.data)
+        self.shards = ShardSet(job.data, job.cache)
         if trained.classes != self.shards.manifest.classes:
             world.fail(
                 f"{job.weights} tells other classes apart ({_few(trained.classes)}) than {job.data} has "
@@ -144,7 +149,7 @@ class _Evaluation:
         return EvalDataset(self.shards, transform, trained.in_chans, self.job.batch_size, world.rank, world.size)
 
     def _batches(self, dataset: EvalDataset, title: str) -> tuple[Batches, str, int, int, bool]:
-        batches = Batches(dataset, range(len(dataset)), self.job.workers, _PREFETCH, self.world.device)
+        batches = eval_dataset_batches(dataset, self.job.workers, _PREFETCH, self.world)
         return batches, title, self.job.batch_size * self.world.size, len(self.shards), self.world.is_main
 
 
@@ -172,5 +177,6 @@ def payload(job: EvalJob) -> str:
 
 def run(text: str, threads: int | None = None) -> int:
     """Run the job that a JSON text describes; returns the exit status."""
-    job = EvalJob(**json.loads(text))
+    values = json.loads(text)
+    job = EvalJob(**values | {"cache": CacheOptions(**values["cache"])})
     return run_process(lambda world: run_job(job, world), threads)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from pipeline.config import RunConfig
-from pipeline.data.shards import ShardSet
-from pipeline.resolve import resolve
+from pipeline.data.augment.finish import Finish
+from pipeline.resolve import resolve, training_shards
 from pipeline.train.checkpoint import Checkpoint, CheckpointStore
 from pipeline.train.copies import on_device
 from pipeline.train.distributed import World
@@ -21,6 +21,7 @@ from pipeline.train.evaluate import evaluate
 from pipeline.train.garbage import collected_by_hand
 from pipeline.train.meters import StepMeter
 from pipeline.train.objective import Objective
+from pipeline.train.quarantine import Quarantine
 from pipeline.train.recorder import Recorder
 from pipeline.train.saver import Saver
 from pipeline.train.setup import check_same_command, eval_batches, initial_model, train_batches
@@ -49,7 +50,7 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
     torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
     with ExitStack() as stack:
         recorder = Recorder.open(run, world, stack)
-        shards = ShardSet(config.data.train)
+        shards = training_shards(config, config.data.cache_options())
         # Before the engine: the loaders' fork server does its imports while the model is built.
         validation = None if run.val is None else eval_batches(config, world)
         store = CheckpointStore(Path(config.out, config.name, "checkpoints"), config.checkpoint.keep_last)
@@ -58,10 +59,12 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
         engine = make_engine(initial_model(config, world, newest is not None), config, world)
         state = restore(engine, newest)
         recorder.start(state, world)
+        quarantine = Quarantine.open(run, shards, world, state.step)
         trace = open_trace(config, shards, world, stack)
         meter = StepMeter(world, run.order.batch, run.macs)
         objective = Objective(config.objective, run.train.num_classes, run.token_grid)
-        batches = on_device(train_batches(run, shards, world, state.step), world.device)
+        finish = Finish(config.augment, config.model.in_chans)
+        batches = on_device(train_batches(run, shards, world, state.step), world.device, finish)
         stop = StopRequest(world, leave_at(config.checkpoint.margin_seconds, may_ask=world.is_main))
         stack.enter_context(stop.listening())
         watch = stack.enter_context(Watchdog(world, config.train.hang_minutes))
@@ -77,6 +80,7 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
             result = train_step(engine, batch, lr, config.train.accumulate, objective, world.device)
             meter.add(result, batch.samples)
             trace.add(state.step, batch.samples)
+            quarantine.add(state.step, batch.replaced)
             state.step += 1
             recorder.advance(state.step)
             if plan.logs(state.step):
@@ -84,7 +88,8 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
                 collect()
                 figures, bad = meter.read(state.step, shards.keys)
                 streak = state.note_skipped([step for step, _ in bad])
-                recorder.train(state, lr, figures, bad)
+                recorder.bad_samples(state, quarantine)
+                recorder.train(state, lr, figures, bad, len(quarantine.known))
                 stop_if_diverged(streak, config.train.max_bad_steps, world)
                 if is_spike(figures["loss"], state.losses, config.train.spike_factor):
                     saver.wait()
@@ -102,6 +107,7 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
             if status is not None or plan.saves(state.step):
                 watch.begin(state.step, "saves")
                 with meter.paused():
+                    recorder.bad_samples(state, quarantine)
                     state.seconds = recorder.seconds()
                     saver.save(state.step, asdict(state), engine)
             if status is not None and state.step < plan.end_step:
@@ -109,7 +115,7 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
                 raise Stopped(status)
         saver.wait()
         watch.close()  # uploads take the time that they take
-        return recorder.finish(state, engine)
+        return recorder.finish(state, engine, len(quarantine.known))
 
 
 def restore(engine: Engine, newest: Checkpoint | None) -> State:

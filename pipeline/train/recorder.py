@@ -19,13 +19,14 @@ from pipeline.tracking.background import BackgroundMirror
 from pipeline.tracking.files import file_reference, read_json
 from pipeline.tracking.metrics import Kind, MetricsLog
 from pipeline.tracking.redact import redact
-from pipeline.tracking.run_dir import EndStatus, RunDir
+from pipeline.tracking.run_dir import QUARANTINE_NAME, EndStatus, RunDir
 from pipeline.tracking.system import SystemSampler
 from pipeline.train.distributed import World
 from pipeline.train.engines import Engine
 from pipeline.train.export import WEIGHTS, save_weights
 from pipeline.train.meters import BadStep
 from pipeline.train.progress import Reporter
+from pipeline.train.quarantine import Quarantine
 from pipeline.train.state import State
 from pipeline.trees import flatten
 from pipeline.wording import counted
@@ -41,8 +42,10 @@ FREE_KEYS = (
     "resume",
     "data.train",
     "data.val",
+    "data.cache",
     "data.workers",
     "data.prefetch",
+    "data.max_bad_samples",
     "data.trace",
     "train.accumulate",
     "train.stop_after",
@@ -107,9 +110,19 @@ class Recorder:
         """Time spent on the run, over all starts."""
         return self._before + time.monotonic() - self._began
 
-    def train(self, state: State, lr: float, figures: dict[str, float], bad: list[BadStep]) -> None:
+    def bad_samples(self, state: State, quarantine: Quarantine) -> None:
+        """Bad samples that were met since the last call; collective.
+
+        Raises:
+            UserError: there are more than tolerated.
+        """
+        news = quarantine.collect()
+        if news is not None:
+            self._report.say(f"step {state.step}: {news}")
+
+    def train(self, state: State, lr: float, figures: dict[str, float], bad: list[BadStep], bad_samples: int) -> None:
         """One window of steps: figures for metrics.jsonl and a line for the reader."""
-        self._log("train", state.step, lr=lr, skipped=state.skipped, **figures)
+        self._log("train", state.step, lr=lr, skipped=state.skipped, bad_samples=bad_samples, **figures)
         self._report.step(state.step, self.run.plan.epoch(state.step), lr, figures)
         if bad:
             # The log counts steps from 1: "step 5" is the one that makes them five.
@@ -146,7 +159,7 @@ class Recorder:
                     "the best weights so far, of step %d, are not saved: %s; training goes on", state.step, error
                 )
 
-    def finish(self, state: State, engine: Engine) -> dict[str, Any]:
+    def finish(self, state: State, engine: Engine, bad_samples: int) -> dict[str, Any]:
         """Write the final weights and `result.json`; collective."""
         config = self.run.config
         # An older evaluation says nothing of these weights.
@@ -159,6 +172,7 @@ class Recorder:
             **({} if state.best is None else {"best": state.best}),
             "params": self.run.params,
             "skipped": state.skipped,
+            "bad_samples": bad_samples,
             "wall_seconds": state.seconds,
         }
         if self.run_dir is not None:
@@ -171,6 +185,11 @@ class Recorder:
                 self._report.say(
                     f"stopped after step {state.step} of {self.run.plan.total_steps}, as train.stop_after="
                     f"{config.train.stop_after} says; the same command with a later one, or without it, goes on"
+                )
+            if bad_samples:
+                self._report.say(
+                    f"{counted(bad_samples, 'bad sample')} replaced by others, listed in "
+                    f"{self.path / QUARANTINE_NAME}; `rookery verify --quarantine {self.path}` tries them again"
                 )
             self._report.say(f"run={self.path}{top1}")
         return result
@@ -300,7 +319,7 @@ def _start_mirror(run: Resolved, run_dir: RunDir) -> BackgroundMirror | None:
         return None
     tags = {
         "model": run.config.model.name,
-        "dataset": run.config.data.train,
+        "dataset": redact(run.config.data.train),
         "dataset_fingerprint": run.train.fingerprint()[:16],
     }
     return BackgroundMirror(run_dir.path, tracking.uri, tracking.experiment, run.config.name, tags)

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+from copy import copy
+from functools import partial
 
+import numpy as np
 import torch
 from torch import nn
 
 from pipeline.config import RunConfig
+from pipeline.data.ahead import fetched_ahead
 from pipeline.data.augment.transforms import build_eval_transform, build_train_transform
-from pipeline.data.loader import Batches, EvalDataset, StepDataset, TokenLabelOptions, decode
+from pipeline.data.fast.transform import FastTransform
+from pipeline.data.loader import Batches, EvalDataset, StepDataset, TokenLabelOptions, load_sample
+from pipeline.data.order import DataOrder
 from pipeline.data.shards import ShardSet
 from pipeline.hashing import seed64
-from pipeline.resolve import Resolved, build_model
+from pipeline.resolve import Resolved, build_model, training_shards
 from pipeline.train.cores import num_cores
 from pipeline.train.distributed import World
 from pipeline.train.init_weights import load_init
 from pipeline.trees import flatten
 
 # Where a node finds the data, and what its loaders use, may be its own.
-OWN_KEYS = ("data.train", "data.val", "data.workers", "data.prefetch")
+OWN_KEYS = ("data.train", "data.val", "data.cache", "data.cache_gb", "data.workers", "data.prefetch")
+
+# Parts of a node's cache that shards may fill before they are needed, in training and in evaluation.
+_TRAIN_SHARE, _EVAL_SHARE = 0.75, 0.125
 
 _INIT_STREAM = 100
 
@@ -48,10 +57,11 @@ def train_batches(run: Resolved, shards: ShardSet, world: World, start: int) -> 
     config = run.config
     size, channels = config.model.img_size, config.model.in_chans
     assert size is not None, "resolve fills in the image size"
+    build = FastTransform if config.data.augment_by == "compiled" else build_train_transform
     dataset = StepDataset(
         shards,
         run.order,
-        build_train_transform(config.augment, size, channels),
+        build(config.augment, size, channels),
         config.mix,
         size,
         channels,
@@ -59,9 +69,18 @@ def train_batches(run: Resolved, shards: ShardSet, world: World, start: int) -> 
         world.rank,
         world.size,
         token_options(run),
+        finish=world.device.type != "cuda",
+        replace_bad=config.data.max_bad_samples != 0,
     )
     steps = range(start, run.plan.end_step)
-    return Batches(dataset, steps, loader_workers(config), config.data.prefetch, world.device)
+    # A copy of the order, since it keeps one epoch at a time, and fetching ahead may be in another one.
+    samples_of = partial(_samples_of, copy(run.order), world.rank, world.size)
+    source = fetched_ahead(dataset, shards, samples_of, steps.stop, _TRAIN_SHARE)
+    return Batches(source, steps, loader_workers(config), config.data.prefetch, world.device)
+
+
+def _samples_of(order: DataOrder, rank: int, world_size: int, step: int) -> np.ndarray:
+    return order.step(step, rank, world_size).samples
 
 
 def token_options(run: Resolved) -> TokenLabelOptions | None:
@@ -77,10 +96,15 @@ def eval_batches(config: RunConfig, world: World) -> Batches:
     size, channels = config.model.img_size, config.model.in_chans
     assert size is not None and config.data.val is not None, "callers ask for evaluation only where there is a split"
     transform = build_eval_transform(config.eval_transform, config.augment, size, channels)
-    dataset = EvalDataset(
-        ShardSet(config.data.val), transform, channels, config.eval.batch_size, world.rank, world.size
-    )
-    return Batches(dataset, range(len(dataset)), loader_workers(config), config.data.prefetch, world.device)
+    shards = ShardSet(config.data.val, config.data.cache_options())
+    dataset = EvalDataset(shards, transform, channels, config.eval.batch_size, world.rank, world.size)
+    return eval_dataset_batches(dataset, loader_workers(config), config.data.prefetch, world)
+
+
+def eval_dataset_batches(dataset: EvalDataset, workers: int, prefetch: int, world: World) -> Batches:
+    """All batches of an evaluation."""
+    source = fetched_ahead(dataset, dataset.shards, dataset.samples_of, len(dataset), _EVAL_SHARE)
+    return Batches(source, range(len(dataset)), workers, prefetch, world.device)
 
 
 def try_samples(run: Resolved) -> None:
@@ -94,10 +118,9 @@ def try_samples(run: Resolved) -> None:
     size, channels = config.model.img_size, config.model.in_chans
     train = build_train_transform(config.augment, size, channels)
     evaluate = build_eval_transform(config.eval_transform, config.augment, size, channels)
-    shards = ShardSet(config.data.train)
-    train(decode(next(shards.read([0])).data, channels), config.seed, 0, 0)
+    train(load_sample(training_shards(config), 0, channels).picture, config.seed, 0, 0)
     if config.data.val is not None:
-        evaluate(decode(next(ShardSet(config.data.val).read([0])).data, channels))
+        evaluate(load_sample(ShardSet(config.data.val), 0, channels).picture)
 
 
 def loader_workers(config: RunConfig) -> int:

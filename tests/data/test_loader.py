@@ -30,7 +30,8 @@ from pipeline.data.augment.settings import (
     RandomErasingConfig,
 )
 from pipeline.data.augment.transforms import build_eval_transform, build_train_transform
-from pipeline.data.loader import Batches, EvalDataset, StepDataset, TrainBatch, decode
+from pipeline.data.fast.decode import decode_image
+from pipeline.data.loader import Batches, EvalDataset, StepDataset, TrainBatch
 from pipeline.data.order import DataOrder
 from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
@@ -93,7 +94,7 @@ def presentations(batch: TrainBatch) -> list[tuple[Any, ...]]:
 def light_loader_processes() -> Iterator[None]:
     """Loader processes import what these tests need and no more."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches_module, "_PRELOAD", batches_module._PRELOAD[:2])
+        patch.setattr(batches_module, "_PRELOAD", batches_module._PRELOAD[:1])
         yield
 
 
@@ -109,7 +110,7 @@ def test_batch_holds_what_it_says(digits: Path) -> None:
     assert batch.samples.tolist() == dataset.order.step(3).samples.tolist()
     assert batch.labels.tolist() == [sample.label for sample in dataset.shards.read(batch.samples.tolist())]
     for i, sample in enumerate(dataset.shards.read(batch.samples.tolist())):
-        expected = dataset.transform(decode(sample.data, 1), 5, 0, int(batch.samples[i]))
+        expected = dataset.transform(decode_image(sample.data, 1), 5, 0, int(batch.samples[i]))
         assert torch.equal(batch.images[i], expected)
     assert (batch.mix.partner // 8 == torch.arange(32) // 8).all()  # partners come from the same lane chunk
 
@@ -227,7 +228,7 @@ def test_bad_sample_is_one_clear_message_in_its_turn(digits: Path, tmp_path: Pat
             arrived.append(batch)
     assert len(arrived) == bad_step
     key = dataset.shards.keys([17])[0]
-    assert str(caught.value).startswith(f"{tmp_path / 'test'}: sample {key}: can't be decoded (")
+    assert str(caught.value).startswith(f"{tmp_path / 'test' / 'test-000000.tar'}: sample {key}: can't be decoded (")
     assert str(caught.value).endswith("check the shards with `rookery verify`") and "\n" not in str(caught.value)
 
 
@@ -332,7 +333,7 @@ def test_evaluation_has_every_sample_once(digits: Path, world_size: int, batch_s
     shards = ShardSet(digits / "test")
     transform = build_eval_transform(WHOLE_PICTURE, AUGMENT, 8, 1)
     everything = Counter(
-        (sample.label, transform(decode(sample.data, 1)).numpy().tobytes()) for sample in shards.read(range(360))
+        (sample.label, transform(decode_image(sample.data, 1)).numpy().tobytes()) for sample in shards.read(range(360))
     )
     datasets = eval_datasets(digits / "test", batch_size, world_size)
     # Every process has to take part in the same number of equal forwards.
@@ -405,10 +406,10 @@ def test_pictures_of_every_kind_become_rgb_or_grey(pictures: Path, name: str) ->
     shards = ShardSet(pictures)
     [sample] = [s for s in shards.read(range(len(shards))) if shards.manifest.classes[s.label] == name]
     _, _, rgb, tolerance = PICTURES[name]
-    color = decode(sample.data, 3)
+    color = decode_image(sample.data, 3)
     assert color.mode == "RGB" and color.size == (24, 20)
     assert abs(np.asarray(color).astype(int) - rgb).max() <= tolerance
-    grey = decode(sample.data, 1)
+    grey = decode_image(sample.data, 1)
     luma = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]
     assert grey.mode == "L" and abs(np.asarray(grey).astype(int) - luma).max() <= tolerance + 1
 
@@ -423,7 +424,7 @@ def test_damaged_bytes_are_a_user_error_or_a_picture(kind: str) -> None:
             if data:
                 data[draw.randrange(len(data))] = draw.randrange(256)
         try:
-            assert decode(bytes(data), 3).mode == "RGB"
+            assert decode_image(bytes(data), 3).mode == "RGB"
         except UserError as error:
             refused += 1
             assert str(error).startswith("can't be decoded (")
@@ -432,4 +433,4 @@ def test_damaged_bytes_are_a_user_error_or_a_picture(kind: str) -> None:
 
 def test_formats_that_start_other_programs_are_refused() -> None:
     with pytest.raises(UserError, match="can't be decoded"):
-        decode(encode(flat("RGB", 0), "EPS"), 3)
+        decode_image(encode(flat("RGB", 0), "EPS"), 3)

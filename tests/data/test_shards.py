@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import hashlib
 import os
 import pickle
 import random
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import pipeline.data.files as files_module
 import pipeline.data.shards as shards_module
 from data_prep.manifest import Manifest, load_index
+from pipeline.data.loader import load_sample
 from pipeline.data.shards import Sample, ShardSet
+from pipeline.data.substitute import BadSample, Retries
 from pipeline.errors import UserError
 
 Damage = Callable[[str, Callable[[Path], object]], Path]
@@ -155,16 +161,17 @@ def test_damage_that_shows_at_once(damage: Damage, file: str, do: Callable[[Path
         (cut, r"test-000000.idx.npy: unreadable index"),
         (lambda p: p.write_bytes(b""), r"test-000000.idx.npy: unreadable index"),
         (short, r"test-000000.idx.npy: index of shape \(\d+,\)"),
-        (flip(-20), r"test-000000.idx.npy: not the index that the manifest describes; rebuild it with"),
+        (flip(-20), r"test-000000.idx.npy: not the index that the manifest describes; restore it, or rebuild it"),
         (relabel, r"test-000000.idx.npy: not the index that the manifest describes"),
         (rename, r"test-000000.idx.npy: not the index that the manifest describes"),
     ],
 )
 def test_damaged_index(damage: Damage, do: Callable[[Path], object], said: str) -> None:
     shards = ShardSet(damage("test-000000.idx.npy", do))
-    for read in (shards.read, shards.keys):
-        with pytest.raises(UserError, match=said):
-            list(read([0]))
+    with pytest.raises(BadSample, match=said) as error:
+        list(shards.read([0]))
+    assert error.value.lost and not error.value.passing
+    assert shards.keys([0, 7]) == ["test-000000.tar#0", "test-000000.tar#7"]
     # The other shard is whole.
     assert len(list(shards.read([len(shards) - 1]))) == 1
 
@@ -172,13 +179,96 @@ def test_damaged_index(damage: Damage, do: Callable[[Path], object], said: str) 
 def test_shard_lost_or_cut_while_training(damage: Damage) -> None:
     split = damage("test-000000.tar", lambda path: None)
     shards = ShardSet(split)
-    list(shards.read([0]))
+    key = next(shards.read([100])).key
     os.truncate(split / "test-000000.tar", 600)
-    with pytest.raises(UserError, match=r"test-000000.tar: ends inside a sample \(byte \d+\)"):
+    with pytest.raises(BadSample, match=rf"test-000000.tar: sample {key}: the file ends inside it, at byte \d+") as cut:
         list(shards.read([100]))
     (split / "test-000001.tar").unlink()
-    with pytest.raises(UserError, match=r"test-000001.tar: can't be read \(.*No such file.*rookery verify"):
+    with pytest.raises(
+        BadSample, match=r"test-000001.tar: sample \w+: can't be read \(No such file.*rookery verify"
+    ) as lost:
         list(shards.read([len(shards) - 1]))
+    assert (cut.value.lost, lost.value.lost) == (False, True)
+    assert [*ShardSet(split, check_files=False).missing()] == [
+        f"{split / 'test-000000.tar'}: 600 bytes, the manifest says {shards.manifest.shards[0].bytes}",
+        f"{split / 'test-000001.tar'}: shard missing (No such file or directory)",
+    ]
+    # Keys stand in the index, whatever happened to the tar.
+    assert shards.keys([100]) == [key]
+
+
+@pytest.mark.parametrize("spoil", [lambda file: os.truncate(file, 600), lambda file: file.write_bytes(bytes(10**6))])
+def test_a_shard_that_was_mended_is_opened_again(spoil: Callable[[Path], object], damage: Damage, digits: Path) -> None:
+    """What replaces a file is another file, which a reader that keeps the old one open would never see."""
+    split = damage("test-000000.tar", lambda path: None)
+    shards, file = ShardSet(split), split / "test-000000.tar"
+    whole = load_sample(shards, 100, 1)
+    spoil(file)
+    with pytest.raises(BadSample):
+        load_sample(shards, 100, 1)
+    mended = file.with_name("mended")
+    mended.write_bytes((digits / "test" / file.name).read_bytes())
+    mended.replace(file)
+    assert load_sample(shards, 100, 1).picture == whole.picture
+
+
+def vouched(split: Path, column: str, value: int) -> ShardSet:
+    """The shards of a split whose first index has another value in row 7, as a faulty writer would leave it."""
+    manifest = Manifest.load(split)
+    first = manifest.shards[0]
+    rows = np.array(load_index(split, first))
+    rows[column][7] = value
+    np.save(split / first.index_file, rows)
+    sha256 = hashlib.sha256((split / first.index_file).read_bytes()).hexdigest()
+    replace(manifest, shards=[replace(first, index_sha256=sha256), *manifest.shards[1:]]).save(split)
+    return ShardSet(split)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("offset", 10**9, r"it can't be where its index says, at bytes 1000000000 to \d+ of \d+"),
+        ("offset", 2**64 - 1, r"it can't be where its index says, at bytes 18446744073709551615 to \d+ of"),
+        ("size", 2**63, r"it can't be where its index says"),
+        ("label", 10, "its label is 10, but there are 10 classes"),
+        ("label", -1, "its label is -1, but there are 10 classes"),
+    ],
+)
+def test_rows_that_can_not_be_true(column: str, value: int, said: str, damage: Damage) -> None:
+    shards = vouched(damage("test-000000.tar", lambda path: None), column, value)
+    with pytest.raises(BadSample, match=said) as error:
+        list(shards.read([7]))
+    assert not error.value.lost and error.value.key == shards.keys([7])[0]
+    assert len(list(shards.read([6, 8]))) == 2
+
+
+def test_a_read_that_fails_once_is_no_bad_sample(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a file server fails over: its files have to be opened anew, too."""
+    shards, pread, failures = ShardSet(digits / "test"), os.pread, [errno.EIO, errno.ESTALE]
+    [expected] = shards.read([3])
+
+    def fails(*arguments: int) -> bytes:
+        if failures:
+            raise OSError(failures[0], os.strerror(failures.pop(0)))
+        return pread(*arguments)
+
+    monkeypatch.setattr(os, "pread", fails)
+    with pytest.raises(BadSample, match=r"can't be read \(Input/output error\)") as error:
+        list(shards.read([3]))
+    assert error.value.passing and not error.value.lost
+    assert Retries().load(3, lambda sample: next(shards.read([sample]))) == expected and not failures
+
+
+def test_want_of_descriptors_is_not_bad_data(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = ShardSet(digits / "test")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(files_module, "open", refuse, raising=False)
+    with pytest.raises(UserError, match="Too many open files") as error:
+        list(shards.read([0]))
+    assert not isinstance(error.value, BadSample)
 
 
 def test_index_names_the_image_bytes(digits: Path) -> None:
@@ -195,6 +285,6 @@ def test_other_formats_and_places(digits: Path, damage: Damage) -> None:
         ShardSet(digits)
     split = damage("manifest.json", lambda path: None)
     manifest = Manifest.load(split)
-    Manifest("ffcv", "test", manifest.classes, manifest.shards).save(split)
-    with pytest.raises(UserError, match="format 'ffcv' has no reader; prepare webdataset shards"):
+    Manifest("zip", "test", manifest.classes, manifest.shards).save(split)
+    with pytest.raises(UserError, match="format 'zip', there is webdataset and ffcv"):
         ShardSet(split)

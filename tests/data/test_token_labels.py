@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,10 @@ from pipeline.data.augment.settings import AugmentConfig
 from pipeline.data.augment.token_labels import TokenLabelBatch, token_targets
 from pipeline.data.augment.transforms import build_train_transform
 from pipeline.data.batches import Batches
-from pipeline.data.loader import StepDataset, TokenLabelOptions, TrainBatch
+from pipeline.data.loader import StepDataset, TokenLabelOptions, TrainBatch, load_sample
 from pipeline.data.order import DataOrder
 from pipeline.data.shards import ShardSet
+from pipeline.data.substitute import BadSample
 from tests.data_prep.helpers import make_folder
 from tests.data_prep.label_maps import label_map, make_maps
 
@@ -279,3 +282,41 @@ def test_loader_processes_send_them_whole(labelled: Path, monkeypatch: pytest.Mo
     sent, own = tokens_of(batch), tokens_of(dataset[1])
     assert torch.equal(sent.maps, own.maps) and torch.equal(sent.warps, own.warps)
     assert all(torch.equal(a, b) for a, b in zip(sent.mix or (), own.mix or (), strict=True))
+
+
+def put(place: tuple[int, ...], value: float) -> Callable[[bytearray], None]:
+    """Change a number of the map of an `.npy` file."""
+
+    def spoil(file: bytearray) -> None:
+        np.frombuffer(file, np.float16, offset=128).reshape(2, 2, 4, 6)[place] = value
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda file: file.__setitem__(slice(0, 6), bytes(6)), "its label map is damaged ("),
+        (lambda file: file.__setitem__(slice(60, 80), b"(" * 20), "its label map is damaged ("),
+        (put((1, 0, 1, 2), 3), "not finite, or of a class that does not exist"),
+        (put((1, 1, 0, 0), -1), "not finite, or of a class that does not exist"),
+        (put((0, 0, 0, 0), np.nan), "not finite, or of a class that does not exist"),
+        (put((1, 0, 0, 0), np.inf), "not finite, or of a class that does not exist"),
+    ],
+)
+def test_a_damaged_map_is_a_bad_sample(
+    spoil: Callable[[bytearray], object], said: str, labelled: Path, tmp_path: Path
+) -> None:
+    """A class that does not exist would end a process on a GPU."""
+    split = Path(shutil.copytree(labelled, tmp_path / "train"))
+    shards = ShardSet(split)
+    [whole] = shards.read([7], tokens=True)
+    assert whole.tokens is not None
+    file = bytearray(whole.tokens)
+    spoil(file)
+    path = Path(shards.path_of(7))
+    path.write_bytes(path.read_bytes().replace(whole.tokens, bytes(file), 1))
+    with pytest.raises(BadSample) as error:
+        load_sample(ShardSet(split), 7, 3, tokens=True)
+    assert said in error.value.reason and error.value.key == whole.key
+    assert load_sample(ShardSet(split), 7, 3).tokens is None

@@ -84,7 +84,7 @@ def test_help_names_every_option() -> None:
     text = runner.invoke(app, ["prep", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}).stdout
     for option in ("split", "workers", "shard-samples", "shard-mb", "no-shuffle", "shuffle-seed", "resize", "quality",
                    "max-bad", "kind", "devkit", "coarse-labels", "image-column", "label-column", "format", "overwrite",
-                   "repair"):  # fmt: skip
+                   "repair", "max-resolution", "write-mode", "compress-probability", "smart-threshold"):  # fmt: skip
         assert re.search(rf"--{option}\b", text), option
 
 

@@ -252,7 +252,7 @@ def test_impossible_options(changes: dict[str, Any], message: str) -> None:
 
 
 def test_an_unknown_format(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--format zip: no such format; there is webdataset"):
+    with pytest.raises(UserError, match="--format zip: no such format; there are webdataset and ffcv"):
         prepare(source, tmp_path / "out", options(format="zip"))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from data_prep.errors import UserError
 from data_prep.options import PrepOptions
 from data_prep.sources import SOURCES, open_source
 from data_prep.sources.base import Listing
+from data_prep.sources.folder import FolderSource
 from tests.conftest import missing
 from tests.data_prep.helpers import TEXT, decoded, encoded, make_folder, pixels
 
@@ -57,6 +60,20 @@ def test_a_split_without_class_folders_is_named(tmp_path: Path) -> None:
     assert len(source.listing("train")) == 10
     with pytest.raises(UserError, match=r"val: no class folders in it"):
         source.listing("val")
+
+
+def test_folders_may_be_deep(tmp_path: Path) -> None:
+    """Deeper than calls may be nested."""
+    deep = tmp_path / "a" / "/".join("d" * 150)
+    deep.mkdir(parents=True)
+    (deep / "x.jpg").write_bytes(TEXT)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 100)
+    try:
+        listing = FolderSource(tmp_path, PrepOptions()).listing("train")
+    finally:
+        sys.setrecursionlimit(limit)
+    assert listing.names == [f"{deep.relative_to(tmp_path)}/x.jpg"]
 
 
 def test_a_dangling_link_is_an_error_and_a_link_is_followed(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep.images import Usable
 from data_prep.manifest import INDEX_DTYPE
 from data_prep.tarscan import TarError, members
 from data_prep.tarshard import TarShardWriter
@@ -27,7 +28,7 @@ SHA256 = "2cab3de4dc7ad24359a817f6983b65f6f06b622c6419c0fdbcf71f67cfab6af0"
 def shard(tmp_path: Path) -> Path:
     writer = TarShardWriter(tmp_path / "s.tar", tmp_path / "s.idx.npy")
     for key, extension, data, label in SAMPLES:
-        writer.add(key, extension, data, label)
+        writer.add(key, Usable(data, extension, 1, 1), label)
     writer.close()
     for path, size, sha256 in (
         (tmp_path / "s.tar", writer.bytes, writer.sha256),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ import torch
 from typer.testing import CliRunner
 
 from data_prep.errors import UserError
+from data_prep.images import UnusableImage
 from data_prep.manifest import Manifest, TokenLabels, load_index, token_labels_offset
 from data_prep.prepare import prepare, prepare_splits
 from data_prep.sources.base import Item
-from data_prep.token_labels import map_file
+from data_prep.token_labels import TokenMaps, map_file
 from data_prep.verify import verify
 from launch import cli
 from tests.data_prep.helpers import digests, encoded, make_folder, make_tar, options, pixels, read_plain, tar_bytes
@@ -195,3 +197,16 @@ def test_the_command_s_option(source: Path, maps: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     labels = Manifest.load(tmp_path / "out" / "train").token_labels
     assert labels is not None and labels.shape == SHAPE
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "{elsewhere}"])
+def test_no_map_is_read_outside_the_folder(name: str, maps: Path, tmp_path: Path) -> None:
+    """Names of classes come from the source."""
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(maps / "ant", elsewhere)
+    classes = ["ant", name.format(elsewhere=elsewhere), "cat"]
+    own, other = (Item("x", "k", label, (), "ant 0") for label in (0, 1))
+    reader = TokenMaps(maps, classes, SHAPE, "float16")
+    assert len(reader.read(own)) > 100
+    with pytest.raises(UnusableImage, match="would lie elsewhere"):
+        reader.read(other)

@@ -164,6 +164,15 @@ def test_scripts_are_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert done.returncode == 0, done.stdout
 
 
+def test_a_job_script_keeps_no_credentials(tmp_path: Path) -> None:
+    arguments = ["recipe.yaml", "data.train=s3://AKIA:se/cret@bucket/train", "--on-allocation"]
+    with pytest.raises(UserError, match=r"data.train=s3://\*\*\*@bucket/train: the job script would keep these") as e:
+        write_script(tmp_path / "run", [], arguments)
+    assert "se/cret" not in str(e.value) and not (tmp_path / "run").exists()
+    text = write_script(tmp_path / "run", [], ["recipe.yaml", "data.train=s3://bucket/train"]).read_text()
+    assert "data.train=s3://bucket/train" in text
+
+
 @pytest.mark.parametrize("script", [path for path in scripts() if path.name.startswith("train_")], ids=lambda p: p.name)
 def test_default_recipe_of_a_script(script: Path, tmp_path: Path) -> None:
     """The script itself, with a `rookery` that prints its arguments."""

@@ -25,6 +25,14 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def ffcv_digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Overrides for a run on the pixels of `digits` in FFCV shards."""
+    out = tmp_path_factory.mktemp("ffcv-digits")
+    prepare_splits("digits", out, PrepOptions(format="ffcv", write_mode="raw", workers=1))
+    return (f"data.train={out / 'train'}", f"data.val={out / 'test'}")
+
+
 @pytest.fixture
 def recipe(digits: Path, tmp_path: Path) -> Path:
     """A run of 24 steps on the digits, in `runs/run`, that uses about every part of the recipe language."""

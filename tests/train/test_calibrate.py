@@ -15,7 +15,7 @@ from data_prep.options import PrepOptions
 from data_prep.prepare import prepare_splits
 from pipeline.data.augment.settings import EvalTransformConfig
 from pipeline.data.augment.transforms import build_eval_transform
-from pipeline.data.loader import decode
+from pipeline.data.fast.decode import decode_image
 from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
 from pipeline.train.calibrate import Ratio, best_of, held_out, parse_ratios, report, table, with_ratio
@@ -112,7 +112,7 @@ def by_hand(trained: Trained, data: Path, crop_pct: float) -> dict[str, tuple[in
     transform = build_eval_transform(settings, trained.augment, trained.img_size, trained.in_chans)
     shards = ShardSet(data)
     samples = list(shards.read(range(len(shards))))
-    images = torch.stack([transform(decode(sample.data, trained.in_chans)) for sample in samples])
+    images = torch.stack([transform(decode_image(sample.data, trained.in_chans)) for sample in samples])
     with torch.no_grad():
         logits = trained.model.eval()(images)
     labels = torch.tensor([sample.label for sample in samples])

@@ -19,7 +19,7 @@ from data_prep.prepare import prepare_splits
 from launch.eval_cli import evaluate, find_job
 from pipeline.data.augment.settings import AugmentConfig, EvalTransformConfig
 from pipeline.data.augment.transforms import build_eval_transform
-from pipeline.data.loader import decode
+from pipeline.data.fast.decode import decode_image
 from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
 from pipeline.tracking.runs import summarize
@@ -42,7 +42,7 @@ def counted_by_hand(weights: Path, data: Path) -> dict[str, float]:
     overrides = described["overrides"]
     transform = build_eval_transform(settings, augment, overrides["img_size"], overrides["in_chans"])
     samples = list(shards.read(range(len(shards))))
-    images = torch.stack([transform(decode(sample.data, overrides["in_chans"])) for sample in samples])
+    images = torch.stack([transform(decode_image(sample.data, overrides["in_chans"])) for sample in samples])
     labels = torch.tensor([sample.label for sample in samples])
     with torch.no_grad():
         logits = torch.cat([model.eval()(part) for part in images.split(500)])

@@ -22,7 +22,7 @@ from pipeline.models.batch_norm import group_statistics
 from pipeline.models.layers import EncoderLayer
 from pipeline.resolve import Resolved, build_model, resolve
 from pipeline.train.engines.fsdp import FsdpEngine
-from pipeline.train.forecast import count_activations, count_reading, count_states, count_wire
+from pipeline.train.forecast import count_activations, count_node_bytes, count_reading, count_states, count_wire
 from pipeline.train.objective import Objective, Targets, forward
 from tests.train.commands import ROOT, environment
 from tests.train.conftest import Rookery, write_recipe
@@ -156,6 +156,32 @@ def test_reading_is_what_the_steps_read(samples: list[int], lanes: int, world: i
         shards.append(len({int(torch.searchsorted(starts, sample, right=True)) for sample in read}))
     reading = count_reading(order, world)
     assert (reading.lanes, reading.shards, reading.opened) == (lanes // world, (min(shards), max(shards)), sum(shards))
+
+
+@pytest.mark.parametrize(("samples", "lanes", "nproc", "nodes"), [([50, 70, 30, 41], 8, 2, 2), ([7] * 30, 12, 3, 4)])
+@pytest.mark.parametrize("shuffle", ["window", "full", "none"])
+def test_bytes_of_nodes_are_those_of_the_steps(
+    samples: list[int], lanes: int, nproc: int, nodes: int, shuffle: str
+) -> None:
+    order = DataOrder(tuple(samples), seed=3, batch=24, lanes=lanes, shuffle=shuffle, window=2 * 24 // lanes)
+    size_of = {shard: 1000 + shard for shard in range(len(samples))}
+    starts = torch.cumsum(torch.tensor(samples), 0)
+
+    def read(node: int, steps: range) -> int:
+        chosen = [
+            order.step(step, rank, nproc * nodes).samples
+            for step in steps
+            for rank in range(node * nproc, (node + 1) * nproc)
+        ]
+        found = {int(torch.searchsorted(starts, int(sample), right=True)) for part in chosen for sample in part}
+        return sum(size_of[shard] for shard in found)
+
+    whole = range(order.steps_per_epoch)
+    length = {"window": 2, "full": len(whole), "none": 1}[shuffle]
+    windows = [whole[start : start + length] for start in range(0, len(whole), length)]
+    counted = count_node_bytes(order, list(size_of.values()), nproc, nodes)
+    assert counted.epoch == max(read(node, whole) for node in range(nodes))
+    assert counted.window == max(read(node, window) for node in range(nodes) for window in windows)
 
 
 def test_fsdp_gathers_the_units_that_are_counted(recipe: Path) -> None:

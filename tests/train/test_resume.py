@@ -25,6 +25,7 @@ from tests.train.conftest import Rookery, write_recipe
 from tests.train.forked import ForkServer
 
 DDP, FSDP = ("engine.name=ddp",), ("engine.name=fsdp",)
+TARS, FFCV = "webdataset", "ffcv"
 ZERO1, ZERO2, ZERO3 = (("engine.name=deepspeed", f"engine.zero_stage={stage}") for stage in (1, 2, 3))
 
 
@@ -63,13 +64,22 @@ def test_kill_and_resume_is_bit_identical(
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize(("engine", "nproc"), [(FSDP, 3), (ZERO1, 2), (ZERO2, 2)])
-def test_other_engines_do_it_too(
-    engine: tuple[str, ...], nproc: int, recipe: Path, fork_server: ForkServer, tmp_path: Path
+@pytest.mark.parametrize(
+    ("engine", "nproc", "shards"), [(FSDP, 3, TARS), (ZERO1, 2, TARS), (ZERO2, 2, TARS), (DDP, 2, FFCV)]
+)
+def test_other_engines_and_shards_do_it_too(
+    engine: tuple[str, ...],
+    nproc: int,
+    shards: str,
+    recipe: Path,
+    ffcv_digits: tuple[str, ...],
+    fork_server: ForkServer,
+    tmp_path: Path,
 ) -> None:
-    """Those that test_chaos.py leaves out."""
+    """Those that test_chaos.py leaves out. The run on FFCV shards ends as the one on tars that was left alone."""
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
     fork_server.train(recipe, *engine, "name=whole", nproc=nproc)
+    engine += ffcv_digits if shards == FFCV else ()
     job = fork_server.start(recipe, *engine, "name=cut", nproc=nproc)
     deadline = time.monotonic() + 120
     while len(read_metrics(cut)) < 8 and time.monotonic() < deadline:
@@ -112,22 +122,24 @@ UP_AND_DOWN = [(1, 5), (2, 9), (4, 14), (3, 19), (1, 24)]
 
 
 @pytest.mark.parametrize(
-    ("engines", "starts"),
+    ("engines", "starts", "shards"),
     # Every engine goes on from the checkpoint of any other, so a chain may change it as well.
     [
-        ((DDP, DDP, DDP, DDP), TWO_ONE_THREE),
-        ((FSDP, FSDP, FSDP, FSDP), TWO_ONE_THREE),
-        ((ZERO3, ZERO1, ZERO2, ZERO3), TWO_ONE_THREE),
-        ((DDP, FSDP, ZERO3, FSDP), TWO_ONE_THREE),
-        ((ZERO1, DDP, FSDP, ZERO2), TWO_ONE_THREE),
-        ((FSDP, DDP, ZERO1, ZERO3, DDP), UP_AND_DOWN),
+        ((DDP, DDP, DDP, DDP), TWO_ONE_THREE, TARS),
+        ((FSDP, FSDP, FSDP, FSDP), TWO_ONE_THREE, TARS),
+        ((ZERO3, ZERO1, ZERO2, ZERO3), TWO_ONE_THREE, TARS),
+        ((DDP, FSDP, ZERO3, FSDP), TWO_ONE_THREE, FFCV),
+        ((ZERO1, DDP, FSDP, ZERO2), TWO_ONE_THREE, TARS),
+        ((FSDP, DDP, ZERO1, ZERO3, DDP), UP_AND_DOWN, TARS),
     ],
-    ids=["ddp", "fsdp", "stages", "ddp to fsdp to deepspeed", "deepspeed to ddp to fsdp", "up and down"],
+    ids=["ddp", "fsdp", "stages", "ddp to fsdp to deepspeed, ffcv", "deepspeed to ddp to fsdp", "up and down"],
 )
 def test_another_world_size_uses_the_same_samples_and_losses(
     engines: tuple[tuple[str, ...], ...],
     starts: list[tuple[int, int]],
+    shards: str,
     digits: Path,
+    ffcv_digits: tuple[str, ...],
     tmp_path: Path,
     fork_server: ForkServer,
 ) -> None:
@@ -136,6 +148,7 @@ def test_another_world_size_uses_the_same_samples_and_losses(
     recipe.write_text(recipe.read_text().replace("lr: 0.001", "lr: 0.0001"))
     fork_server.train(recipe, "name=one")
     for engine, (nproc, stop) in zip(engines, starts, strict=True):
+        engine += ffcv_digits if shards == FFCV else ()  # the single process had tars
         fork_server.train(recipe, *engine, "name=many", f"train.stop_after={stop}steps", nproc=nproc)
     one, many = tmp_path / "runs" / "one", tmp_path / "runs" / "many"
     assert read_trace(many) == read_trace(one)

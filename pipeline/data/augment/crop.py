@@ -5,20 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from pipeline.data.augment.lazy import TORCHVISION, LazyModule
 from pipeline.data.augment.settings import AffineConfig, Interpolation, PadCrop, RandomResizedCrop
 from pipeline.errors import UserError
-
-tvf = LazyModule(TORCHVISION)
 
 # torchvision and timm try 10 times. TensorFlow tries 100 times, but hardly ever needs a second attempt.
 _ATTEMPTS = 10
 CROP_DRAWS = 4 * _ATTEMPTS
 AFFINE_DRAWS = 5
+
+# Coefficients (a, b, c, d, e, f) of Pillow's transform: a pixel at (x, y) comes from (a x + b y + c, d x + e y + f).
+PixelMap = tuple[float, float, float, float, float, float]
+
+
+class HasSize(Protocol):
+    """A picture, as far as messages speak of it."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def height(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -155,7 +166,7 @@ def padded(image: Image.Image, config: PadCrop, side: int, u: Sequence[float]) -
     return larger, Box(int(u[0] * (height - side + 1)), int(u[1] * (width - side + 1)), side, side)
 
 
-def require_side(fits: bool, image: Image.Image, side: int, how: str) -> None:
+def require_side(fits: bool, image: HasSize, side: int, how: str) -> None:
     """Refuse a picture from which the input can't be cut."""
     if not fits:
         raise UserError(
@@ -177,11 +188,16 @@ def draw_affine(config: AffineConfig, side: int, u: Sequence[float]) -> Affine:
 
 def apply_affine(image: Image.Image, affine: Affine) -> Image.Image:
     """The mapped picture, bilinear, black where nothing was."""
-    return tvf.affine(
-        image,
-        affine.angle,
-        list(affine.translate),
-        affine.scale,
-        [affine.shear, 0.0],
-        interpolation=tvf.InterpolationMode.BILINEAR,
-    )
+    back = affine_pixels(affine, *image.size)
+    return image.transform(image.size, Image.Transform.AFFINE, back, Image.Resampling.BILINEAR)
+
+
+def affine_pixels(affine: Affine, width: int, height: int) -> PixelMap:
+    """torchvision's `affine`: the inverse of shearing, magnifying and rotating about the centre, then shifting."""
+    rotate, shear = math.radians(affine.angle), math.tan(math.radians(affine.shear))
+    cos, sin = affine.scale * math.cos(rotate), affine.scale * math.sin(rotate)
+    # No vertical shear here, so that the shear is the second factor of the matrix alone.
+    back = np.linalg.inv(np.array([[cos, -cos * shear - sin], [sin, -sin * shear + cos]]))
+    middle = np.array([width / 2, height / 2])
+    shift = middle - back @ (np.array(affine.translate) + middle)
+    return (*back[0].tolist(), float(shift[0]), *back[1].tolist(), float(shift[1]))

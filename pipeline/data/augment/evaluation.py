@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from pipeline.data.augment.crop import require_side
-from pipeline.data.augment.lazy import TORCHVISION, LazyModule
+from pipeline.data.augment.crop import pick_resample, require_side, resize_shorter_side
 from pipeline.data.augment.settings import EvalTransformConfig
-
-tvf = LazyModule(TORCHVISION)
 
 
 def to_mode(image: Image.Image, in_chans: int) -> Image.Image:
@@ -52,15 +49,15 @@ class EvalTransform:
         return pixels.sub_(self.mean).div_(self.std)
 
     def _antialiased(self, image: Image.Image) -> torch.Tensor:
-        """PIL's resize, as torchvision, timm, DeiT, HVT and Refiner evaluate."""
+        """Pillow's resize, as torchvision, timm, DeiT, HVT and Refiner evaluate."""
         config, side = self.config, self.img_size
-        mode = tvf.InterpolationMode(config.interpolation)
+        resample = pick_resample(config.interpolation, 0.0)
         if config.resize == "none":
             require_side(image.size == (side, side), image, side, "without resizing")
         elif config.resize == "resize_only":
-            image = tvf.resize(image, [side, side], mode)
+            image = image.resize((side, side), resample)
         else:
-            image = tvf.center_crop(tvf.resize(image, [int(side / config.crop_pct)], mode), [side, side])
+            image = _centre(resize_shorter_side(image, int(side / config.crop_pct), resample, antialias=True), side)
         return to_tensor(image)
 
     def _point_sampled(self, image: Image.Image) -> torch.Tensor:
@@ -76,6 +73,19 @@ class EvalTransform:
         height, width = (int(np.rint(np.float32(length) * ratio)) for length in (image.height, image.width))
         top, left = (height - side) // 2, (width - side) // 2
         return _resize(pixels, height, width)[:, top : top + side, left : left + side].contiguous()
+
+
+def _centre(image: Image.Image, side: int) -> Image.Image:
+    """The central square, with a black frame around a smaller picture, which is as wide below and to the right or 1 px
+    wider."""
+    width, height = image.size
+    if min(width, height) < side:
+        left, top = max(side - width, 0) // 2, max(side - height, 0) // 2
+        right, bottom = max(side - width, 0) - left, max(side - height, 0) - top
+        image = ImageOps.expand(image, (left, top, right, bottom), fill=0)
+        width, height = image.size
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    return image.crop((left, top, left + side, top + side))
 
 
 def _resize(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:

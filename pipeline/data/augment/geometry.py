@@ -11,10 +11,7 @@ import math
 
 import numpy as np
 
-from pipeline.data.augment.crop import Affine, Box
-
-# Coefficients (a, b, c, d, e, f) of Pillow's transform: a pixel at (x, y) comes from (a x + b y + c, d x + e y + f).
-PixelMap = tuple[float, float, float, float, float, float]
+from pipeline.data.augment.crop import Box, PixelMap
 
 IDENTITY = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
 FLIP = np.array([[-1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
@@ -42,18 +39,8 @@ def pixel_warp(pixels: PixelMap, width: int, height: int) -> np.ndarray:
 
 
 def rotation(degrees: float, width: int, height: int) -> PixelMap:
-    """Pillow's `rotate`: counter-clockwise about the centre."""
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    """Pillow's `rotate`: counter-clockwise about the centre; with its rounding, so that the same pixels are met."""
+    angle = -math.radians(degrees % 360.0)
+    cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
     x, y = width / 2, height / 2
-    return (cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y)
-
-
-def affine_pixels(affine: Affine, width: int, height: int) -> PixelMap:
-    """torchvision's `affine`: the inverse of shearing, magnifying and rotating about the centre, then shifting."""
-    rotate, shear = math.radians(affine.angle), math.tan(math.radians(affine.shear))
-    cos, sin = affine.scale * math.cos(rotate), affine.scale * math.sin(rotate)
-    # No vertical shear here, so that the shear is the second factor of the matrix alone.
-    back = np.linalg.inv(np.array([[cos, -cos * shear - sin], [sin, -sin * shear + cos]]))
-    middle = np.array([width / 2, height / 2])
-    shift = middle - back @ (np.array(affine.translate) + middle)
-    return (*back[0].tolist(), float(shift[0]), *back[1].tolist(), float(shift[1]))
+    return (cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y)

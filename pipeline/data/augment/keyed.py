@@ -9,6 +9,7 @@ were, and the numbers of a whole batch can be computed at once, on any device.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from enum import IntEnum
 
 import numpy as np
@@ -71,6 +72,42 @@ def check_partners(chunk: int, what: str, instead: str) -> None:
 def uniforms(key: int, stream: Stream, n: int) -> np.ndarray:
     """(n,) float64 in [0, 1) with 53 random bits. The first numbers are the same whatever n is."""
     return (hash64(key, stream, np.arange(n)) >> np.uint64(11)) * 2.0**-53
+
+
+class Numbers:
+    """The uniform numbers of one presentation of a sample, stream by stream.
+
+    Args:
+        key: from `sample_key`.
+        known: numbers computed before; others are computed when asked for.
+    """
+
+    def __init__(self, key: int, known: Mapping[Stream, list[float]] | None = None) -> None:
+        self.key = key
+        self._known = known or {}
+
+    def of(self, stream: Stream, n: int) -> list[float]:
+        """The first `n` numbers of a stream (at least)."""
+        known = self._known.get(stream)
+        return uniforms(self.key, stream, n).tolist() if known is None else known
+
+    @staticmethod
+    def of_batch(seed: int, epoch: int, indices: np.ndarray, needed: Mapping[Stream, int]) -> list[Numbers]:
+        """Those of many presentations at once, equal to `Numbers(sample_key(seed, epoch, index))` for each.
+
+        Args:
+            indices: (b,) the samples' numbers.
+            needed: how many numbers of which streams.
+        """
+        keys = hash64(_SAMPLE, seed, epoch, indices)
+        streams = np.repeat([int(stream) for stream in needed], list(needed.values()))
+        places = np.concatenate([np.arange(0), *(np.arange(n) for n in needed.values())])
+        rows = ((hash64(keys[:, None], streams, places) >> np.uint64(11)) * 2.0**-53).tolist()
+        ends = np.cumsum([0, *needed.values()]).tolist()
+        return [
+            Numbers(key, {stream: row[ends[i] : ends[i + 1]] for i, stream in enumerate(needed)})
+            for key, row in zip(keys.tolist(), rows, strict=True)
+        ]
 
 
 def normals(key: int, stream: Stream, n: int) -> np.ndarray:

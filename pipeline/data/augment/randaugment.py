@@ -14,8 +14,8 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline.data.augment.crop import pick_resample
-from pipeline.data.augment.geometry import PixelMap, rotation
+from pipeline.data.augment.crop import PixelMap, pick_resample
+from pipeline.data.augment.geometry import rotation
 from pipeline.data.augment.lazy import TIMM, lazy_function
 from pipeline.data.augment.settings import Interpolation, RandAugmentConfig
 

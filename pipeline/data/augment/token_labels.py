@@ -16,7 +16,9 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 
+from data_prep.manifest import Manifest
 from pipeline.data.augment.mix_token import MixTokenParams
+from pipeline.errors import UserError
 
 
 class TokenLabelBatch(NamedTuple):
@@ -43,9 +45,25 @@ class TokenLabelBatch(NamedTuple):
         return type(self)(self.maps[part], self.warps[part], self.mix and self.mix.rows(part))
 
 
-def decode_map(data: bytes) -> torch.Tensor:
-    """(2, k, rows, columns) of a stored `.npy` file."""
-    return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
+def decode_map(data: bytes, manifest: Manifest) -> torch.Tensor:
+    """(2, k, rows, columns) of a stored `.npy` file.
+
+    Raises:
+        UserError: it is none of the maps that the manifest describes, or names classes that don't exist.
+    """
+    described = manifest.token_labels
+    assert described is not None, "callers read maps only where there are any"
+    try:
+        values = np.load(io.BytesIO(data), allow_pickle=False)
+        if values.shape != described.shape or values.dtype.name != described.dtype:
+            raise ValueError(f"shape {values.shape} and type {values.dtype}")
+        classes = values[1]
+        # On a GPU a class that does not exist would end the process.
+        if not (np.isfinite(values).all() and classes.min() >= 0 and classes.max() < manifest.num_classes):
+            raise ValueError("not finite, or of a class that does not exist")
+    except Exception as error:  # NumPy raises nearly every type on a damaged header
+        raise UserError(f"its label map is damaged ({error})") from error
+    return torch.from_numpy(values)
 
 
 def token_targets(

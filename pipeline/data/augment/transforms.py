@@ -19,6 +19,7 @@ from pipeline.data.augment.crop import (
     CROP_DRAWS,
     Affine,
     Box,
+    affine_pixels,
     apply_affine,
     cut,
     draw_affine,
@@ -34,13 +35,12 @@ from pipeline.data.augment.evaluation import EvalTransform, to_mode, to_tensor
 from pipeline.data.augment.geometry import (
     FLIP,
     IDENTITY,
-    affine_pixels,
     crop_warp,
     mirrored,
     pixel_warp,
     swapped_axes,
 )
-from pipeline.data.augment.keyed import Stream, normals, sample_key, uniforms
+from pipeline.data.augment.keyed import Numbers, Stream, normals, sample_key
 from pipeline.data.augment.randaugment import DrawnOp, draw_ops, fill_color, rand_augment_draws
 from pipeline.data.augment.settings import AugmentConfig, CenterCrop, EvalTransformConfig, PadCrop, RandomResizedCrop
 
@@ -108,29 +108,24 @@ class TrainTransform:
             The input as from a call, and (L, 2, 3) float32 warps that take a point of it back to the picture, in the
             order of their application. L depends on the config alone.
         """
-        key = sample_key(seed, epoch, index)
-        image, drawn = to_mode(image, self.in_chans), self.draw(key)
-        moved = self._moves(drawn, image.size if self.config.crop_last else (self.img_size, self.img_size))
+        numbers = Numbers(sample_key(seed, epoch, index))
+        image, drawn = to_mode(image, self.in_chans), self.drawn(numbers)
+        whole = image.size
         if self.config.crop_last:
-            image, box, (width, height) = self._crop(self._distort(image, drawn), key)
+            image, box, size = self.cropped(self.distorted(image, drawn), numbers)
         else:
-            image, box, (width, height) = self._crop(image, key)
-            image = self._distort(image, drawn)
-            box = mirrored(box, width) if drawn.flip else box
-        crop = crop_warp(box, width, height)
-        crop = swapped_axes(crop) if swap_axes else crop
-        warps = [crop, *moved] if self.config.crop_last else [*moved, crop]
-        warps.append(FLIP if drawn.flip else IDENTITY)
-        return self._finish(image, drawn, key), np.stack(warps).astype(np.float32)
+            image, box, size = self.cropped(image, numbers)
+            image = self.distorted(image, drawn)
+        return self._finish(image, drawn, numbers.key), self.warps(drawn, box, size, whole, swap_axes)
 
     def crop(self, image: Image.Image, key: int) -> Image.Image:
         """Resize and crop to img_size x img_size."""
-        return self._crop(image, key)[0]
+        return self.cropped(image, Numbers(key))[0]
 
-    def _crop(self, image: Image.Image, key: int) -> tuple[Image.Image, Box, tuple[int, int]]:
+    def cropped(self, image: Image.Image, numbers: Numbers) -> tuple[Image.Image, Box, tuple[int, int]]:
         """The cropped picture, and the box, which may reach over the edge, of a picture of that (width, height)."""
         config, side = self.config, self.img_size
-        u = uniforms(key, Stream.CROP, CROP_DRAWS + 1).tolist()
+        u = numbers.of(Stream.CROP, CROP_DRAWS + 1)
         resample = pick_resample(config.interpolation, u[CROP_DRAWS])
         if config.resize is not None:
             image = resize_shorter_side(image, config.resize, resample, config.antialias)
@@ -150,11 +145,11 @@ class TrainTransform:
 
     def draw(self, key: int) -> SampleDraw:
         """Everything that follows the crop."""
-        config, side = self.config, self.img_size
+        return self.drawn(Numbers(key))
 
-        def u(stream: Stream, n: int) -> list[float]:
-            return uniforms(key, stream, n).tolist()
-
+    def drawn(self, numbers: Numbers) -> SampleDraw:
+        """As `draw`, with numbers that may have been computed with those of a whole batch."""
+        config, side, u = self.config, self.img_size, numbers.of
         rand, jitter, erasing = config.rand_augment, config.color_jitter, config.random_erasing
         ops: tuple[DrawnOp, ...] = ()
         if rand is not None:
@@ -167,6 +162,39 @@ class TrainTransform:
             erased=draw_erasing(erasing, side, u(Stream.RANDOM_ERASING, ERASING_DRAWS)) if erasing else None,
         )
 
+    def needed(self) -> dict[Stream, int]:
+        """How many uniform numbers of which streams a sample takes."""
+        config = self.config
+        wanted = {
+            Stream.CROP: CROP_DRAWS + 1,
+            Stream.FLIP: int(config.hflip > 0),
+            Stream.AFFINE: AFFINE_DRAWS if config.affine else 0,
+            Stream.RAND_AUGMENT: rand_augment_draws(config.rand_augment) if config.rand_augment else 0,
+            Stream.COLOR_JITTER: COLOR_JITTER_DRAWS if config.color_jitter else 0,
+            Stream.RANDOM_ERASING: ERASING_DRAWS if config.random_erasing else 0,
+        }
+        return {stream: n for stream, n in wanted.items() if n}
+
+    def warps(
+        self, draw: SampleDraw, box: Box, size: tuple[int, int], whole: tuple[int, int], swap_axes: bool
+    ) -> np.ndarray:
+        """Where the input's parts come from; see `traced`.
+
+        Args:
+            draw: what was done.
+            box: what was cut out, as seen before any mirroring that came first.
+            size: (width, height) of what it was cut out of.
+            whole: (width, height) of the decoded picture.
+            swap_axes: as in `traced`.
+        """
+        crop_last = self.config.crop_last
+        moved = self._moves(draw, whole if crop_last else (self.img_size, self.img_size))
+        box = mirrored(box, size[0]) if draw.flip and not crop_last else box
+        crop = crop_warp(box, *size)
+        crop = swapped_axes(crop) if swap_axes else crop
+        warps = [crop, *moved] if crop_last else [*moved, crop]
+        return np.stack([*warps, FLIP if draw.flip else IDENTITY]).astype(np.float32)
+
     def _moves(self, draw: SampleDraw, size: tuple[int, int]) -> list[np.ndarray]:
         """Warps of the affine map and RandAugment of a picture of `size`, the last operation first."""
         moves = [affine_pixels(draw.affine, *size)] if draw.affine else []
@@ -175,7 +203,7 @@ class TrainTransform:
         layers = (self.config.rand_augment.layers if self.config.rand_augment else 0) + bool(self.config.affine)
         return warps + [IDENTITY] * (layers - len(warps))
 
-    def _distort(self, image: Image.Image, draw: SampleDraw) -> Image.Image:
+    def distorted(self, image: Image.Image, draw: SampleDraw) -> Image.Image:
         """What is done to 8-bit pixels besides the crop."""
         if draw.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

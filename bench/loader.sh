@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# The loader beside others, on a folder of class folders with real pictures: crop and flip, and the recipe of NesT, on
+# pictures of 300 px (quality 90) and on those of the source as they are. Small sets are repeated to 4,000 samples.
+#
+#   bench/loader.sh PICTURES [RESULTS]
+set -euo pipefail
+pictures=$(realpath "${1:?name a folder with class folders of pictures}")
+results=$(realpath "${2:-$(dirname "$0")/results}")
+cd "$(dirname "$0")/.."
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+total=$(find "$pictures" -type f | wc -l)
+copies=$(((4000 + total - 1) / total))
+for ((copy = 0; copy < copies; copy++)); do
+  for class in "$pictures"/*/; do
+    folder=$work/pictures/$(basename "$class")
+    mkdir -p "$folder"
+    for file in "$class"*; do
+      ln -s "$file" "$folder/$copy-$(basename "$file")"
+    done
+  done
+done
+rookery=.venv/bin/rookery
+$rookery prep "$work/pictures" "$work/300" --split train --resize 300 --quality 90
+$rookery prep "$work/pictures" "$work/original" --split train
+for recipe in crop nest; do
+  for size in 300 original; do
+    $rookery bench loader "$work/$size/train" --recipe "$recipe" --out "$results/loader_${recipe}_$size.json"
+  done
+done

@@ -1,0 +1,168 @@
+"""Trying again what a network gets wrong now and then; what a user has to mend is told at once."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from data_prep.errors import UserError
+
+T = TypeVar("T")
+
+TRIES = "ROOKERY_STORE_TRIES"
+SECONDS = "ROOKERY_STORE_SECONDS"
+
+# Libraries whose exceptions speak of a connection.
+_CLIENTS = (
+    *("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "httpcore", "httpcore2", "httpx", "httpx2"),
+    *("requests", "urllib3"),
+)
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+_NO_CREDENTIALS = re.compile(r"Credential|Token|Authentication|Unauthori[sz]ed|ProfileNotFound")
+_PASSING_STATUS = (408, 425, 429)
+_DENIED = (401, 403)
+_MEND = {
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; "
+    "for a public bucket FSSPEC_S3='{\"anon\": true}'",
+    "gs": "run `gcloud auth application-default login` or set GOOGLE_APPLICATION_CREDENTIALS; "
+    'for a public bucket FSSPEC_GS=\'{"token": "anon"}\'',
+    "hf": "set HF_TOKEN to a token that may read it, or run `hf auth login`",
+    "abfs": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+    "http": "give an address that holds what the server asks for: user:password@, or a signature that has not expired",
+}
+_ALIASES = {"s3a": "s3", "gcs": "gs", "az": "abfs", "abfss": "abfs", "https": "http"}
+
+# Python's own generator belongs to augmentation libraries.
+_draw = random.Random()
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to go on with a store that does not answer as it should.
+
+    Attributes:
+        tries: of one request.
+        seconds: that a try may take: a request for a piece of `remote.PIECE` bytes at most, or what is in proportion.
+        first_pause, longest_pause: seconds between tries; they double from the first on, each shortened at random, so
+            that processes that failed together do not come back together.
+    """
+
+    tries: int = 6
+    seconds: float = 60.0
+    first_pause: float = 0.5
+    longest_pause: float = 15.0
+
+    @classmethod
+    def of_environment(cls) -> Patience:
+        """`ROOKERY_STORE_TRIES` and `ROOKERY_STORE_SECONDS`, or the defaults.
+
+        Raises:
+            UserError: one of them is no number above 0.
+        """
+        return cls(int(_number(TRIES, cls.tries)), _number(SECONDS, cls.seconds))
+
+    def pause(self, attempt: int) -> float:
+        """Seconds to wait after this attempt, counted from 1."""
+        return float(min(self.longest_pause, self.first_pause * 2 ** (attempt - 1)) * _draw.uniform(0.5, 1))
+
+
+def attempt(request: Callable[[], T], where: str, protocol: str, patience: Patience) -> T:
+    """The answer to a request, which is repeated as long as its failures look like passing ones.
+
+    Args:
+        request: raises what the client library raises.
+        where: what was asked for, in messages.
+        protocol: `s3`, `https`, ...
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it is no use to ask again, or was none `patience.tries` times.
+    """
+    for number in range(1, patience.tries + 1):
+        try:
+            return request()
+        except (FileNotFoundError, UserError):
+            raise
+        except Exception as error:
+            if not _may_pass(error):
+                raise _refused(error, where, protocol) from error
+            if number == patience.tries:
+                raise UserError(
+                    f"{where}: no success in {patience.tries} tries, the last: {_text(error)}; see whether the store "
+                    f"can be reached from here, and set {TRIES} or {SECONDS} higher if it is slow"
+                ) from error
+            time.sleep(patience.pause(number))
+    raise AssertionError("there is at least one try")
+
+
+def _may_pass(error: Exception) -> bool:
+    if isinstance(error, _LASTING):
+        return False
+    status = _status(error)
+    if status is not None:
+        return status >= 500 or status in _PASSING_STATUS
+    if _NO_CREDENTIALS.search(type(error).__name__):
+        return False
+    return isinstance(error, OSError | EOFError) or type(error).__module__.partition(".")[0] in _CLIENTS
+
+
+def _refused(error: Exception, where: str, protocol: str) -> UserError:
+    mend = _MEND.get(_ALIASES.get(protocol, protocol), f"see how {protocol}:// gets its credentials (fsspec)")
+    if isinstance(error, PermissionError) or _status(error) in _DENIED:
+        return UserError(f"{where}: access denied ({_text(error)}); {mend}")
+    if _NO_CREDENTIALS.search(type(error).__name__):
+        return UserError(f"{where}: no credentials that could be used ({_text(error)}); {mend}")
+    return UserError(f"{where}: {_text(error)}; see whether the address is right and the file whole")
+
+
+def _status(error: BaseException) -> int | None:
+    """HTTP status of an error of any client library, or of what caused it."""
+    for one in _chain(error):
+        if type(one).__module__ == "aiohttp.http_exceptions":  # its own, made for an answer that ended too early
+            continue
+        for value in _statuses(one):
+            if str(value).isdecimal() and 400 <= int(str(value)) < 600:
+                return int(str(value))
+    return None
+
+
+def _statuses(error: Any) -> Iterator[Any]:
+    """Where client libraries keep the status."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        yield response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    yield getattr(response, "status_code", None)
+    for name in ("status", "status_code", "code"):
+        yield getattr(error, name, None)
+
+
+def _chain(error: BaseException | None) -> Iterator[Any]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _text(error: Exception) -> str:
+    said = (getattr(error, "strerror", None) or str(error)).strip()
+    if isinstance(error, TimeoutError) and not said:
+        said = "no answer in time"
+    name = type(error).__name__
+    return " ".join(said.split()) if isinstance(error, OSError) and said else f"{name}: {' '.join(said.split())}"
+
+
+def _number(variable: str, default: float) -> float:
+    text = os.environ.get(variable)
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf") or (variable == TRIES and value < 1):
+        raise UserError(f"{variable}={text}: write a number above 0")
+    return value

@@ -1,0 +1,100 @@
+"""One run of `rookery bench loader`: lay the images out, let the contenders take turns, collect the figures."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from launch.bench_loader.contender import Settings, timed
+from launch.bench_loader.ours import OURS, bytes_per_image, split
+from launch.bench_loader.report import rows
+from launch.bench_loader.rounds import contenders, measure
+from launch.bench_loader.scene import set_up
+from launch.bench_report import device_name
+from pipeline.errors import UserError
+from pipeline.tracking.environment import key_versions
+from pipeline.train.cores import num_cores
+
+
+def bench_loader(
+    shards: Path,
+    recipe: str,
+    side: int,
+    batch: int,
+    workers: int | None,
+    samples: int,
+    repeats: int,
+    peers: bool,
+    target: float | None,
+) -> dict[str, Any]:
+    """The report; arguments as in `rookery bench loader --help`.
+
+    Raises:
+        UserError: the shards can't be used, or hold too few images for the batch.
+    """
+    with tempfile.TemporaryDirectory(prefix="rookery-") as folder:
+        _tell(f"laying out images below {folder}")
+        split_dir, files, beton, images = set_up(shards, Path(folder), samples)
+        workers = workers or num_cores()
+        settings = Settings(split_dir, files, beton, recipe, side, batch, workers, prefetch=4, warmup=2 * workers)
+        if images // batch < 2 * settings.warmup:
+            raise UserError(
+                f"{shards}: {images} images give {images // batch} batches of {batch}, {workers} workers need "
+                f"{2 * settings.warmup}; set a smaller --batch or more --samples"
+            )
+        chosen, left_out = contenders(recipe)
+        if not peers:
+            own = {contender.name for contender in OURS}
+            chosen, left_out = [c for c in chosen if c.name in own], []
+        found = measure(settings, chosen, repeats, _tell)
+        table = rows(found, workers)
+        report = {
+            "command": shlex.join(["rookery", *sys.argv[1:]]),
+            "recipe": recipe,
+            "side": side,
+            "batch": batch,
+            "workers": workers,
+            "repeats": repeats,
+            "samples": images,
+            "stored_kilobytes": bytes_per_image(settings) / 1000,
+            "device": device_name(),
+            "versions": key_versions(),
+            "loaders": table,
+            "left_out": left_out,
+            "split_ms": split(settings),
+            "target_images_per_second": target,
+        }
+        if "failed" not in table[0]:
+            _tell("waiting of a step as long as the loader takes")
+            shares = [wait_share(settings) for _ in range(repeats)]
+            report["wait_share"] = {"median": statistics.median(shares), "min": min(shares), "max": max(shares)}
+        return report
+
+
+def wait_share(settings: Settings) -> float:
+    """Part of the time that a training waits for data whose step takes as long as the loader does for a batch.
+
+    The loader's rate is measured by an epoch just before, because it drifts on a shared machine. The step is slept, as
+    on the host of a GPU. The first steps don't count.
+    """
+    epochs = OURS[0 if settings.recipe == "crop" else 2].epochs(settings)
+    step = settings.batch / timed(epochs(), settings.warmup)["rate"]
+    batches = epochs()
+    for _ in range(settings.warmup):
+        next(batches)
+    start, waited = time.perf_counter(), 0.0
+    while True:
+        time.sleep(step)
+        asked = time.perf_counter()
+        if next(batches, None) is None:
+            return waited / (asked - start)
+        waited += time.perf_counter() - asked
+
+
+def _tell(text: str) -> None:
+    print(f"bench loader: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,123 @@
+"""This project's loader as a contender, and where its time goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from launch.bench_loader.contender import Contender, Settings
+from pipeline.data.augment.mixing import MixConfig, draw_mix
+from pipeline.data.augment.settings import AugmentConfig
+from pipeline.data.augment.transforms import build_train_transform
+from pipeline.data.fast.decode import decode_rows
+from pipeline.data.fast.transform import FastTransform
+from pipeline.data.loader import Batches, StepDataset
+from pipeline.data.order import DataOrder, default_lanes
+from pipeline.data.shards import ShardSet
+
+NEST: dict[str, Any] = {
+    "crop": {"kind": "rrc", "scale": [0.05, 1.0], "ratio": [0.75, 1.33], "sampler": "side"},
+    "interpolation": "bilinear",
+    "antialias": False,
+    "rand_augment": {"policy": "nest", "layers": 2, "magnitude": 9, "std": 0.5, "prob": 0.5},
+    "color_jitter": {"strength": 0.3, "prob": 0.8, "gray_prob": 0.2},
+    "random_erasing": {"prob": 0.25, "placement": "clipped"},
+}
+CROP: dict[str, Any] = {"crop": "rrc", "interpolation": "bilinear", "antialias": False}
+SMOOTH: dict[str, Any] = {"crop": "rrc", "interpolation": "bilinear", "antialias": True}
+MIX = MixConfig(mixup_alpha=0.8, cutmix_alpha=1.0, mode="sample", beta="nest_approx", label_smoothing=0.1)
+
+
+def _dataset(settings: Settings, augment: dict[str, Any], compiled: bool) -> StepDataset:
+    shards = ShardSet(settings.shards)
+    sizes = tuple(shard.samples for shard in shards.manifest.shards)
+    order = DataOrder(sizes, seed=0, batch=settings.batch, lanes=default_lanes(settings.batch))
+    build = FastTransform if compiled else build_train_transform
+    transform = build(AugmentConfig.model_validate(augment), settings.side, 3)
+    mix = MIX if settings.recipe == "nest" else MixConfig()
+    # Peers that only crop give 8-bit pictures; with the whole recipe all give finished floats.
+    finish = settings.recipe == "nest"
+    return StepDataset(shards, order, transform, mix, settings.side, 3, 20, 0, 1, finish=finish)
+
+
+def _epochs(augment: dict[str, Any], compiled: bool = True) -> Callable[[Settings], Callable[[], Iterator[Any]]]:
+    def make(settings: Settings) -> Callable[[], Iterator[Any]]:
+        dataset = _dataset(settings, augment, compiled)
+        epoch = dataset.order.steps_per_epoch
+        started = 0
+
+        def start() -> Iterator[Any]:
+            nonlocal started
+            steps = range(started * epoch, (started + 1) * epoch)
+            started += 1
+            return iter(Batches(dataset, steps, settings.workers, settings.prefetch, torch.device("cpu")))
+
+        return start
+
+    return make
+
+
+OURS = [
+    Contender("rookery", None, ("crop",), _epochs(CROP)),
+    Contender("rookery, antialiased", None, ("crop",), _epochs(SMOOTH)),
+    Contender("rookery", None, ("nest",), _epochs(NEST)),
+    Contender("rookery, augment_by=pillow", None, ("nest",), _epochs(NEST, compiled=False)),
+]
+
+
+def split(settings: Settings, batches: int = 8) -> dict[str, float]:
+    """Milliseconds per image of each part of the work, in this process alone.
+
+    Returns:
+        `read`, `decode`, `crop`, `augment` (RandAugment and colour jitter), `finish` (normalisation and erasing, for
+        which a GPU is used where there is one) and `mix` (drawing partners and boxes).
+    """
+    spent = dict.fromkeys(("read", "decode", "crop", "augment", "finish", "mix"), 0.0)
+    augment = NEST if settings.recipe == "nest" else CROP
+    bare = {key: value for key, value in augment.items() if key not in ("rand_augment", "color_jitter")}
+    whole, crop = (FastTransform(AugmentConfig.model_validate(a), settings.side, 3) for a in (augment, bare))
+    dataset = _dataset(settings, augment, compiled=True)
+    images = 0
+    for step in range(-1, batches):  # the first one compiles, and fills caches
+        chosen = dataset.order.step(max(step, 0))
+        clock = _Clock()
+        samples = list(dataset.shards.read(chosen.samples))
+        reading = clock.lap()
+        bottoms = [partial(whole.bottom, numbers) for numbers in whole.numbers(0, chosen.epoch, chosen.samples)]
+        pictures = [decode_rows(s.data, 3, s.shape, bottom) for s, bottom in zip(samples, bottoms, strict=True)]
+        decoding = clock.lap()
+        crop(pictures, 0, chosen.epoch, chosen.samples)
+        cropping = clock.lap()
+        done = whole(pictures, 0, chosen.epoch, chosen.samples)
+        augmenting = max(clock.lap() - cropping, 0.0)
+        whole.finish.on_host(done.pixels, done.erased)
+        finishing = clock.lap()
+        draw_mix(dataset.mix, 0, step + 1, chosen.lanes, dataset.order.chunk, settings.side)
+        if step >= 0:
+            images += len(samples)
+            laps = (reading, decoding, cropping, augmenting, finishing, clock.lap())
+            for name, seconds in zip(spent, laps, strict=True):
+                spent[name] += seconds
+    return {name: 1000 * seconds / images for name, seconds in spent.items()}
+
+
+def bytes_per_image(settings: Settings) -> float:
+    """Mean stored size of an image."""
+    shards = ShardSet(settings.shards)
+    some = np.linspace(0, len(shards) - 1, 200).astype(int)
+    return float(np.mean([len(sample.data) for sample in shards.read(some)]))
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        since, self._last = now - self._last, now
+        return since

@@ -1,0 +1,98 @@
+"""Contenders measured in turn: each lives in a process of its own, and only one of them works at a time."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from launch.bench_loader.contender import Contender, Settings, timed
+
+
+def contenders(recipe: str) -> tuple[list[Contender], list[str]]:
+    """Those that do a recipe and can be imported here, and the names of those left out for want of a package."""
+    from launch.bench_loader.ours import OURS
+    from launch.bench_loader.peers import PEERS
+
+    able = [contender for contender in [*OURS, *PEERS] if recipe in contender.recipes]
+    here = [c for c in able if c.package is None or importlib.util.find_spec(c.package)]
+    return here, [f"{c.name} (no package {c.package})" for c in able if c not in here]
+
+
+def measure(
+    settings: Settings, chosen: list[Contender], repeats: int, told: Callable[[str], None]
+) -> dict[str, list[dict[str, float]] | str]:
+    """The figures of every contender's rounds, or why it has none.
+
+    Rounds are interleaved: the first of all, the second of all, ... so that a machine that gets slower or busier hits
+    everybody alike. The epoch before the first round, which compiles and fills the page cache, doesn't count.
+    """
+    crew = {contender.name: _Process(contender, settings) for contender in chosen}
+    found: dict[str, list[dict[str, float]] | str] = {name: [] for name in crew}
+    try:
+        for turn in range(-1, repeats):
+            for name, process in crew.items():
+                rounds = found[name]
+                if isinstance(rounds, str):
+                    continue
+                told(f"{'warm-up' if turn < 0 else f'round {turn + 1} of {repeats}'}: {name}")
+                answer = process.round()
+                if isinstance(answer, str):
+                    found[name] = answer
+                elif turn >= 0:
+                    rounds.append(answer)
+    finally:
+        for process in crew.values():
+            process.end()
+    return found
+
+
+class _Process:
+    def __init__(self, contender: Contender, settings: Settings) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._ours, theirs = context.Pipe()
+        # Not a daemon: those may not start loader processes.
+        self._process = context.Process(target=_serve, args=(theirs, contender.name, settings))
+        self._process.start()
+        theirs.close()
+
+    def round(self) -> dict[str, float] | str:
+        try:
+            self._ours.send("round")
+            return self._ours.recv()
+        except (EOFError, OSError):
+            self._process.join(timeout=5)
+            return f"its process ended with status {self._process.exitcode}"
+
+    def end(self) -> None:
+        self._ours.close()
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+def _serve(connection: Connection, name: str, settings: Settings) -> None:
+    """A contender's process: one epoch for every word that comes."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with open(os.devnull, "w") as nowhere:  # some of them print their settings
+        sys.stdout = nowhere
+        [contender] = [c for c in contenders(settings.recipe)[0] if c.name == name]
+        start: Callable[[], Any] | None = None
+        while True:
+            try:
+                connection.recv()
+            except EOFError:
+                return
+            try:
+                start = start or contender.epochs(settings)
+                answer: dict[str, float] | str = timed(iter(start()), settings.warmup)
+            except Exception as error:
+                traceback.print_exc(file=sys.stderr)
+                answer = f"{type(error).__name__}: {error}"
+            connection.send(answer)

@@ -1,0 +1,78 @@
+"""From 8-bit batches to the model's floats: normalisation and random erasing, on any device."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline.data.augment.settings import AugmentConfig
+
+
+class Erased(NamedTuple):
+    """Boxes of a batch that are erased after normalisation.
+
+    Attributes:
+        boxes: (n, 5) int64: sample, top, left, height, width. On the host, where they choose which memory is written.
+        noise: float32, the (C, height, width) values of all boxes one after the other; empty: they become 0.
+    """
+
+    boxes: Any
+    noise: Any
+
+
+class Finish:
+    """`finish(pixels, erased)` is the (B, C, H, W) float32 model input.
+
+    Args:
+        config: mean and standard deviation, and whether erased boxes become noise.
+        in_chans: channels.
+
+    Raises:
+        UserError: the normalisation has another number of channels.
+    """
+
+    def __init__(self, config: AugmentConfig, in_chans: int) -> None:
+        mean, std = config.mean_std(in_chans)
+        self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+        self.noisy = config.random_erasing is not None and config.random_erasing.mode == "pixel"
+        # Every value that a channel can have; the same three operations in the same order as on whole pictures.
+        values = torch.arange(256, dtype=torch.float32).div_(255).view(1, 256)
+        self._table = values.sub(self.mean[:, 0]).div_(self.std[:, 0]).numpy()
+
+    def __call__(self, pixels: torch.Tensor, erased: Erased) -> torch.Tensor:
+        """The inputs, on the device of `pixels` and without waiting for it.
+
+        Args:
+            pixels: (B, C, H, W) uint8, of any strides.
+            erased: `boxes` on the host, `noise` on the device.
+        """
+        if self.mean.device != pixels.device:
+            self.mean, self.std = self.mean.to(pixels.device), self.std.to(pixels.device)
+        images = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        return self._erase(images.sub_(self.mean).div_(self.std), erased)
+
+    def on_host(self, pixels: np.ndarray, erased: Erased, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The same inputs to the bit, of (B, H, W, C) uint8 in the memory of the host, by one compiled loop.
+
+        Args:
+            out: contiguous, takes the result; None: new memory.
+        """
+        from pipeline.data.fast.kernels import look_up  # a process that trains on a GPU never needs it
+
+        batch, height, width, channels = pixels.shape
+        images = torch.empty((batch, channels, height, width)) if out is None else out
+        look_up(pixels, self._table, images.numpy())
+        return self._erase(images, Erased(erased.boxes, torch.as_tensor(erased.noise)))
+
+    def _erase(self, images: torch.Tensor, erased: Erased) -> torch.Tensor:
+        start = 0
+        for sample, top, left, height, width in np.asarray(erased.boxes).tolist():
+            area = images[sample, :, top : top + height, left : left + width]
+            if self.noisy:
+                area.copy_(erased.noise[start : start + area.numel()].view(area.shape))
+                start += area.numel()
+            else:
+                area.zero_()
+        return images

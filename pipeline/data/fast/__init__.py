@@ -1,0 +1,5 @@
+"""The fast path from encoded bytes to 8-bit batches: libjpeg-turbo, and loops compiled by Numba.
+
+It draws what the plain path of `pipeline.data.augment` draws, with the same code, and does it faster. The plain path
+stays as the reference (`data.augment_by: reference`) that tests compare with, operation by operation.
+"""

@@ -1,0 +1,146 @@
+"""Compiled operations give the numbers that Pillow and the plain path give."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from pipeline.data.augment import color as plain_color
+from pipeline.data.augment.randaugment import POLICIES, draw_ops, fill_color
+from pipeline.data.augment.settings import ColorJitterConfig, RandAugmentConfig
+from pipeline.data.fast import color, kernels
+from pipeline.data.fast.decode import decode_array, decode_image, decode_rows
+from pipeline.data.fast.randaugment import apply_op
+from pipeline.errors import UserError
+
+SIDE = 96
+
+
+def pictures(side: int = SIDE) -> dict[str, np.ndarray]:
+    """Photographs and the pictures on which operations go wrong first."""
+    draw = np.random.default_rng(0)
+    flower, china = (np.ascontiguousarray(photo[:side, 200 : 200 + side]) for photo in load_sample_images().images)
+    return {
+        "flower": flower,
+        "china": china,
+        "one colour": np.full((side, side, 3), 77, np.uint8),
+        "two values": ((draw.random((side, side, 3)) < 0.3) * 255).astype(np.uint8),
+        "noise": draw.integers(0, 256, (side, side, 3), np.uint8),
+        "black": np.zeros((side, side, 3), np.uint8),
+        "grey": np.ascontiguousarray(flower[:, :, :1]),
+    }
+
+
+def image_of(picture: np.ndarray) -> Image.Image:
+    return Image.fromarray(picture if picture.shape[2] == 3 else picture[:, :, 0])
+
+
+@pytest.mark.parametrize(
+    ("policy", "name"), [(policy, name) for policy, operations in POLICIES.items() for name in operations]
+)
+def test_every_operation_equals_pillow(policy: str, name: str) -> None:
+    operations = list(POLICIES[policy])
+    which = (operations.index(name) + 0.5) / len(operations)
+    draw = np.random.default_rng(1)
+    for label, picture in pictures().items():
+        fill = fill_color(policy, (0.485, 0.456, 0.406)[: picture.shape[2]])
+        for magnitude in (0.0, 5.0, 9.0, 10.0):
+            for _ in range(2):
+                config = RandAugmentConfig(policy=policy, layers=1, prob=1.0, magnitude=magnitude, std=1.0)  # type: ignore[arg-type]
+                [op] = draw_ops(config, SIDE, "random", [which, 0.0, *draw.random(4).tolist()])
+                expected = np.asarray(op.apply(image_of(picture), fill)).reshape(picture.shape)
+                got, _ = apply_op(picture.copy(), np.empty_like(picture), op, np.atleast_1d(np.array(fill, np.uint8)))
+                assert np.array_equal(got, expected), (label, magnitude, op.arg, op.resample)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("box", [(0, 0, 96, 96), (10, 3, 30, 90), (50, 60, 7, 5), (95, 0, 1, 96), (0, 20, 96, 1)])
+def test_resize_equals_pillow(box: tuple[int, int, int, int], mirror: bool) -> None:
+    top, left, height, width = box
+    for label, picture in pictures().items():
+        out = np.empty((64, 64, picture.shape[2]), np.uint8)
+        kernels.resize_point(picture, top, left, height, width, mirror, out)
+        part = image_of(np.ascontiguousarray(picture[top : top + height, left : left + width]))
+        whole = part.transform((64, 64), Image.Transform.EXTENT, (0, 0, width, height), Image.Resampling.BILINEAR)
+        if mirror:
+            whole = whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        difference = np.abs(out.astype(int) - np.asarray(whole).reshape(out.shape))
+        # Single precision: what Pillow cuts to a whole number from just above may lie just below.
+        assert difference.max() <= 1 and (difference > 0).mean() < 2e-3, label
+
+
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+def test_color_jitter_equals_the_plain_path_rounded(strength: float) -> None:
+    config, draw = ColorJitterConfig(strength=strength), np.random.default_rng(2)
+    seen = set()
+    for label, picture in pictures().items():
+        planes = np.empty((picture.shape[2], SIDE * SIDE), np.float32)
+        for _ in range(25):
+            jitter = plain_color.draw_color_jitter(config, draw.random(7).tolist())
+            seen.add((jitter.gray, *(name for name, _ in jitter.adjustments)))
+            pixels = torch.from_numpy(picture).permute(2, 0, 1).float().div(255)
+            expected = plain_color.apply_color_jitter(pixels, jitter).permute(1, 2, 0).numpy() * 255
+            got = picture.copy()
+            color.apply_color_jitter(got, jitter, planes)
+            assert np.abs(got - expected).max() < 0.501, (label, jitter)
+    assert len(seen) > 20  # most of the 24 orders
+
+
+def encoded(image: Image.Image, kind: str, **options: int | bool) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+PHOTO = Image.fromarray(load_sample_images().images[1])
+ENCODED = {
+    "baseline": encoded(PHOTO, "JPEG", quality=90),
+    "progressive": encoded(PHOTO, "JPEG", quality=60, progressive=True),
+    "4:4:4": encoded(PHOTO, "JPEG", subsampling=0),
+    "grey": encoded(PHOTO.convert("L"), "JPEG"),
+    "cmyk": encoded(PHOTO.convert("CMYK"), "JPEG"),
+    "odd sides": encoded(PHOTO.crop((0, 0, 333, 211)), "JPEG"),
+    "png": encoded(PHOTO, "PNG"),
+    "png with alpha": encoded(PHOTO.convert("RGBA"), "PNG"),
+    "webp": encoded(PHOTO, "WEBP"),
+}
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("name", ENCODED)
+def test_decoded_equals_pillow(name: str, in_chans: int) -> None:
+    got = decode_array(ENCODED[name], in_chans)
+    expected = np.asarray(decode_image(ENCODED[name], in_chans)).reshape(got.shape)
+    assert got.shape[2] == in_chans and got.flags.c_contiguous
+    assert np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"GIF89a", ENCODED["baseline"][:5000], ENCODED["png"][:5000]])
+def test_damaged_bytes_are_an_error(data: bytes) -> None:
+    with pytest.raises(UserError, match="can't be decoded"):
+        decode_array(data, 3)
+
+
+@pytest.mark.parametrize("name", ["baseline", "4:4:4", "grey", "odd sides", "progressive", "cmyk", "png", "restarts"])
+def test_rows_are_those_of_the_whole_picture(name: str) -> None:
+    data = encoded(PHOTO, "JPEG", restart_marker_rows=1) if name == "restarts" else ENCODED[name]
+    whole = decode_array(data, 3)
+    height, width = whole.shape[:2]
+    shortened = 0
+    for needed in (1, 8, 100, 150, height - 17, height):
+        part = decode_rows(data, 3, None, lambda *size, n=needed: n if size == (width, height) else 0)
+        assert part.height == height and needed <= len(part.pixels) <= height
+        assert np.array_equal(part.pixels[:needed], whole[:needed])
+        shortened += len(part.pixels) < height
+    assert shortened >= 4 if name in ("baseline", "4:4:4", "grey", "odd sides", "restarts") else shortened == 0
+
+
+@pytest.mark.parametrize("kept", [3000, 20_000])
+def test_a_jpeg_cut_short_is_an_error_however_little_is_needed(kept: int) -> None:
+    with pytest.raises(UserError, match="can't be decoded"):
+        decode_rows(ENCODED["baseline"][:kept], 3, None, lambda width, height: 8)

@@ -6,26 +6,27 @@
 set -euo pipefail
 pictures=$(realpath "${1:?name a folder with class folders of pictures}")
 results=$(realpath "${2:-$(dirname "$0")/results}")
-cd "$(dirname "$0")/.."
+rookery=$(realpath "$(dirname "$0")/../.venv/bin/rookery" --no-symlinks)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+cd "$work"  # so that the commands in the results name no folder of this machine
 
 total=$(find "$pictures" -type f | wc -l)
 copies=$(((4000 + total - 1) / total))
 for ((copy = 0; copy < copies; copy++)); do
   for class in "$pictures"/*/; do
-    folder=$work/pictures/$(basename "$class")
+    folder=pictures/$(basename "$class")
     mkdir -p "$folder"
     for file in "$class"*; do
       ln -s "$file" "$folder/$copy-$(basename "$file")"
     done
   done
 done
-rookery=.venv/bin/rookery
-$rookery prep "$work/pictures" "$work/300" --split train --resize 300 --quality 90
-$rookery prep "$work/pictures" "$work/original" --split train
+"$rookery" prep pictures 300 --split train --resize 300 --quality 90
+"$rookery" prep pictures original --split train
 for recipe in crop nest; do
   for size in 300 original; do
-    $rookery bench loader "$work/$size/train" --recipe "$recipe" --out "$results/loader_${recipe}_$size.json"
+    "$rookery" bench loader "$size/train" --recipe "$recipe" --out "loader_${recipe}_$size.json"
+    mv "loader_${recipe}_$size.json" "$results"
   done
 done

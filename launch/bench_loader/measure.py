@@ -82,7 +82,8 @@ def wait_share(settings: Settings) -> float:
     The loader's rate is measured by an epoch just before, because it drifts on a shared machine. The step is slept, as
     on the host of a GPU. The first steps don't count.
     """
-    epochs = OURS[0 if settings.recipe == "crop" else 2].epochs(settings)
+    own = next(contender for contender in OURS if settings.recipe in contender.recipes)
+    epochs = own.epochs(settings)
     step = settings.batch / timed(epochs(), settings.warmup)["rate"]
     batches = epochs()
     for _ in range(settings.warmup):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import signal
+import subprocess
 import tarfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,3 +112,22 @@ def exits_after(step: int, counted: Sequence[str]) -> None:
 
     for name in counted:
         setattr(os, name, wrap(getattr(os, name)))
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    """Until the path exists or the process has ended."""
+    deadline = time.monotonic() + 30
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def kill(process: subprocess.Popen[bytes], whole_group: bool) -> bool:
+    """kill -9 of a process, which leads a group, alone or with its group; False if it had ended before."""
+    if process.poll() is not None:
+        return False
+    if whole_group:
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    process.wait()
+    return True

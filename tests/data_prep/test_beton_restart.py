@@ -6,7 +6,6 @@ import hashlib
 import io
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,8 +22,8 @@ from data_prep.manifest import Manifest, load_index
 from data_prep.options import PrepOptions
 from data_prep.prepare import prepare
 from data_prep.verify import verify
-from tests.data_prep.helpers import TEXT, digests, make_folder
-from tests.data_prep.test_restart import die_at, wait_for
+from tests.data_prep.helpers import TEXT, digests, kill, make_folder, wait_for
+from tests.data_prep.test_restart import die_at
 from tests.data_prep.test_verify import append, cut, flip
 
 OPTIONS = PrepOptions(format="ffcv", write_mode="proportion", workers=1, shard_samples=4)
@@ -86,11 +85,7 @@ def test_kills_at_random_moments(tmp_path: Path) -> None:
         process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
         wait_for(out / "train" / ".prep" / "plan.json", process)
         time.sleep(draw.uniform(0, 0.6))
-        if number % 2:
-            process.kill()
-        else:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill(process, whole_group=number % 2 == 0)
     options = replace(OPTIONS, workers=2, shard_samples=6, resize=200)
     prepare(source, out, options)
     prepare(source, tmp_path / "whole", options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ import pytest
 from data_prep.options import PrepOptions
 from data_prep.prepare import prepare
 from data_prep.verify import verify
-from tests.data_prep.helpers import TEXT, digests, exits_after, make_folder
+from tests.data_prep.helpers import TEXT, digests, exits_after, kill, make_folder, wait_for
 
 OPTIONS = PrepOptions(workers=1, shard_samples=4)
 CLASSES = ("ant", "bee")
@@ -120,12 +119,7 @@ def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
         process = start(source, out)
         wait_for(out / "train" / ".prep" / "plan.json", process)
         time.sleep(draw.uniform(0, 0.9))
-        kills += process.poll() is None
-        if kills % 2:
-            process.kill()
-        else:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kills += kill(process, whole_group=kills % 2 == 0)
         if (out / "train" / "manifest.json").exists():
             assert digests(out) == expected, f"seed {seed}, {kills} kills"
             rounds += 1
@@ -139,9 +133,3 @@ def start(source: Path, out: Path) -> subprocess.Popen[bytes]:
         f"prepare({str(source)!r}, {str(out)!r}, PrepOptions(workers=2, shard_samples=6, resize=200))"
     )
     return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-
-
-def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 30
-    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)

@@ -48,6 +48,10 @@ def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs" / "run"
 
 
+# Overrides for a model of two levels instead of three, where the model is not what is tested.
+TWO_LEVELS = ("model.options.num_levels=2", "model.options.embed_dims=[16,32]", "model.options.num_heads=[1,2]")
+
+
 def write_recipe(digits: Path, folder: Path, augment: bool = True) -> Path:
     """The recipe of `recipe`; without augmentation its steps take a third of the time."""
     tree: dict[str, Any] = {

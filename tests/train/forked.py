@@ -87,10 +87,11 @@ def _serve() -> None:
     os.dup2(1, 2)
     os.environ["DS_ACCELERATOR"] = "cpu"
     sys.modules["mlflow"] = None  # type: ignore[assignment]  # as `import_deepspeed` does
-    import deepspeed  # noqa: F401
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # and with it the compiler, at the first start
     import torch
     import torch._dynamo  # which torch's convolutions and optimizers import when they are first used
 
+    import pipeline.data.fast.randaugment  # loads what it compiled before
     import pipeline.train.engines.deepspeed
     import pipeline.train.engines.fsdp
     import pipeline.train.loop

@@ -25,8 +25,8 @@ ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 class PlainTraining:
     """The run of a recipe of `tests.train.conftest.write_recipe`."""
 
-    def __init__(self, recipe: Path, precision: str = "fp32", lr_scale: float = 1.0) -> None:
-        self.run = resolve(load_config(recipe), 1)
+    def __init__(self, recipe: Path, precision: str = "fp32", lr_scale: float = 1.0, *overrides: str) -> None:
+        self.run = resolve(load_config(recipe, list(overrides)), 1)
         self.model = initial_model(self.run.config, ALONE)
         self.precision, self.lr_scale = precision, lr_scale
         exempt = self.model.no_weight_decay()

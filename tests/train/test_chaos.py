@@ -16,7 +16,7 @@ import pytest
 from pipeline.tracking.metrics import read_metrics
 from pipeline.train.export import WEIGHTS
 from pipeline.train.trace import read_trace
-from tests.train.conftest import write_recipe
+from tests.train.conftest import TWO_LEVELS, write_recipe
 from tests.train.forked import ForkServer, Job
 
 KILLS = int(os.environ.get("ROOKERY_CHAOS_KILLS", 30))
@@ -26,7 +26,7 @@ ENGINES = {
     "zero3": ["engine.name=deepspeed", "engine.zero_stage=3"],
 }
 # About 4 steps survive a kill.
-LENGTH = ("train.epochs=10000steps", f"train.stop_after={6 * KILLS}steps")
+LENGTH = ("train.epochs=10000steps", f"train.stop_after={5 * KILLS}steps")
 OFTEN = ("checkpoint.every=5steps", "eval.every=11steps", "eval.batch_size=20")
 
 
@@ -36,7 +36,7 @@ def test_chaos(engine: str, digits: Path, tmp_path: Path, fork_server: ForkServe
     seed = int(os.environ.get("ROOKERY_CHAOS_SEED", random.SystemRandom().randrange(10**6)))
     moments = random.Random(seed)
     recipe = write_recipe(digits, tmp_path, augment=False)
-    options = (*ENGINES[engine], *LENGTH, *OFTEN)
+    options = (*ENGINES[engine], *TWO_LEVELS, *LENGTH, *OFTEN)
     whole, cut = (tmp_path / "runs" / f"{engine}-{name}" for name in ("whole", "cut"))
     fork_server.train(recipe, *options, f"name={whole.name}", nproc=2)
 
@@ -72,7 +72,7 @@ def kill(job: Job, where: str, run: Path, moments: random.Random) -> None:
         job.kill()
         return
     before = lines(metrics)
-    wanted = moments.randrange(1, 9)
+    wanted = moments.randrange(1, 8)
 
     def reached() -> bool:
         if where == "save":

@@ -14,7 +14,7 @@ from launch.bench_loader.contender import Contender, Settings
 from pipeline.data.augment.mixing import MixConfig, draw_mix
 from pipeline.data.augment.settings import AugmentConfig
 from pipeline.data.augment.transforms import build_train_transform
-from pipeline.data.fast.decode import decode_rows
+from pipeline.data.fast.decode import decode_part
 from pipeline.data.fast.transform import FastTransform
 from pipeline.data.loader import Batches, StepDataset
 from pipeline.data.order import DataOrder, default_lanes
@@ -88,8 +88,8 @@ def split(settings: Settings, batches: int = 8) -> dict[str, float]:
         clock = _Clock()
         samples = list(dataset.shards.read(chosen.samples))
         reading = clock.lap()
-        bottoms = [partial(whole.bottom, numbers) for numbers in whole.numbers(0, chosen.epoch, chosen.samples)]
-        pictures = [decode_rows(s.data, 3, s.shape, bottom) for s, bottom in zip(samples, bottoms, strict=True)]
+        wanted = [partial(whole.wanted, numbers) for numbers in whole.numbers(0, chosen.epoch, chosen.samples)]
+        pictures = [decode_part(s.data, 3, s.shape, part) for s, part in zip(samples, wanted, strict=True)]
         decoding = clock.lap()
         crop(pictures, 0, chosen.epoch, chosen.samples)
         cropping = clock.lap()

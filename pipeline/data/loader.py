@@ -24,8 +24,8 @@ from pipeline.data.augment.mixing import MixConfig, MixParams, draw_mix
 from pipeline.data.augment.token_labels import TokenLabelBatch, decode_map
 from pipeline.data.augment.transforms import TrainTransform
 from pipeline.data.batches import Batches, Failed, empty_to_send
-from pipeline.data.fast.decode import decode_image, decode_rows
-from pipeline.data.fast.transform import Bottom, FastTransform
+from pipeline.data.fast.decode import decode_image, decode_part
+from pipeline.data.fast.transform import FastTransform, Wanted
 from pipeline.data.order import DataOrder
 from pipeline.data.shards import ShardSet
 from pipeline.data.substitute import BadSample, Replaced, Retries, Substitutes
@@ -36,7 +36,7 @@ __all__ = ["Batches", "EvalBatch", "EvalDataset", "StepDataset", "TrainBatch"]
 
 _DROP_PATH_STREAM = 101
 
-# Gives the picture of the next sample of a batch, as far down as it is told.
+# Gives the picture of the next sample of a batch, or the part that it is told.
 _Load = Callable[..., Any]
 # Augmented images, boxes that are still to be erased, and where parts of the images come from.
 _Images = tuple[torch.Tensor, Erased | None, np.ndarray | None]
@@ -98,7 +98,7 @@ class EvalBatch(NamedTuple):
 class Decoded(NamedTuple):
     """A sample that can be used: its key, label, label map if asked for, and picture.
 
-    `picture` is a Pillow image, or `Rows` for compiled loops; None where it was used already.
+    `picture` is a Pillow image, or a `Part` for compiled loops; None where it was used already.
     """
 
     key: str
@@ -112,12 +112,12 @@ def load_sample(
     sample: int,
     in_chans: int,
     tokens: bool = False,
-    bottom: Bottom | None = None,
+    wanted: Wanted | None = None,
 ) -> Decoded:
     """Read and decode one sample.
 
     Args:
-        bottom: give `Rows`, as `decode_rows` says; None: a Pillow image.
+        wanted: give a `Part`, as `decode_part` says; None: a Pillow image.
 
     Raises:
         BadSample: it can't be.
@@ -125,10 +125,10 @@ def load_sample(
     read = next(shards.read([sample], tokens))
     try:
         picture: Any
-        if bottom is None:
+        if wanted is None:
             picture = decode_image(read.data, in_chans, read.shape)
         else:
-            picture = decode_rows(read.data, in_chans, read.shape, bottom)
+            picture = decode_part(read.data, in_chans, read.shape, wanted)
         maps = None if read.tokens is None else decode_map(read.tokens, shards.manifest)
     except UserError as error:
         shards.reopen(sample)
@@ -203,9 +203,9 @@ class StepDataset(Dataset):
         samples: list[Decoded] = []
         replaced: list[Replaced] = []
 
-        def load(sample: int, bottom: Bottom | None = None) -> Any:
+        def load(sample: int, wanted: Wanted | None = None) -> Any:
             # A replacement takes a bad sample's place, and with it all that is drawn there.
-            position, loaded, fault = self._samples.load(sample, chosen.epoch, partial(self._load, bottom=bottom))
+            position, loaded, fault = self._samples.load(sample, chosen.epoch, partial(self._load, wanted=wanted))
             if fault is not None:
                 replaced.append(Replaced(sample, fault.file, fault.key, fault.reason, position, loaded.key))
             used.append(position)
@@ -226,8 +226,8 @@ class StepDataset(Dataset):
             replaced or None,
         )
 
-    def _load(self, sample: int, bottom: Bottom | None) -> Decoded:
-        return load_sample(self.shards, sample, self.in_chans, self.tokens is not None, bottom)
+    def _load(self, sample: int, wanted: Wanted | None) -> Decoded:
+        return load_sample(self.shards, sample, self.in_chans, self.tokens is not None, wanted)
 
     def _fast(self, loads: list[_Load], samples: list[Decoded], epoch: int, ids: np.ndarray) -> _Images:
         assert isinstance(self.transform, FastTransform)

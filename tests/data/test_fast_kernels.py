@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from data_prep.images import make_usable
 from pipeline.data.augment import color as plain_color
+from pipeline.data.augment.crop import Box
 from pipeline.data.augment.randaugment import POLICIES, draw_ops, fill_color
 from pipeline.data.augment.settings import ColorJitterConfig, RandAugmentConfig
 from pipeline.data.fast import color, kernels
-from pipeline.data.fast.decode import decode_array, decode_image, decode_rows
+from pipeline.data.fast.decode import decode_array, decode_image, decode_part
 from pipeline.data.fast.randaugment import apply_op
 from pipeline.errors import UserError
 
@@ -126,21 +128,72 @@ def test_damaged_bytes_are_an_error(data: bytes) -> None:
         decode_array(data, 3)
 
 
-@pytest.mark.parametrize("name", ["baseline", "4:4:4", "grey", "odd sides", "progressive", "cmyk", "png", "restarts"])
-def test_rows_are_those_of_the_whole_picture(name: str) -> None:
-    data = encoded(PHOTO, "JPEG", restart_marker_rows=1) if name == "restarts" else ENCODED[name]
+SMALL = PHOTO.crop((0, 0, 400, 300))  # 25 units of 16 pixels in a row
+ROTATED = SMALL.transpose(Image.Transpose.TRANSPOSE)  # 19 units, a prime number
+# Name: (file, smallest share of the picture that is decoded for a box of a tenth of it, largest).
+PARTS = {
+    "baseline": (ENCODED["baseline"], 0.1, 1.0),
+    "4:4:4": (ENCODED["4:4:4"], 0.1, 1.0),
+    "grey": (ENCODED["grey"], 0.1, 1.0),
+    "odd sides": (ENCODED["odd sides"], 0.1, 1.0),
+    "a marker each row": (encoded(PHOTO, "JPEG", restart_marker_rows=1), 0.1, 0.5),
+    "a marker each unit": (encoded(SMALL, "JPEG", restart_marker_blocks=1), 0.1, 0.25),
+    "a marker each 5 units": (encoded(SMALL, "JPEG", restart_marker_blocks=5), 0.1, 0.35),
+    "a marker each unit, 19 in a row": (encoded(ROTATED, "JPEG", restart_marker_blocks=1), 0.1, 0.25),
+    "a marker each 4 units, 19 in a row": (encoded(ROTATED, "JPEG", restart_marker_blocks=4), 0.1, 1.0),
+    "a marker each 2 rows": (encoded(PHOTO, "JPEG", restart_marker_rows=2), 0.1, 1.0),
+    "markers, 4:4:4": (encoded(SMALL, "JPEG", subsampling=0, restart_marker_blocks=2), 0.1, 0.2),
+    "markers, 4:2:2": (encoded(SMALL, "JPEG", subsampling=1, restart_marker_blocks=1), 0.1, 0.22),
+    "markers, grey": (encoded(SMALL.convert("L"), "JPEG", restart_marker_blocks=2), 0.1, 0.2),
+    "markers, odd sides": (encoded(SMALL.crop((0, 0, 333, 277)), "JPEG", restart_marker_blocks=3), 0.1, 0.35),
+    "markers, optimized": (encoded(SMALL, "JPEG", quality=98, optimize=True, restart_marker_blocks=5), 0.1, 0.35),
+    "prepared": (make_usable(encoded(PHOTO, "JPEG"), resize=300).data, 0.1, 0.25),
+    "prepared, grey": (make_usable(encoded(PHOTO.convert("L"), "JPEG"), resize=300).data, 0.1, 0.2),
+    "progressive": (ENCODED["progressive"], 1.0, 1.0),
+    "cmyk": (ENCODED["cmyk"], 1.0, 1.0),
+    "png": (ENCODED["png"], 1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_is_that_of_the_whole_picture(name: str) -> None:
+    data, least, most = PARTS[name]
     whole = decode_array(data, 3)
     height, width = whole.shape[:2]
-    shortened = 0
-    for needed in (1, 8, 100, 150, height - 17, height):
-        part = decode_rows(data, 3, None, lambda *size, n=needed: n if size == (width, height) else 0)
-        assert part.height == height and needed <= len(part.pixels) <= height
-        assert np.array_equal(part.pixels[:needed], whole[:needed])
-        shortened += len(part.pixels) < height
-    assert shortened >= 4 if name in ("baseline", "4:4:4", "grey", "odd sides", "restarts") else shortened == 0
+    draw = np.random.default_rng(0)
+    boxes = [Box(0, 0, height, width), Box(0, 0, 1, 1), Box(height - 1, width - 1, 1, 1), Box(15, 15, 18, 2)]
+    for _ in range(60):
+        h, w = draw.integers(1, height + 1), draw.integers(1, width + 1)
+        boxes.append(Box(*map(int, (draw.integers(0, height - h + 1), draw.integers(0, width - w + 1), h, w))))
+    for box in boxes:
+        part = decode_part(data, 3, None, lambda *size, box=box: box if size == (width, height) else None)
+        assert (part.width, part.height) == (width, height)
+        top, left = box.top - part.top, box.left - part.left
+        assert top >= 0 and left >= 0
+        got = part.pixels[top : top + box.height, left : left + box.width]
+        assert np.array_equal(got, whole[box.top : box.top + box.height, box.left : box.left + box.width]), box
+    middle = Box(height // 3, width // 3, height // 3, width // 3)
+    share = decode_part(data, 3, None, lambda *size: middle).pixels.size / whole.size
+    assert least <= share <= most
+
+
+@pytest.mark.parametrize("damage", ["gone", "doubled", "renumbered", "noise"])
+def test_markers_out_of_order_are_no_help(damage: str) -> None:
+    """The file is decoded as a whole then, and is what the decoder makes of it."""
+    data = bytearray(PARTS["a marker each unit"][0])
+    at = data.index(b"\xff\xd3")
+    if damage == "noise":
+        data[at - 40 : at] = bytes(range(40))
+    else:
+        data[at : at + 2] = {"gone": b"", "doubled": b"\xff\xd3\xff\xd3", "renumbered": b"\xff\xd5"}[damage]
+    part = decode_part(bytes(data), 3, None, lambda *size: Box(40, 40, 30, 30))
+    whole = decode_array(bytes(data), 3)
+    if damage != "noise":
+        assert np.array_equal(part.pixels, whole)
+    assert np.array_equal(part.pixels[40 - part.top :, 40 - part.left :][:30, :30], whole[40:70, 40:70])
 
 
 @pytest.mark.parametrize("kept", [3000, 20_000])
 def test_a_jpeg_cut_short_is_an_error_however_little_is_needed(kept: int) -> None:
     with pytest.raises(UserError, match="can't be decoded"):
-        decode_rows(ENCODED["baseline"][:kept], 3, None, lambda width, height: 8)
+        decode_part(ENCODED["baseline"][:kept], 3, None, lambda *size: Box(0, 0, 8, 8))

@@ -10,79 +10,56 @@ import numpy as np
 from PIL import Image
 
 from data_prep.manifest import is_absurd
+from pipeline.data.augment.crop import Box
+from pipeline.data.fast.jpeg import MAGIC, cut_out
 from pipeline.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-_JPEG_MAGIC = b"\xff\xd8\xff"
-_BASELINE, _OTHER_FRAMES, _SCAN = 0xC0, (0xC1, 0xC2, 0xC3), 0xDA
 
 
-class Rows(NamedTuple):
-    """The upper rows of a picture, or all of it.
+class Part(NamedTuple):
+    """A part of a picture, or all of it.
 
     Attributes:
-        pixels: (h, W, C) uint8.
-        height: rows of the whole picture.
+        pixels: (h, w, C) uint8.
+        top, left: where they begin in the picture.
+        width, height: of the whole picture.
     """
 
     pixels: np.ndarray
+    top: int
+    left: int
+    width: int
     height: int
 
+    @classmethod
+    def whole(cls, pixels: np.ndarray) -> Part:
+        return cls(pixels, 0, 0, pixels.shape[1], pixels.shape[0])
 
-def decode_rows(data: bytes, in_chans: int, shape: tuple[int, int] | None, bottom: Callable[[int, int], int]) -> Rows:
-    """As `decode_array`, but a baseline JPEG only as far down as needed: what lies below a crop is never parsed.
 
-    The rows asked for are those of the whole picture, to the last bit.
+def decode_part(data: bytes, in_chans: int, shape: tuple[int, int] | None, wanted: Callable[[int, int], Box]) -> Part:
+    """As `decode_array`, but of a JPEG little more than the wanted part, where it can be told apart (see `cut_out`).
+
+    The pixels are those of the whole picture, to the last bit. Damage outside of the part does not show.
 
     Args:
-        bottom: (width, height) of the picture to how many of its rows are needed.
+        wanted: (width, height) of the picture to the part that is needed.
 
     Raises:
         UserError: the bytes are no image any more.
     """
-    found = _frame(data) if in_chans == 3 and shape is None else None
-    # Without its end mark it is cut short, which decoding part of it would not show.
-    if found is None or b"\xff\xd9" not in data[-64:]:
-        pixels = decode_array(data, in_chans, shape)
-        return Rows(pixels, len(pixels))
-    at, block = found
-    height, width = (int.from_bytes(data[at + i : at + i + 2], "big") for i in (5, 7))
-    # One more row of blocks, out of which chroma is interpolated.
-    rows = (-(-bottom(width, height) // block) + 1) * block
-    if rows >= height or is_absurd(width, height):
-        pixels = decode_array(data, in_chans, shape)
-        return Rows(pixels, len(pixels))
-    import simplejpeg  # only loader processes decode
+    cut = cut_out(data, wanted) if in_chans == 3 and shape is None else None
+    if cut is not None and not is_absurd(*cut[2:]):
+        import simplejpeg  # only loader processes decode
 
-    shorter = b"".join((data[: at + 5], rows.to_bytes(2, "big"), data[at + 7 :]))
-    try:
-        return Rows(simplejpeg.decode_jpeg(shorter, "RGB", strict=False), height)  # strict: no data after the last row
-    except ValueError:
-        pixels = decode_array(data, in_chans, shape)
-        return Rows(pixels, len(pixels))
-
-
-def _frame(data: bytes) -> tuple[int, int] | None:
-    """Where the frame header of a baseline JPEG with 1 or 3 components begins, and pixel rows of a row of blocks.
-
-    Numbers of markers and fields: ITU-T T.81, annex B.
-    """
-    if data[:3] != _JPEG_MAGIC:
-        return None
-    at = 2
-    while at + 20 < len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == _BASELINE:
-            components = data[at + 9]
-            if components not in (1, 3):
-                return None
-            # One component has blocks of 8 x 8, whatever sampling it names.
-            high = 1 if components == 1 else max(data[at + 11 + 3 * i] & 15 for i in range(components))
-            return (at, 8 * high) if high in (1, 2, 4) else None
-        if marker in _OTHER_FRAMES or marker == _SCAN:
-            return None
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return None
+        smaller, box, width, height = cut
+        try:
+            # strict: no data after the last row
+            pixels = simplejpeg.decode_jpeg(smaller, "RGB", strict=False)
+            return Part(pixels, box.top, box.left, width, height)
+        except ValueError:
+            pass  # decoded as a whole it says more
+    return Part.whole(decode_array(data, in_chans, shape))
 
 
 def decode_array(data: bytes, in_chans: int, shape: tuple[int, int] | None = None) -> np.ndarray:
@@ -98,7 +75,7 @@ def decode_array(data: bytes, in_chans: int, shape: tuple[int, int] | None = Non
     """
     if in_chans == 3 and shape is not None and len(data) == 3 * shape[0] * shape[1]:
         return np.frombuffer(bytearray(data), np.uint8).reshape(*shape, 3)  # writable: torch and Numba want it
-    if in_chans == 3 and shape is None and data[:3] == _JPEG_MAGIC:
+    if in_chans == 3 and shape is None and data[:3] == MAGIC:
         import simplejpeg  # only loader processes decode
 
         try:

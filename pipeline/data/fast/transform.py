@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from pipeline.data.augment.keyed import Numbers, Stream, normals
 from pipeline.data.augment.lazy import LazyModule
 from pipeline.data.augment.settings import AugmentConfig, CenterCrop, PadCrop, RandomResizedCrop
 from pipeline.data.augment.transforms import SampleDraw, TrainTransform
-from pipeline.data.fast.decode import Rows
+from pipeline.data.fast.decode import Part
 
 # Loader processes compile or load these; a process that trains only hands the transform on to them.
 kernels = LazyModule("pipeline.data.fast.kernels")
@@ -30,9 +31,9 @@ color = LazyModule("pipeline.data.fast.color")
 randaugment = LazyModule("pipeline.data.fast.randaugment")
 
 
-Picture = np.ndarray | Rows
-# How many rows of a width x height picture are needed, from the top on.
-Bottom = Callable[[int, int], int]
+Picture = np.ndarray | Part
+# Which part of a width x height picture is needed.
+Wanted = Callable[[int, int], Box]
 
 
 class Augmented(NamedTuple):
@@ -73,7 +74,7 @@ class FastTransform:
 
     def __call__(
         self,
-        pictures: Sequence[Picture | Callable[[Bottom], Picture]],
+        pictures: Sequence[Picture | Callable[[Wanted], Picture]],
         seed: int,
         epoch: int,
         indices: np.ndarray,
@@ -85,7 +86,7 @@ class FastTransform:
         """The augmented batch.
 
         Args:
-            pictures: decoded, (H, W, C) uint8 each, of any size, or only the rows that are needed; or functions that
+            pictures: decoded, (H, W, C) uint8 each, of any size, or only the parts that are needed; or functions that
                 decode them. These are called one by one, so that a picture is still in the processor's cache when it
                 is cropped, and the next one takes its memory.
             seed, epoch: of this presentation.
@@ -106,10 +107,10 @@ class FastTransform:
         for i, numbers in enumerate(self.numbers(seed, epoch, indices)):
             drawn = self.plain.drawn(numbers)
             given = pictures[i]
-            picture = given(partial(self.bottom, numbers)) if callable(given) else given
-            rows = Rows(picture, len(picture)) if isinstance(picture, np.ndarray) else picture
+            picture = given(partial(self.wanted, numbers)) if callable(given) else given
+            part = Part.whole(picture) if isinstance(picture, np.ndarray) else picture
             with naming(i):
-                crop, size = self._sample(rows, drawn, numbers, pixels[i], spare)
+                crop, size = self._sample(part, drawn, numbers, pixels[i], spare)
             if drawn.jitter is not None:
                 color.apply_color_jitter(pixels[i], drawn.jitter, self._planes)
             if drawn.erased is not None:
@@ -119,8 +120,7 @@ class FastTransform:
                     n = self.in_chans * box.height * box.width
                     noise.append(normals(numbers.key, Stream.ERASING_NOISE, n))
             if trace:
-                whole = (rows.pixels.shape[1], rows.height)
-                warps.append(self.plain.warps(drawn, crop, size, whole, swap_axes))
+                warps.append(self.plain.warps(drawn, crop, size, (part.width, part.height), swap_axes))
         erased = Erased(
             np.array(boxes, np.int64).reshape(-1, 5),
             np.concatenate(noise) if noise else np.empty(0, np.float32),
@@ -131,18 +131,17 @@ class FastTransform:
         """What is drawn from for the samples of a batch."""
         return Numbers.of_batch(seed, epoch, indices, self._needed)
 
-    def bottom(self, numbers: Numbers, width: int, height: int) -> int:
-        """How many rows of a width x height picture the crop needs, from the top on."""
+    def wanted(self, numbers: Numbers, width: int, height: int) -> Box:
+        """The part of a width x height picture that the crop needs."""
         if self._by_pillow or not isinstance(self.config.crop, RandomResizedCrop):
-            return height
-        box = draw_resized_crop(self.config.crop, width, height, numbers.of(Stream.CROP, CROP_DRAWS + 1))
-        return box.top + box.height
+            return Box(0, 0, height, width)
+        return draw_resized_crop(self.config.crop, width, height, numbers.of(Stream.CROP, CROP_DRAWS + 1))
 
     def _sample(
-        self, rows: Rows, drawn: SampleDraw, numbers: Numbers, out: np.ndarray, spare: np.ndarray
+        self, part: Part, drawn: SampleDraw, numbers: Numbers, out: np.ndarray, spare: np.ndarray
     ) -> tuple[Box, tuple[int, int]]:
         """Write the picture after its 8-bit operations to `out`; returns what `TrainTransform.cropped` says of it."""
-        picture = rows.pixels
+        picture = part.pixels
         if self._by_pillow:
             image = Image.fromarray(picture if self.in_chans == 3 else picture[:, :, 0])
             if self.config.crop_last:
@@ -152,21 +151,22 @@ class FastTransform:
                 image = self.plain.distorted(image, drawn)
             out[:] = np.asarray(image).reshape(out.shape)
             return box, size
-        box = self._crop(rows, drawn.flip, numbers, out)
+        box = self._crop(part, drawn.flip, numbers, out)
         current, other = out, spare
         for op in drawn.ops:
             current, other = randaugment.apply_op(current, other, op, self._fill)
         if current is not out:
             out[:] = current
-        return box, (picture.shape[1], rows.height)
+        return box, (part.width, part.height)
 
-    def _crop(self, rows: Rows, mirror: bool, numbers: Numbers, out: np.ndarray) -> Box:
+    def _crop(self, part: Part, mirror: bool, numbers: Numbers, out: np.ndarray) -> Box:
         config, side = self.config.crop, self.img_size
-        picture, height, width = rows.pixels, rows.height, rows.pixels.shape[1]
+        picture, height, width = part.pixels, part.height, part.width
         u = numbers.of(Stream.CROP, CROP_DRAWS + 1)
         if isinstance(config, RandomResizedCrop):
             box = draw_resized_crop(config, width, height, u)
-            self._resize(picture, box, pick_resample(self.config.interpolation, u[CROP_DRAWS]), mirror, out)
+            inside = replace(box, top=box.top - part.top, left=box.left - part.left)
+            self._resize(picture, inside, pick_resample(self.config.interpolation, u[CROP_DRAWS]), mirror, out)
             return box
         if isinstance(config, PadCrop):
             p = config.padding

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import math
 import multiprocessing
 import os
 import signal
@@ -11,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from pipeline.data.ring import InSlot, Receiver, Sender
 from pipeline.errors import UserError
 
 # What every loader process would import for seconds: the server that they are forked from does it once. The plain
@@ -60,15 +61,14 @@ class Batches:
             options = {
                 "prefetch_factor": prefetch,
                 "multiprocessing_context": context,
-                "worker_init_fn": _end_with_the_trainer,
             }
-        self._pin = device.type == "cuda"
+        self._pin, self._workers, self._prefetch = device.type == "cuda", workers, prefetch
         self._loader = DataLoader(
             dataset,
             batch_size=None,
             sampler=positions,
             num_workers=workers,
-            collate_fn=_arrays_for_small_tensors,
+            collate_fn=_to_be_sent,
             pin_memory=self._pin,
             generator=torch.Generator(),  # the default one belongs to the training step
             **options,
@@ -80,6 +80,9 @@ class Batches:
         Raises:
             UserError: a sample can't be used, or a loader process died.
         """
+        # Of this iteration: what is left of the last one's batches must not free a slot of this one's.
+        receiver = Receiver(self._workers, self._prefetch)
+        self._loader.worker_init_fn = partial(_start, receiver.number, receiver.used)
         loader = iter(self._loader)
         watch = _Watch(loader) if self._loader.num_workers else None
         try:
@@ -100,9 +103,12 @@ class Batches:
                 watch.stop()
 
     def _tensor(self, value: Any) -> Any:
-        if not isinstance(value, np.ndarray):
+        if isinstance(value, InSlot):
+            tensor = value.tensor()
+        elif isinstance(value, np.ndarray):
+            tensor = torch.from_numpy(value)
+        else:
             return value
-        tensor = torch.from_numpy(value)
         return tensor.pin_memory() if self._pin else tensor
 
 
@@ -138,15 +144,16 @@ class _Watch:
             os.dup2(nowhere.fileno(), self._pipe.fileno())
 
 
+# Of a loader process.
+_sender: Sender | None = None
+
+
 def empty_to_send(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Memory for a part of a batch, with no particular content.
 
-    In a loader process the trainer can map it, so that nothing is copied when the batch is sent.
+    In a loader process the trainer sees it too, so that nothing is copied when the batch is sent.
     """
-    if torch.utils.data.get_worker_info() is None:
-        return torch.empty(shape, dtype=dtype)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
-    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
+    return torch.empty(shape, dtype=dtype) if _sender is None else _sender.empty(shape, dtype)
 
 
 def _map(batch: Any, leaf: Callable[[Any], Any]) -> Any:
@@ -154,11 +161,21 @@ def _map(batch: Any, leaf: Callable[[Any], Any]) -> Any:
     return type(batch)(*(_map(part, leaf) for part in batch)) if isinstance(batch, tuple) else leaf(batch)
 
 
-def _arrays_for_small_tensors(batch: Any) -> Any:
-    def leaf(value: Any) -> Any:
-        return value.numpy() if isinstance(value, torch.Tensor) and value.nbytes <= _SENT_BYTES else value
+def _to_be_sent(batch: Any) -> Any:
+    """A batch with numbers of slots, and arrays for small tensors."""
 
-    return _map(batch, leaf)
+    def leaf(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        in_slot = _sender.sent(value) if _sender is not None else None
+        if in_slot is not None:
+            return in_slot
+        return value.numpy() if value.nbytes <= _SENT_BYTES else value
+
+    sent = _map(batch, leaf)
+    if _sender is not None:
+        _sender.drop_rest()
+    return sent
 
 
 def _is_death(error: Exception) -> bool:
@@ -211,7 +228,13 @@ def _quiet_tracker() -> None:
             os.environ["PYTHONWARNINGS"] = before
 
 
-def _end_with_the_trainer(_worker: int) -> None:
+def _start(receiver: int, used: torch.Tensor, worker: int) -> None:
+    global _sender
+    _sender = Sender(receiver, worker, used[worker])
+    _end_with_the_trainer()
+
+
+def _end_with_the_trainer() -> None:
     """Make a loader process end when the process it loads for is killed.
 
     torch's own watch looks at the parent, which here is the fork server, and that waits for its children.

@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.ring import InSlot, Receiver, Sender
+from pipeline.data.take_ahead import take_ahead
 from pipeline.errors import UserError
 
 # What every loader process would import for seconds: the server that they are forked from does it once. The plain
@@ -83,17 +84,17 @@ class Batches:
         # Of this iteration: what is left of the last one's batches must not free a slot of this one's.
         receiver = Receiver(self._workers, self._prefetch)
         self._loader.worker_init_fn = partial(_start, receiver.number, receiver.used)
-        loader = iter(self._loader)
+        loader: Any = iter(self._loader)
         watch = _Watch(loader) if self._loader.num_workers else None
+        batches = self._received(loader)
         try:
-            for _ in range(len(self._loader)):
-                batch = next(loader)
-                if isinstance(batch, Failed):
-                    raise UserError(batch.message)
-                yield _map(batch, self._tensor)
+            # For a GPU torch has such a thread itself.
+            yield from (take_ahead(batches) if watch and not self._pin else batches)
         except (RuntimeError, EOFError, OSError) as error:
             if not (watch and _is_death(error)):
                 raise
+            for process in watch.processes:  # some may wait for a lock that a dead one holds
+                process.kill()
             raise UserError(
                 f"a loader process died, most likely for want of memory ({error or type(error).__name__}); lower "
                 "data.workers or data.prefetch, or give the job more memory (in a container also more /dev/shm)"
@@ -101,6 +102,16 @@ class Batches:
         finally:
             if watch:
                 watch.stop()
+                loader._shutdown_workers()  # now, and not when the last traceback that knows it is gone
+                for process in watch.processes:
+                    process.kill()  # one that didn't end when asked
+
+    def _received(self, loader: Iterator[Any]) -> Iterator[Any]:
+        for _ in range(len(self._loader)):
+            batch = next(loader)
+            if isinstance(batch, Failed):
+                raise UserError(batch.message)
+            yield _map(batch, self._tensor)
 
     def _tensor(self, value: Any) -> Any:
         if isinstance(value, InSlot):
@@ -122,8 +133,8 @@ class _Watch:
     """
 
     def __init__(self, loader: Any) -> None:
-        self._processes = loader._workers
-        _LOADERS.update(self._processes)
+        self.processes = loader._workers
+        _LOADERS.update(self.processes)
         self._pipe = loader._worker_result_queue._writer
         self._stopped, self._stop = multiprocessing.Pipe(duplex=False)
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -136,9 +147,9 @@ class _Watch:
         self._stopped.close()
 
     def _watch(self) -> None:
-        if self._stopped in wait([self._stopped, *(process.sentinel for process in self._processes)]):
+        if self._stopped in wait([self._stopped, *(process.sentinel for process in self.processes)]):
             return
-        for process in self._processes:
+        for process in self.processes:
             process.kill()
         with open(os.devnull, "wb") as nowhere:  # and not close(): torch may still write to it when it ends
             os.dup2(nowhere.fileno(), self._pipe.fileno())

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-# Batches that the trainer may hold besides those that are prepared ahead; with more, memory is new again.
-_HELD = 3
+# Batches that the trainer may hold besides those that are prepared ahead (the last two that it used, two that are taken
+# ahead); with more, memory is new again.
+_HELD = 4
 
 
 @dataclass(frozen=True, slots=True)

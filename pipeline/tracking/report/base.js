@@ -167,7 +167,8 @@ function entries(labels, entryOf) {
     dash: DASHES[Math.floor(i / PALETTE) % DASHES.length],
     runs: entryOf.flatMap((entry, run) => (entry === i ? [run] : [])),
   }));
-  return { legend, of: (run) => legend[entryOf[run]] };
+  const colours = legend.map(({ colour, dash }) => ({ colour, dash }));
+  return { legend, of: (run) => colours[entryOf[run]] };
 }
 
 function ramp(values, title, text) {
@@ -203,7 +204,7 @@ function legend(node) {
   const { legend: entries, ramp } = colouring();
   if (!entries) {
     const stops = [0, 0.25, 0.5, 0.75, 1].map(rampColour).join(",");
-    node.replaceChildren(...(ramp ? [ramp.title, ramp.low, el("i", { class: "ramp", style: `background:linear-gradient(90deg,${stops})` }), ramp.high] : []));
+    node.replaceChildren(...(ramp ? [el("span", {}, `${ramp.title}: ${ramp.low}`), el("i", { class: "ramp", style: `background:linear-gradient(90deg,${stops})` }), ramp.high] : []));
     return;
   }
   node.replaceChildren(

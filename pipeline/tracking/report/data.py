@@ -50,15 +50,14 @@ def page_data(runs: Sequence[RunSummary], metric: str, price: float | None, left
     groups = group_runs(runs, metric)
     best = best_group(groups, metric)
     references = range(len(groups)) if len(groups) <= _MAX_REFERENCES else [] if best is None else [best]
-    titles = short_titles(list(groups[0].settings))
     content = {
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "metric": metric,
         "metrics": {name: _metric(name) for name in metrics_of(runs)},
-        "keys": [{"key": key, "title": title} for key, title in zip(keys, short_titles(keys), strict=True)],
+        "keys": _titles(keys),
         "runs": [_run(run, label, keys, price) for run, label in zip(runs, run_labels(runs), strict=True)],
         "groups": [group_record(group, runs) for group in groups],
-        "groupKeys": [{"key": key, "title": title} for key, title in zip(groups[0].settings, titles, strict=True)],
+        "groupKeys": _titles(list(groups[0].settings)),
         "reference": best,
         "tests": {str(i): [asdict(test) for test in compare_groups(groups, i)] for i in references},
         "published": published_points({run.dataset for run in runs if run.dataset}) if metric == "top1" else [],
@@ -103,6 +102,15 @@ def thin(columns: Columns, key: str, limit: int = MAX_POINTS) -> Columns:
         stretch = range(i * total // stretches, (i + 1) * total // stretches)
         kept |= {min(stretch, key=values.__getitem__), max(stretch, key=values.__getitem__)}
     return {name: [column[i] for i in sorted(kept)] for name, column in columns.items()}
+
+
+def _titles(keys: Sequence[str]) -> list[dict[str, str]]:
+    """Short names of config keys; a bare `name` says nothing without its section."""
+    shorts = short_titles(keys)
+    return [
+        {"key": key, "title": key.split(".")[-2] if short == "name" and "." in key else short}
+        for key, short in zip(keys, shorts, strict=True)
+    ]
 
 
 def _metric(name: str) -> dict[str, Any]:

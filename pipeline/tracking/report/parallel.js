@@ -1,19 +1,22 @@
 // Parallel coordinates: an axis for every key that differs, and one for the result. A drag along an axis selects runs.
 
 const AXIS_GAP = 118;
-const PARALLEL = { top: 52, bottom: 260, height: 284, side: 62 };
+const ORDERED = 6;
+const PARALLEL = { top: 52, bottom: 300, height: 322, side: 62 };
 
 function parallelSection() {
   const axes = parallelAxes();
   if (axes.length < 2 || RUNS.length < 3) return;
-  const width = 2 * PARALLEL.side + (axes.length - 1) * AXIS_GAP;
-  const picture = el("svg", { viewBox: `0 0 ${width} ${PARALLEL.height}`, style: `min-width:${Math.min(width, 110 * axes.length)}px`, role: "img", "aria-label": "parallel coordinates" });
+  const room = document.getElementById("sections").clientWidth - 40;
+  const gap = Math.max(AXIS_GAP, (room - 2 * PARALLEL.side) / (axes.length - 1));
+  const width = 2 * PARALLEL.side + (axes.length - 1) * gap;
+  const picture = el("svg", { width, height: PARALLEL.height, role: "img", "aria-label": "parallel coordinates" });
   const lines = el("g");
   const paths = RUNS.map((run, i) => el("path", { fill: "none", onpointerenter: () => pointAt(i), onpointerleave: () => pointAt(null) }, el("title", {}, run.label)));
   lines.append(...paths);
   picture.append(lines);
   axes.forEach((axis, k) => {
-    axis.x = PARALLEL.side + k * AXIS_GAP;
+    axis.x = PARALLEL.side + k * gap;
     picture.append(axisNode(axis, k, picture, () => select(axes)));
   });
   RUNS.forEach((_, i) => paths[i].setAttribute("d", "M" + axes.map((axis) => `${axis.x},${axis.at(i).toFixed(1)}`).join("L")));
@@ -50,22 +53,23 @@ function parallelAxes() {
     ["result", "best " + METRIC.title, (run) => (run.best[DATA.metric] == null ? null : METRIC.scale * run.best[DATA.metric]), (value) => plain(value, 4)],
   ];
   return [
-    ...keys.map(({ key, title }) => parallelAxis(key, title, RUNS.map((run) => run.config[key] ?? null), valueText)),
-    ...figures.map(([id, title, read, text]) => parallelAxis(id, title, RUNS.map((run) => read(run) ?? null), text)),
+    ...keys.map(({ key, title }) => parallelAxis(key, title, RUNS.map((run) => run.config[key] ?? null), ORDERED, valueText, (value) => plain(value, 3))),
+    ...figures.map(([id, title, read, text]) => parallelAxis(id, title, RUNS.map((run) => read(run) ?? null), 1, text, text)),
   ].filter((axis) => axis.distinct > 1);
 }
 
-// Numbers lie on a scale, everything else in order; runs without a value pass below the axis.
-function parallelAxis(id, title, values, text) {
+// Figures and keys of many numbers lie on a scale, all else evenly in order; runs without a value pass below the axis.
+// ordered: up to how many different numbers lie evenly; exact, text: how they are written there and on a scale.
+function parallelAxis(id, title, values, ordered, exact, text) {
   const known = values.filter((value) => value !== null);
   const names = [...new Set(known.map((value) => JSON.stringify(value)))];
   const some = known.length < values.length;
   const bottom = PARALLEL.bottom - (some ? 26 : 0);
   const axis = { id, title, values, some, bottom, brush: null, distinct: names.length + some };
-  if (known.length && known.every((value) => typeof value === "number")) {
+  if (names.length > ordered && known.every((value) => typeof value === "number")) {
     const [low, high] = [Math.min(...known), Math.max(...known)];
     const log = low > 0 && high / low >= 50;
-    const scale = new Scale(low < high ? [low, high] : [low - 1, low + 1], [bottom, PARALLEL.top], log);
+    const scale = new Scale([low, high], [bottom, PARALLEL.top], log);
     const inner = scale.ticks(5).filter((value) => Math.abs(scale.at(value) - bottom) > 14 && Math.abs(scale.at(value) - PARALLEL.top) > 14);
     axis.ticks = [...new Set([low, ...inner, high])].map((value) => [scale.at(value), text(value)]);
     axis.at = (run) => (values[run] === null ? PARALLEL.bottom : scale.at(values[run]));
@@ -74,7 +78,7 @@ function parallelAxis(id, title, values, text) {
     const gap = (bottom - PARALLEL.top) / Math.max(1, sorted.length - 1);
     const place = new Map(sorted.map((value, i) => [JSON.stringify(value), sorted.length > 1 ? bottom - i * gap : (bottom + PARALLEL.top) / 2]));
     const every = Math.ceil(14 / gap);
-    axis.ticks = sorted.flatMap((value, i) => (i % every ? [] : [[place.get(JSON.stringify(value)), valueText(value)]]));
+    axis.ticks = sorted.flatMap((value, i) => (i % every ? [] : [[place.get(JSON.stringify(value)), exact(value)]]));
     axis.at = (run) => (values[run] === null ? PARALLEL.bottom : place.get(JSON.stringify(values[run])));
   }
   if (some) axis.ticks.push([PARALLEL.bottom, "none"]);
@@ -85,10 +89,7 @@ function axisNode(axis, k, picture, selected) {
   const frame = el("rect", { class: "brush", x: axis.x - 9, width: 18, rx: 3, y: 0, height: 0, visibility: "hidden" });
   const grip = el("rect", { class: "grip", x: axis.x - 20, width: 40, y: PARALLEL.top - 8, height: PARALLEL.bottom - PARALLEL.top + 16, "data-axis": axis.id });
   let from = null;
-  const level = (event) => {
-    const box = picture.getBoundingClientRect();
-    return ((event.clientY - box.top) / box.height) * PARALLEL.height;
-  };
+  const level = (event) => event.clientY - picture.getBoundingClientRect().top;
   const show = () => {
     frame.setAttribute("visibility", axis.brush ? "visible" : "hidden");
     if (axis.brush) {

@@ -1,5 +1,7 @@
 // The tables: runs, seeds, config keys that differ.
 
+const MANY_VALUES = 12;
+
 // A table with sortable columns: {title, read(row) -> value, text(row), numeric}. Rows are any values.
 function sortable(columns, rows, rowNode) {
   let [by, down] = [null, false];
@@ -159,21 +161,24 @@ function seedsSection() {
 function differencesSection() {
   if (!DATA.keys.length) return;
   const named = (runs) => runs.slice(0, 4).map((i) => RUNS[i].label).join(", ") + (runs.length > 4 ? ` and ${runs.length - 4} more` : "");
-  const rows = DATA.keys.flatMap(({ key }) =>
-    distinct(key)
-      .sort(compareValues)
-      .map((value, i, values) => {
-        const runs = RUNS.flatMap((run, r) => (JSON.stringify(run.config[key] ?? null) === JSON.stringify(value) ? [r] : []));
-        return el(
-          "tr",
-          { class: i ? null : "first" },
-          i ? null : el("th", { scope: "rowgroup", rowspan: values.length }, key),
-          el("td", {}, value === null ? "not set" : valueText(value)),
-          el("td", { class: "number" }, String(runs.length)),
-          el("td", { class: "long" }, named(runs)),
-        );
-      }),
-  );
+  const rows = DATA.keys.flatMap(({ key }) => {
+    const all = distinct(key).sort(compareValues);
+    if (all.length > MANY_VALUES) {
+      const range = [all.find((value) => value !== null), all.at(-1)].map(valueText).join(" … ");
+      return [el("tr", { class: "first" }, el("th", { scope: "row" }, key), el("td", {}, range), el("td", { class: "number" }, String(RUNS.length)), el("td", { class: "long" }, `${all.length} values`))];
+    }
+    return all.map((value, i) => {
+      const runs = RUNS.flatMap((run, r) => (JSON.stringify(run.config[key] ?? null) === JSON.stringify(value) ? [r] : []));
+      return el(
+        "tr",
+        { class: i ? null : "first" },
+        i ? null : el("th", { scope: "rowgroup", rowspan: all.length }, key),
+        el("td", {}, value === null ? "not set" : valueText(value)),
+        el("td", { class: "number" }, String(runs.length)),
+        el("td", { class: "long" }, named(runs)),
+      );
+    });
+  });
   const heads = ["key", "value", "runs", "which"].map((title) => el("th", { scope: "col", class: title === "runs" ? "number" : null }, title));
   section("differences", "Config keys that differ", null, el("div", { class: "wide tall" }, el("table", {}, el("thead", {}, el("tr", {}, heads)), el("tbody", {}, rows))));
 }

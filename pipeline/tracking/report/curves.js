@@ -16,8 +16,9 @@ function curvesSection() {
     const [source, name] = chosen.split(":");
     const metric = curveMetric(source, name);
     const series = state.seeds ? seedCurves(source, name, axis, metric) : runCurves(source, name, axis, metric);
-    const lacking = shownRuns().length - new Set(series.flatMap((s) => s.members ?? [s.run])).size;
-    note.textContent = lacking ? `${lacking} of ${shownRuns().length} runs have no such figures and are not drawn` : "";
+    const wanted = state.seeds ? DATA.groups.flatMap(counted) : shownRuns();
+    const lacking = wanted.length - series.flatMap((s) => s.members ?? [s.run]).length;
+    note.textContent = lacking ? `${lacking} of ${wanted.length} runs have no such figures and are not drawn` : "";
     const x = AXES[axis];
     return {
       key: `${chosen} ${axis} ${log}`,
@@ -89,11 +90,17 @@ function runCurves(source, name, axis, metric) {
   });
 }
 
-// One curve per group, at the steps that all of its runs have in common.
+// Runs of a group that its mean is made of: as in the table over seeds those that came to their end; while there are none, all.
+function counted(group) {
+  const complete = group.complete.filter(shown);
+  return complete.length ? complete : group.runs.filter(shown);
+}
+
+// One curve per group, at the steps that its runs have in common.
 function seedCurves(source, name, axis, metric) {
   const colours = colouring();
   return DATA.groups.flatMap((group) => {
-    const members = group.runs.filter((i) => shown(i) && RUNS[i][source][name]);
+    const members = counted(group).filter((i) => RUNS[i][source][name]);
     if (!members.length) return [];
     const tables = members.map((i) => {
       const columns = RUNS[i][source];

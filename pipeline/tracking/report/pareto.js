@@ -46,7 +46,8 @@ function paretoSection() {
     "pareto",
     "What accuracy costs",
     "The line joins the runs that no other run beats in both figures." +
-      (DATA.published.length ? " Diamonds are published figures for the same data set; dotted names are recalled and were not compared with the paper." : ""),
+      (DATA.published.length ? " Diamonds are published figures for the same data set." : "") +
+      (DATA.published.some((row) => row.recalled) ? " Those between dots are recalled and were not compared with the paper." : ""),
     el(
       "div",
       { class: "controls" },
@@ -80,7 +81,7 @@ function runPoints(name, which) {
 function seedPoints(name, which) {
   const colours = colouring();
   return DATA.groups.flatMap((group) => {
-    const members = group.runs.filter(shown);
+    const members = counted(group);
     const costs = members.map((i) => costOf(RUNS[i], name)).filter((value) => value != null);
     const values = members.map((i) => RUNS[i][which][DATA.metric]).filter((value) => value != null);
     if (!costs.length || !values.length) return [];

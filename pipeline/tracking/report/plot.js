@@ -183,8 +183,7 @@ class Plot {
     }));
     pen.textBaseline = "middle";
     pen.textAlign = "left";
-    pen.font = "11px system-ui, sans-serif";
-    for (const s of series)
+        for (const s of series)
       (s.labels ?? []).forEach((text, i) => {
         if (!text || !this.drawable(s, i)) return;
         const [px, py] = [this.sx.at(s.xs[i]), this.sy.at(s.ys[i])];

@@ -13,7 +13,8 @@ from pipeline.tracking.metric_names import lower_is_better
 from pipeline.tracking.record import RunSummary
 
 # They name the run, or say where and how its record is kept; its results don't depend on them.
-_PLACE_KEYS = {"name", "out", "resume", "data.train", "data.val", "data.workers", "data.prefetch"}
+_PLACE_KEYS = {"name", "out", "resume", "data.workers", "data.prefetch"}
+_DATA_KEYS = {"data.train", "data.val"}
 _PLACE_SECTIONS = ("data.cache", "checkpoint.", "tracking.")
 COMPLETE = {"finished", "stopped"}
 
@@ -87,13 +88,14 @@ def differing_keys(runs: Sequence[RunSummary], without: Callable[[str], bool] | 
 def group_runs(runs: Sequence[RunSummary], metric: str) -> list[SeedGroup]:
     """Put runs together whose configs are equal but for the seed, in the order of their first runs.
 
-    Keys that name a run or its places are not compared; of data the contents are, not the folders.
-    A run without a config is a group of its own.
+    Keys that name a run or its places are not compared; of data the contents are, where they are known, not the
+    folders. A run without a config is a group of its own.
     """
     groups: dict[str, list[RunSummary]] = {}
     for i, run in enumerate(runs):
         groups.setdefault(_identity(run) if run.config else str(i), []).append(run)
-    keys = differing_keys(runs, _is_seed_or_place)
+    same_data = len({run.fingerprint for run in runs}) == 1 and runs[0].fingerprint is not None
+    keys = differing_keys(runs, lambda key: _is_seed_or_place(key) or (same_data and key in _DATA_KEYS))
     return [
         SeedGroup({key: members[0].config.get(key) for key in keys}, members, *_spreads(members, metric))
         for members in groups.values()
@@ -167,7 +169,8 @@ def _spreads(members: Sequence[RunSummary], metric: str) -> tuple[list[float], S
 
 
 def _identity(run: RunSummary) -> str:
-    settings = {key: value for key, value in run.config.items() if not _is_seed_or_place(key)}
+    named = _DATA_KEYS if run.fingerprint is not None else set()
+    settings = {key: value for key, value in run.config.items() if not _is_seed_or_place(key) and key not in named}
     return json.dumps([run.fingerprint, settings], sort_keys=True, default=str)
 
 

@@ -187,7 +187,7 @@ def _summarize(path: Path) -> RunSummary:
         wall_hours=clock.hours if clock.spans or wall_seconds is None else wall_seconds / 3600,
         curve=curve,
         dataset=dataset_name(datasets.get("train")),
-        fingerprint=" ".join(datasets[split]["fingerprint"][:12] for split in sorted(datasets)) or None,
+        fingerprint=" ".join((datasets[split].get("fingerprint") or "")[:12] for split in sorted(datasets)) or None,
         macs=macs,
         samples=samples,
         train_flops=float(FLOPS_PER_MAC * macs * samples) if macs is not None and samples is not None else None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from scipy import stats
 
@@ -18,8 +20,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RunSummary]:
     """Two settings of three and four seeds, one of them with a killed run, and one of a single run."""
     folder = tmp_path_factory.mktemp("seeds")
     for seed, value in enumerate(A):
-        workers = {"optim.lr": 0.1, "data.workers": seed, "tracking.experiment": f"e{seed}"}
-        write_run(folder / f"a{seed}", [0.5, value], seed=seed, settings=workers)
+        places = {"data.workers": seed, "data.train": f"disk{seed}", "tracking.experiment": f"e{seed}"}
+        write_run(folder / f"a{seed}", [0.5, value], seed=seed, settings={"optim.lr": 0.1} | places)
     for seed, value in enumerate(B):
         write_run(folder / f"b{seed}", [0.9, value], seed=seed, settings={"optim.lr": 0.2})
     write_run(folder / "b-killed", [0.1], seed=9, settings={"optim.lr": 0.2}, status=None)
@@ -34,7 +36,11 @@ def test_runs_equal_but_for_seed_name_and_place_belong_together(runs: list[RunSu
         ["b-killed", "b0", "b1", "b2", "b3"],
         ["c"],
     ]
-    assert [group.settings for group in groups] == [{"optim.lr": 0.1}, {"optim.lr": 0.2}, {"optim.lr": 0.1}]
+    assert [group.settings for group in groups] == [
+        {"optim.lr": 0.1, "data.train": "disk0"},
+        {"optim.lr": 0.2, "data.train": None},
+        {"optim.lr": 0.1, "data.train": None},
+    ]
 
 
 def test_only_runs_that_came_to_their_end_count(runs: list[RunSummary]) -> None:
@@ -43,6 +49,16 @@ def test_only_runs_that_came_to_their_end_count(runs: list[RunSummary]) -> None:
     assert a.final == Spread(pytest.approx(2.438 / 3), pytest.approx(0.0020817, abs=1e-7), 3)
     assert b.best == Spread(0.9, 0.0, 4)
     assert c.final == Spread(0.8, None, 1)
+
+
+def test_folders_of_data_count_where_its_contents_are_unknown_or_differ(tmp_path: Path) -> None:
+    """Of runs on the same contents the folder isn't compared, of all others it is."""
+    unknown = IMAGENET | {"fingerprint": None}
+    for name, dataset, folder in (("a", IMAGENET, "x"), ("b", IMAGENET, "y"), ("c", unknown, "x"), ("d", unknown, "y")):
+        write_run(tmp_path / name, [0.5], settings={"data.train": folder}, dataset=dataset)
+    runs = summarize_all([tmp_path])[0]
+    assert [[run.name for run in group.members] for group in group_runs(runs, "top1")] == [["a", "b"], ["c"], ["d"]]
+    assert group_runs(runs[:2], "top1")[0].settings == {}
 
 
 @pytest.mark.parametrize(
@@ -89,6 +105,7 @@ def test_table_over_seeds(runs: list[RunSummary]) -> None:
     assert columns == {
         "runs": ["a0, a1, a2", "b-killed, b0, b1 and 2 more", "c"],
         "lr": ["0.1", "0.2", "0.1"],
+        "train": ["disk0", "-", "-"],
         "n": ["3", "4", "1"],
         "top-1 %": ["81.27 ± 0.21", "82.40 ± 0.32", "80.00"],
         "best": ["81.27 ± 0.21", "90.00 ± 0.00", "80.00"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import shutil
@@ -284,6 +285,37 @@ def test_phone_and_dark_mode(chromium: Any, folder: Path, tmp_path: Path, scheme
         )
         >= 12
     )
+    assert opened.complaints == []
+    opened.context.close()
+
+
+@pytest.mark.browser
+def test_a_tap_shows_values_and_they_stay(chromium: Any, folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    invoke(str(folder), "--html", str(file))
+    opened = Opened(chromium, file, width=390, has_touch=True, is_mobile=True)
+    opened.page.locator("[data-name=curves]").scroll_into_view_if_needed()
+    opened.page.touchscreen.tap(*opened.place("curves", 2, 60))
+    opened.settle()
+    tip = opened.page.locator("[data-name=curves] .tip")
+    assert tip.inner_text().splitlines()[:2] == ["a0", "top-1 %: 60"]
+    assert opened.complaints == []
+    opened.context.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("odd", ["one run", "nothing measured", "not finite", "other metric"])
+def test_odd_runs_are_drawn_without_an_error(chromium: Any, tmp_path: Path, odd: str) -> None:
+    if odd != "nothing measured":
+        write_run(tmp_path / "runs" / "a", [0.5, math.nan if odd == "not finite" else 0.6])
+    if odd != "one run":
+        for name in ("b", "c"):
+            write_run(tmp_path / "runs" / name, [], status=None, settings={"optim.lr": name})
+    file = tmp_path / "report.html"
+    invoke(str(tmp_path / "runs"), "--html", str(file), *(["--metric", "loss"] if odd == "other metric" else []))
+    opened = Opened(chromium, file)
+    assert opened.page.locator("#runs tbody tr").count() == {"one run": 1, "nothing measured": 2}.get(odd, 3)
+    assert ("Nothing measured yet: b, c." in opened.page.locator("#notes").inner_text()) == (odd != "one run")
     assert opened.complaints == []
     opened.context.close()
 

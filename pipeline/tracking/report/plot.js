@@ -22,7 +22,8 @@ class Plot {
     on("pointermove", (event) => this.move(event));
     on("pointerup", (event) => this.release(event));
     on("pointercancel", () => this.leave());
-    on("pointerleave", () => this.drag || this.leave());
+    // A finger that is lifted leaves too; what it showed stays until the next tap.
+    on("pointerleave", (event) => event.pointerType === "touch" || this.drag || this.leave());
     on("dblclick", () => this.zoomTo(null));
     new ResizeObserver(() => this.draw()).observe(this.node);
     redraws.push(() => this.draw());

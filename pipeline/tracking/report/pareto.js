@@ -2,7 +2,7 @@
 
 const COSTS = {
   params: { title: "parameters", published: "params", log: true },
-  macs: { title: "multiply-adds per image (GMACs × 1e9)", short: "multiply-adds per image", published: "macs", log: true },
+  macs: { title: "multiply-adds per image", published: "macs", log: true },
   speed: { title: "training images/s per process", published: "images_per_second", more: true, log: true },
   train_flops: { title: "training FLOPs", log: true },
   gpu_hours: { title: "GPU-hours", log: true },
@@ -22,20 +22,20 @@ function paretoSection() {
   let [name, which, published, log] = [names[0], "best", true, COSTS[names[0]].log ?? false];
   const logBox = check("log", log, (value) => ((log = value), changed()));
   const plot = new Plot("pareto", () => {
-    const { title, short, more } = COSTS[name];
+    const { title, more } = COSTS[name];
     const own = state.seeds ? seedPoints(name, which) : runPoints(name, which);
     const printed = published ? publishedPoints(COSTS[name].published) : null;
     const front = frontLine(own, more);
     return {
       key: `${name} ${which} ${log} ${state.seeds} ${published}`,
-      x: { title: short ?? title, log, text: (value) => compact(value), room: 0.08 },
+      x: { title, log, text: (value) => compact(value), room: 0.08 },
       y: { title: `${which} ${METRIC.title}` },
       series: [...(front ? [front] : []), ...(printed ? [printed] : []), ...own],
       empty: "no run that is shown has both figures",
       describe: (s, i) => [
         s.names[i],
         `${METRIC.title}: ${plain(s.ys[i], 6)}` + (s.errors?.[i] ? ` ± ${plain(s.errors[i], 3)}` : ""),
-        `${short ?? title}: ${compact(s.xs[i], 5)}`,
+        `${title}: ${compact(s.xs[i], 5)}`,
         ...(s.more?.[i] ?? []),
       ],
     };
@@ -51,7 +51,7 @@ function paretoSection() {
     el(
       "div",
       { class: "controls" },
-      choice("against", names.map((id) => [id, COSTS[id].short ?? COSTS[id].title]), name, (value) => {
+      choice("against", names.map((id) => [id, COSTS[id].title]), name, (value) => {
         name = value;
         log = COSTS[name].log ?? false;
         logBox.querySelector("input").checked = log;

@@ -5,8 +5,10 @@ const NEAR = 40;
 const DRAG = 8;
 
 class Plot {
-  // content(): {key, x, y, series, describe(series, point)}; an axis is {title, log, text}; x and y of series are arrays.
-  // Series: {kind: "line" | "dots", run, label, xs, ys, colour, dash, width, low, high, shape, hollow, labels}.
+  // content() says what to draw now: {key, x, y, series, empty, describe}. An axis is {title, log, text(value), room}; with
+  // another key the zoom ends; describe(series, i) gives the lines of text for a point.
+  // A series is {kind: "line" | "dots", xs, ys, colour, dash} and, where it has them: run (its index), width, low and high
+  // (a band), quiet (not to be pointed at); of dots: runs, errors, labels (beside the points), shape, hollow.
   constructor(name, content) {
     this.content = content;
     this.base = el("canvas", { role: "img" });
@@ -45,7 +47,7 @@ class Plot {
     const pen = this.pen(this.base);
     const bottom = this.height - 42;
     const trial = new Scale(ys, [bottom, 26], y.log).ticks(this.height / 55);
-    const yText = tickTexts(trial, y.text);
+    const yText = tickTexts(trial);
     const left = Math.max(34, ...yText.map((text) => pen.measureText(text).width + 12));
     this.sx = new Scale(xs, [left, this.width - 14], x.log);
     this.sy = new Scale(ys, [bottom, 26], y.log);
@@ -155,7 +157,7 @@ class Plot {
         const px = this.sx.at(s.xs[i]);
         stroke(pen, [px, this.sy.at(s.ys[i] - s.errors[i])], [px, this.sy.at(s.ys[i] + s.errors[i])]);
       }
-      this.mark(pen, s, i, s.size ?? 5);
+      this.mark(pen, s, i, 5);
     });
   }
 

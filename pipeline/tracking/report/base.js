@@ -123,7 +123,7 @@ function cssColour(name) {
 
 // The ends of the ramp that can't be seen on the background are left out.
 function rampColour(t) {
-  const place = (dark.matches ? 0.22 + 0.78 * t : 0.86 * t) * (RAMP.length - 1);
+  const place = (dark.matches ? 0.32 + 0.68 * t : 0.86 * t) * (RAMP.length - 1);
   const i = Math.min(RAMP.length - 2, Math.floor(place));
   const mixed = RAMP[i].map((from, c) => Math.round(from + (RAMP[i + 1][c] - from) * (place - i)));
   return `rgb(${mixed.join(",")})`;

@@ -19,7 +19,9 @@ function costOf(run, name) {
 function paretoSection() {
   const names = Object.keys(COSTS).filter((name) => RUNS.some((run) => costOf(run, name) != null));
   if (!names.length || !RUNS.some((run) => run.final[DATA.metric] != null)) return;
-  let [name, which, published, log] = [names[0], "best", true, COSTS[names[0]].log ?? false];
+  const differs = (name) => new Set(RUNS.map((run) => costOf(run, name))).size > 1;
+  let [name, which, published] = [names.find(differs) ?? names[0], "best", true];
+  let log = COSTS[name].log ?? false;
   const logBox = check("log", log, (value) => ((log = value), changed()));
   const plot = new Plot("pareto", () => {
     const { title, more } = COSTS[name];

@@ -19,8 +19,9 @@ function costOf(run, name) {
 function paretoSection() {
   const names = Object.keys(COSTS).filter((name) => RUNS.some((run) => costOf(run, name) != null));
   if (!names.length || !RUNS.some((run) => run.final[DATA.metric] != null)) return;
-  const differs = (name) => new Set(RUNS.map((run) => costOf(run, name))).size > 1;
-  let [name, which, published] = [names.find(differs) ?? names[0], "best", true];
+  // The first one that says something: it has published figures, or tells the runs apart.
+  const tells = (name) => (DATA.published.length && COSTS[name].published) || new Set(RUNS.map((run) => costOf(run, name))).size > 1;
+  let [name, which, published] = [names.find(tells) ?? names[0], "best", true];
   let log = COSTS[name].log ?? false;
   const logBox = check("log", log, (value) => ((log = value), changed()));
   const plot = new Plot("pareto", () => {

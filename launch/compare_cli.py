@@ -1,8 +1,9 @@
-"""`rookery compare`: runs side by side in the terminal, as JSON or as CSV."""
+"""`rookery compare`: runs side by side in the terminal, as a web page, or for other programs."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -11,31 +12,102 @@ from rich import box
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
 from pipeline.errors import UserError
-from pipeline.tracking.compare import Column, table_columns, to_csv, to_json
-from pipeline.tracking.runs import find_runs, summarize
+from pipeline.tracking.compare import Column, group_columns, table_columns
+from pipeline.tracking.files import write_text
+from pipeline.tracking.groups import group_runs
+from pipeline.tracking.metric_names import lower_is_better
+from pipeline.tracking.record import RunSummary, metrics_of, summarize_all
+from pipeline.tracking.table_formats import to_csv, to_json, to_latex
+from pipeline.wording import counted
 
 _GAP = 3
+_STDOUT = "-"
+_FILE_OPTIONS = ("--html", "--json", "--csv", "--latex")
+
+
+class CompareCommand(TyperCommand):
+    """A command whose options for files may stand without one: the standard output is meant then."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        return super().parse_args(ctx, with_files(args))
+
+
+def with_files(args: list[str]) -> list[str]:
+    """Give `--json` and its like the file `-` where none follows: nothing, another option or a folder of runs."""
+    filled: list[str] = []
+    for arg, following in zip(args, [*args[1:], None], strict=True):
+        filled.append(arg)
+        option_follows = following is not None and following.startswith("-") and following != _STDOUT
+        if arg in _FILE_OPTIONS and (following is None or option_follows or Path(following).is_dir()):
+            filled.append(_STDOUT)
+    return filled
 
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="run directories, or folders of them", metavar="RUN...")],
-    as_json: Annotated[bool, typer.Option("--json", help="everything as JSON, curves included")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="one line per run as CSV")] = False,
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="one page with plots, for a browser")] = None,
+    as_json: Annotated[
+        str | None, typer.Option("--json", metavar="[FILE]", help="everything as JSON, evaluations included")
+    ] = None,
+    as_csv: Annotated[str | None, typer.Option("--csv", metavar="[FILE]", help="one line per run as CSV")] = None,
+    as_latex: Annotated[
+        str | None, typer.Option("--latex", metavar="[FILE]", help="a table for a paper, seeds taken together")
+    ] = None,
+    metric: Annotated[str, typer.Option(help="what evaluations measured: top1, top5, loss")] = "top1",
+    price: Annotated[float | None, typer.Option(min=0, help="of a GPU-hour, in your currency: shows the cost")] = None,
 ) -> None:
-    """Compare runs: the config keys that differ, progress, accuracy, speed, cost."""
-    if as_json and as_csv:
-        raise UserError("--json and --csv exclude each other; choose one")
-    summaries = [summarize(path) for path in find_runs(runs)]
-    if as_json:
-        print(to_json(summaries))
-    elif as_csv:
-        print(to_csv(summaries), end="")
-    else:
-        columns = table_columns(summaries)
-        best = max(range(len(summaries)), key=lambda i: summaries[i].best_top1 or 0.0)
-        show(columns, Console(), best)
+    """Compare runs or a whole sweep: what differs, accuracy, speed, memory, cost, significance over seeds.
+
+    A FILE of - is the standard output, and so is none.
+    """
+    forms: dict[str, tuple[str | None, Callable[[], str]]] = {
+        "--html": (html, lambda: _page(summaries, metric, price, left_out)),
+        "--json": (as_json, lambda: to_json(summaries, metric, price, left_out)),
+        "--csv": (as_csv, lambda: to_csv(summaries, metric, price)),
+        "--latex": (as_latex, lambda: to_latex(summaries, metric, price)),
+    }
+    printed = [option for option, (file, _) in forms.items() if file == _STDOUT]
+    if len(printed) > 1:
+        raise UserError(f"{' and '.join(printed)} exclude each other on one output; give all but one of them a file")
+    summaries, left_out = summarize_all(runs)
+    for reason in left_out:
+        typer.echo(f"left out: {reason}", err=True)
+    _check_metric(summaries, metric)
+    for file, text in forms.values():
+        if file == _STDOUT:
+            print(text(), end="")
+        elif file is not None:
+            write_text(Path(file), text())
+            typer.echo(f"{file}: {counted(len(summaries), 'run')}", err=True)
+    if all(file is None for file, _ in forms.values()):
+        _print_tables(summaries, metric, price)
+
+
+def _page(runs: list[RunSummary], metric: str, price: float | None, left_out: list[str]) -> str:
+    from pipeline.tracking.report.page import render
+
+    return render(runs, metric, price, left_out)
+
+
+def _check_metric(runs: list[RunSummary], metric: str) -> None:
+    known = metrics_of(runs)
+    if metric not in known and (known or metric != "top1"):
+        measured = f"there are: {', '.join(known)}" if known else "these runs have no evaluation yet"
+        raise UserError(f"no run measured --metric {metric}; {measured}")
+
+
+def _print_tables(runs: list[RunSummary], metric: str, price: float | None) -> None:
+    console = Console()
+    sign = -1 if lower_is_better(metric) else 1
+    rated = [(sign * best, -i) for i, run in enumerate(runs) if (best := run.best(metric)) is not None]
+    show(table_columns(runs, metric, price), console, -max(rated)[1] if rated else 0)
+    groups = group_runs(runs, metric)
+    if any(len(group.members) > 1 for group in groups):
+        print()
+        show(group_columns(groups, metric), console, best=-1)
 
 
 def show(columns: list[Column], console: Console, best: int) -> None:

@@ -10,6 +10,7 @@ import pytest
 from typer.main import get_command
 
 from pipeline.config_load import load_config
+from tests.tracking.made_runs import write_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -58,6 +59,26 @@ def anchors(page: Path) -> set[str]:
     """What can be linked to in a page: its headings in lower case, without signs, a dash for every space."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_compare_section_runs_as_printed(
+    commands: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed, top1 in enumerate((0.75, 0.85)):
+        write_run(tmp_path / "runs" / f"demo-seed{seed}", [0.5, top1], seed=seed)
+    section = (ROOT / "README.md").read_text().split("## Compare experiments")[1].split("\n## ")[0]
+    lines = [line.split("   #")[0].strip() for line in COMMAND.findall(section)]
+    assert len(lines) >= 3
+    for line in lines:
+        commands["compare"].main(shlex.split(line)[2:], standalone_mode=False)  # type: ignore[attr-defined]
+    assert "80.00 ± 7.07" in capsys.readouterr().out
+    for name, part in {
+        "report.html": "<!doctype html>",
+        "runs.csv": "demo-seed1",
+        "table.tex": r"$\mathbf{80.00}",
+    }.items():
+        assert part in (tmp_path / name).read_text()
 
 
 def test_every_command_is_in_the_readme(commands: dict[str, object]) -> None:

@@ -1,23 +1,19 @@
-"""Runs side by side: which config keys differ and what came of it, as table columns, JSON or CSV."""
+"""Runs side by side in the terminal: which config keys differ and what came of it, as table columns."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from pipeline.tracking.files import encode_floats
-from pipeline.tracking.runs import RunSummary
+from pipeline.tracking import metric_names
+from pipeline.tracking.groups import SeedGroup, Spread, best_group, compare_groups, differing_keys
+from pipeline.tracking.record import RunSummary
 
 MISSING = "-"
 _BARS = "▁▂▃▄▅▆▇█"
 _CURVE_WIDTH = 12
-# They name the run directory and so always differ.
-_PLACE_KEYS = {"name", "out"}
-_NOT_IN_CSV = {"config", "curve"}
 
 
 @dataclass(frozen=True)
@@ -27,17 +23,6 @@ class Column:
     title: str
     cells: list[str]
     numeric: bool = True
-
-
-def differing_keys(runs: Sequence[RunSummary]) -> list[str]:
-    """Config keys that don't have the same value in all runs that have a config, in the order of the configs."""
-    configs = [run.config for run in runs if run.config]
-    keys = dict.fromkeys(key for config in configs for key in config)
-    return [
-        key
-        for key in keys
-        if key not in _PLACE_KEYS and any(config.get(key) != configs[0].get(key) for config in configs)
-    ]
 
 
 def short_titles(keys: Sequence[str]) -> list[str]:
@@ -53,33 +38,99 @@ def short_titles(keys: Sequence[str]) -> list[str]:
     return titles
 
 
-def table_columns(runs: Sequence[RunSummary]) -> list[Column]:
-    """The comparison as columns of text; the first one names the runs."""
+def table_columns(runs: Sequence[RunSummary], metric: str = "top1", price: float | None = None) -> list[Column]:
+    """The comparison as columns of text; the first one names the runs. Memory, GPU-hours and cost only where known.
+
+    Args:
+        metric: what evaluations measured.
+        price: of a GPU-hour, in any currency.
+    """
     keys = differing_keys(runs)
-    scale = [top1 for run in runs for _, top1 in run.curve]
-    low, high = min(scale, default=0.0), max(scale, default=0.0)
+    curves = [[value for value in run.evals.get(metric, []) if value is not None] for run in runs]
+    values = [value for curve in curves for value in curve]
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    title = metric_names.title(metric)
 
     def column(title: str, cell: Callable[[RunSummary], str | None], numeric: bool = True) -> Column:
         return Column(title, [cell(run) or MISSING for run in runs], numeric)
 
-    return [
+    columns = [
         Column("run", run_labels(runs), numeric=False),
         *(
-            column(title, lambda run, key=key: _text(run.config.get(key)), numeric=False)  # type: ignore[misc]
+            column(title, lambda run, key=key: text(run.config.get(key)), numeric=False)  # type: ignore[misc]
             for key, title in zip(keys, short_titles(keys), strict=True)
         ),
-        column("params", lambda run: _count(run.params)),
+        column("params", lambda run: count(run.params)),
         column("epochs", lambda run: _progress(run.epoch, run.total_epochs)),
         column("steps", lambda run: _progress(run.step, run.total_steps)),
-        column("top-1 %", lambda run: _percent(run.final_top1)),
-        column("best %", lambda run: _percent(run.best_top1)),
-        column("at step", lambda run: _text(run.best_step)),
-        column("eval curve", lambda run: sparkline([top1 for _, top1 in run.curve], low, high), numeric=False),
+        column(title, lambda run: metric_names.written(metric, run.final(metric))),
+        column("best" + title[title.rfind(" ") :] if "%" in title else "best", lambda run: _best(run, metric)),
+        *([column("at step", lambda run: text(run.best_step))] if metric == "top1" else []),
+        Column("eval curve", [sparkline(curve, low, high) or MISSING for curve in curves], numeric=False),
         column("train loss", lambda run: _number(run.train_loss, ".4f")),
         column("img/s", lambda run: _number(run.images_per_second, ".1f")),
+        column("mem GB", lambda run: _number(run.memory_gb, ".2f")),
         column("hours", lambda run: _number(run.wall_hours, ".2f")),
+        column("GPU-h", lambda run: _number(run.gpu_hours, ".2f")),
+        column("cost", lambda run: _number(cost(run, price), ".2f")),
         column("state", lambda run: run.state + ("" if run.step is not None else ", no metrics yet"), numeric=False),
     ]
+    optional = {"mem GB", "GPU-h", "cost"}
+    return [column for column in columns if column.title not in optional or set(column.cells) != {MISSING}]
+
+
+def group_columns(groups: Sequence[SeedGroup], metric: str) -> list[Column]:
+    """Settings that were run with several seeds: mean and standard deviation, and Welch's test against the best."""
+    best = best_group(groups, metric)
+    tests = {} if best is None else {test.group: test for test in compare_groups(groups, best)}
+    titles = short_titles(list(groups[0].settings))
+    scale, digits = metric_names.scale(metric), metric_names.digits(metric)
+    columns = [
+        Column(title, [text(group.settings[key]) or MISSING for group in groups], numeric=False)
+        for key, title in zip(groups[0].settings, titles, strict=True)
+    ]
+    differences, ps = [], []
+    for i in range(len(groups)):
+        test = tests.get(i)
+        if test is None:
+            differences.append("best" if i == best else MISSING)
+            ps.append(MISSING)
+        else:
+            low, high = (f"{scale * value:+.{digits}f}" for value in (test.low, test.high))
+            differences.append(f"{scale * test.difference:+.{digits}f} [{low}, {high}]")
+            ps.append(p_text(test.p_holm))
+    return [
+        Column("runs", [few([run.name for run in group.members]) for group in groups], numeric=False),
+        *columns,
+        Column("n", [str(group.final.n if group.final else 0) for group in groups]),
+        Column(metric_names.title(metric), [spread_text(group.final, metric) for group in groups]),
+        Column("best", [spread_text(group.best, metric) for group in groups]),
+        *([Column("to the best [95 %]", differences), Column("p", ps)] if tests else []),
+    ]
+
+
+def spread_text(values: Spread | None, metric: str) -> str:
+    """`81.50 ± 0.12`; without the second part where there is one value."""
+    if values is None:
+        return MISSING
+    mean = metric_names.written(metric, values.mean)
+    return f"{mean}" + ("" if values.sd is None else f" ± {metric_names.written(metric, values.sd)}")
+
+
+def p_text(p: float) -> str:
+    """A p-value with two digits that say something."""
+    return f"{p:.2g}" if p >= 0.001 else "<0.001"
+
+
+def few(names: Sequence[str], limit: int = 3) -> str:
+    """Some names and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def cost(run: RunSummary, price: float | None) -> float | None:
+    """GPU-hours times the price of one; None where either isn't known."""
+    return None if price is None or run.gpu_hours is None else price * run.gpu_hours
 
 
 def run_labels(runs: Sequence[RunSummary]) -> list[str]:
@@ -97,43 +148,27 @@ def sparkline(values: Sequence[float], low: float, high: float, width: int = _CU
     return "".join(_BARS[round(level * (len(_BARS) - 1))] for level in levels)
 
 
-def to_json(runs: Sequence[RunSummary]) -> str:
-    """`{"differing": [keys], "runs": [...]}`: all fields of `RunSummary`, of the config the differing keys."""
-    keys = differing_keys(runs)
-    records = [
-        {name: getattr(run, name) for name in _field_names(set())}
-        | {"path": str(run.path), "config": {key: run.config.get(key) for key in keys}}
-        for run in runs
-    ]
-    return json.dumps(encode_floats({"differing": keys, "runs": records}), indent=2, default=str)
-
-
-def to_csv(runs: Sequence[RunSummary]) -> str:
-    """One line per run: the fields of `RunSummary` and the differing config keys under their full names."""
-    keys = differing_keys(runs)
-    names = _field_names(_NOT_IN_CSV)
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*names, *keys])
-    for run in runs:
-        writer.writerow([*(getattr(run, name) for name in names), *(run.config.get(key) for key in keys)])
-    return out.getvalue()
-
-
-def _field_names(without: set[str]) -> list[str]:
-    return [field.name for field in fields(RunSummary) if field.name not in without]
-
-
-def _text(value: Any) -> str | None:
+def text(value: Any) -> str | None:
+    """A config's value as it would be written in a recipe."""
     return None if value is None else json.dumps(value) if isinstance(value, bool | list | dict) else str(value)
+
+
+def count(value: int | None) -> str | None:
+    """`17.1M`, `438.4k`."""
+    if value is None:
+        return None
+    for size, unit in ((1_000_000, "M"), (1_000, "k")):
+        if value >= size:
+            return f"{value / size:.1f}{unit}"
+    return str(value)
+
+
+def _best(run: RunSummary, metric: str) -> str | None:
+    return metric_names.written(metric, run.best(metric))
 
 
 def _number(value: float | None, form: str) -> str | None:
     return None if value is None else format(value, form)
-
-
-def _percent(fraction: float | None) -> str | None:
-    return None if fraction is None else f"{100 * fraction:.2f}"
 
 
 def _progress(done: float | None, total: float | None) -> str | None:
@@ -144,12 +179,3 @@ def _progress(done: float | None, total: float | None) -> str | None:
 
 def _round(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:.1f}".removesuffix(".0")
-
-
-def _count(value: int | None) -> str | None:
-    if value is None:
-        return None
-    for size, unit in ((1_000_000, "M"), (1_000, "k")):
-        if value >= size:
-            return f"{value / size:.1f}{unit}"
-    return str(value)

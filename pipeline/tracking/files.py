@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from pipeline.errors import UserError
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_NON_FINITE_BYTES = (b'NaN"', b'Infinity"')
 
 
 def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -90,7 +91,9 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
         entry = json.loads(line)
     except ValueError:
         return None
-    return decode_floats(entry) if isinstance(entry, dict) else None
+    if not isinstance(entry, dict):
+        return None
+    return decode_floats(entry) if any(name in line for name in _NON_FINITE_BYTES) else entry
 
 
 def iter_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -15,11 +15,13 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from launch.compare_cli import compare, fit, plain_table, show
+from launch.compare_cli import CompareCommand, compare, fit, plain_table, show
 from pipeline.errors import UserError
-from pipeline.tracking.compare import Column, differing_keys, short_titles, sparkline, table_columns
+from pipeline.tracking.compare import Column, short_titles, sparkline, table_columns
 from pipeline.tracking.files import append_line, write_json, write_text
-from pipeline.tracking.runs import find_runs, summarize
+from pipeline.tracking.groups import differing_keys
+from pipeline.tracking.record import summarize
+from pipeline.tracking.runs import find_runs
 from tests.tracking.conftest import CONFIG, make_run
 
 
@@ -63,7 +65,7 @@ def runs(tmp_path: Path) -> Path:
 
 def invoke(*args: str) -> str:
     app = typer.Typer()
-    app.command()(compare)
+    app.command(cls=CompareCommand)(compare)
     result = CliRunner().invoke(app, list(args))
     if result.exception:
         raise result.exception
@@ -192,4 +194,4 @@ def test_errors_name_the_path_and_the_mend(runs: Path, tmp_path: Path) -> None:
     shutil.copy(runs / "a" / "config.yaml", runs / "a" / "facts.json")
     (runs / "a" / "facts.json").write_text("{")
     with pytest.raises(UserError, match=r"facts\.json can't be read as JSON"):
-        invoke(str(runs))
+        invoke(str(runs / "a"))

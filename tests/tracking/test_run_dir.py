@@ -20,9 +20,10 @@ from pipeline.errors import UserError
 from pipeline.tracking import environment
 from pipeline.tracking.compare import table_columns
 from pipeline.tracking.files import file_reference, read_json, read_lines
+from pipeline.tracking.record import summarize
 from pipeline.tracking.redact import redact, redact_command, without_password
 from pipeline.tracking.run_dir import RunDir, is_locked
-from pipeline.tracking.runs import run_state, summarize
+from pipeline.tracking.runs import run_state
 from tests.tracking.conftest import CONFIG, FACTS
 
 SECRET = token_hex(8)

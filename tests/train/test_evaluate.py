@@ -22,7 +22,7 @@ from pipeline.data.augment.transforms import build_eval_transform
 from pipeline.data.fast.decode import decode_image
 from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
-from pipeline.tracking.runs import summarize
+from pipeline.tracking.record import summarize
 from pipeline.train.distributed import World
 from pipeline.train.eval_worker import EvalJob, run_job
 from pipeline.train.export import load_weights

@@ -35,6 +35,7 @@ mount -t tmpfs tmpfs /run
 mkdir -m 755 /run/sshd
 mount --move "$folder/tmp" /tmp
 chmod 1777 /tmp
+mount --bind "$folder/home" "${folder%/*}/home"
 ip link set lo up
 touch "$folder/ready"
 exec $sshd
@@ -62,17 +63,20 @@ class Hosts:
     Attributes:
         address: IP address by name. One more host, "desk", is where `run` calls commands.
         key: file of the private key.
+        home: path of the home folder, the same in all hosts, and another folder in each.
     """
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.folder = folder
         self.address = {name: f"10.231.0.{10 + i}" for i, name in enumerate(("desk", *names))}
         self.key = folder / "key"
+        self.home = folder / "home"
         self._first: dict[str, int] = {}  # process id, as seen from outside, of the first process in each host
         self._stack = ExitStack()
 
     def __enter__(self) -> Hosts:
         with self._stack:
+            self.home.mkdir()
             for key in ("key", "host_key"):
                 _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / key)
             (self.folder / "sshd_config").write_text(_SSHD.format(folder=self.folder))
@@ -86,16 +90,13 @@ class Hosts:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def home(self, name: str) -> Path:
-        return self.folder / name / "home"
-
     def _start(self, name: str) -> None:
         own = self.folder / name
         for part in ("tmp", "home"):
             (own / part).mkdir(parents=True)
         users = [line for line in Path("/etc/passwd").read_text().splitlines() if not line.startswith("root:")]
         (own / "home" / ".bashrc").touch()
-        (own / "passwd").write_text("\n".join([f"root:x:0:0:root:{own / 'home'}:/bin/bash", *users, ""]))
+        (own / "passwd").write_text("\n".join([f"root:x:0:0:root:{self.home}:/bin/bash", *users, ""]))
         (own / "shadow").write_text("root:*:19000:0:99999:7:::\n")
         known = "".join(f"{address} {host}\n" for host, address in self.address.items())
         (own / "hosts").write_text("127.0.0.1 localhost\n" + known)
@@ -137,7 +138,7 @@ class Hosts:
 
     def run(self, *command: object, env: Mapping[str, str] | None = None, timeout: float = 300) -> str:
         """What a command prints that is called on the desk, in the checkout."""
-        home = {"HOME": str(self.home("desk")), "PATH": _PATH, "USER": "root", "LANG": "C.UTF-8"}
+        home = {"HOME": str(self.home), "PATH": _PATH, "USER": "root", "LANG": "C.UTF-8"}
         line = f"cd {shlex.quote(str(ROOT))} && exec {shlex.join(map(str, command))}"
         inside = self._inside("desk", *_NAMESPACES)
         try:

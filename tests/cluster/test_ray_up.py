@@ -81,8 +81,8 @@ def filled_in(hosts: Hosts, shared: Path) -> Path:
 
 def submit(hosts: Hosts, cluster: Path) -> str:
     """What the job prints, which is started on the head and uses all of the cluster."""
-    (hosts.home("head") / "job.py").write_text(JOB)
-    return hosts.run("ray", "exec", cluster, "cd ~/rookery && python ~/job.py")
+    (hosts.folder / "job.py").write_text(JOB)
+    return hosts.run("ray", "exec", cluster, f"cd ~/rookery && python {hosts.folder}/job.py")
 
 
 def ray_processes(hosts: Hosts, name: str) -> list[str]:
@@ -103,7 +103,7 @@ def test_up_submit_down(hosts: Hosts, tmp_path: Path) -> None:
     submit(hosts, cluster)
     for name in NODES:
         # Each node ran the checkout that was copied to it, whatever the environment has installed.
-        assert (shared / "runs" / name).read_text() == f"{hosts.home(name)}/rookery/pipeline/__init__.py"
+        assert (shared / "runs" / name).read_text() == f"{hosts.home}/rookery/pipeline/__init__.py"
 
     hosts.run("ray", "down", "--yes", cluster)
     wait_for(lambda: not any(ray_processes(hosts, name) for name in NODES), "no Ray anywhere", hosts.logs)

@@ -17,7 +17,7 @@ _TRIED = 8
 
 
 def sweep(
-    config: Annotated[Path, typer.Argument(help="sweep, such as configs/sweep/cifar10.yaml")],
+    file: Annotated[Path, typer.Argument(help="sweep, such as configs/sweep/cifar10.yaml")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value ...: keys of a sweep change it, all others its recipe")
     ] = None,
@@ -35,7 +35,7 @@ def sweep(
     from launch.sweep.records import Records
     from pipeline.errors import UserError
 
-    wanted = load_sweep(config, overrides or [])
+    wanted = load_sweep(file, overrides or [])
     records = Records(wanted)
     lengths, parts = _planned(wanted, records)
     if dry_run:

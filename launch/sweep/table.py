@@ -58,10 +58,9 @@ class Progress:
         if not self._console.is_terminal:
             figures, metric = record.figures, self._records.config.metric
             speed = figures.get("images_per_second")
-            self.say(
-                f"{record.name}  epoch {figures['epoch']:.4g} of {self._lengths[record.name].epochs:.4g}  "
-                f"{metric} {figures[metric]:.4f}{'' if speed is None else f'  {speed:,.0f} img/s'}  on {self._nodes(record)}"
-            )
+            rate = "" if speed is None else f"  {speed:,.0f} img/s"
+            epoch = f"epoch {figures['epoch']:.4g} of {self._lengths[record.name].epochs:.4g}"
+            self.say(f"{record.name}  {epoch}  {metric} {figures[metric]:.4f}{rate}  on {self._nodes(record)}")
 
     def refresh(self) -> None:
         """Draw the table again, every other second."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,6 @@ import yaml
 from data_prep.options import PrepOptions
 from data_prep.prepare import prepare_splits
 from launch.sweep.records import FILE
-from launch.sweep.take_over import TAKEN_OVER
 from pipeline.tracking.files import read_lines
 from pipeline.tracking.metrics import read_metrics
 from pipeline.train.again import newest_step
@@ -24,7 +22,6 @@ from pipeline.train.export import WEIGHTS
 from tests.cluster.ray_cluster import RayCluster
 from tests.cluster.slurm_cluster import wait_for
 from tests.train.commands import run_command
-from tests.train.conftest import write_recipe
 
 pytestmark = pytest.mark.ray_cluster
 

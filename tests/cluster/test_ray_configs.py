@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from functools import cache
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.conftest import missing
 from tests.train.commands import ROOT
 
 FOLDER = ROOT / "configs" / "ray"
@@ -132,6 +134,13 @@ def test_variables_are_those_of_setup(name: str) -> None:
     said = (FOLDER / "setup.sh").read_text()
     used = re.findall(r"(ROOKERY_\w+)=", " ".join(read(name)["setup_commands"]))
     assert used and all(f"#   {variable} " in said for variable in used)
+
+
+def test_scripts_are_clean() -> None:
+    if shutil.which("shellcheck") is None:
+        missing("shell scripts left out: shellcheck is not installed")
+    done = subprocess.run(["shellcheck", *FOLDER.glob("*.sh")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def setup(home: Path, **variables: object) -> subprocess.CompletedProcess[str]:

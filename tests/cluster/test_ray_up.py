@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
+from pipeline.tracking.metrics import read_metrics
 from tests.cluster.hosts import Hosts, missing_programs
 from tests.cluster.slurm_cluster import wait_for
 from tests.conftest import missing
@@ -19,29 +23,19 @@ pytestmark = pytest.mark.ray_cluster
 
 NODES = ("head", "worker1", "worker2")
 
-# Runs on the head: waits for all nodes, then one task on each of them says where it ran, in the shared folder.
-JOB = """
-import os, pathlib, socket, time
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as At
-
-ray.init(address="auto", log_to_driver=False)
-
-@ray.remote(num_cpus=1)
-def sign(folder):
-    import pipeline
-    name = socket.gethostname()
-    pathlib.Path(folder, name).write_text(pipeline.__file__)
-
-def alive():
-    return [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-
-deadline = time.monotonic() + 120
-while len(alive()) < 3 and time.monotonic() < deadline:
-    time.sleep(0.5)
-folder = os.path.abspath("runs")
-ray.get([sign.options(scheduling_strategy=At(node, soft=False)).remote(folder) for node in alive()])
-"""
+# The demo with a smaller model, for a few steps.
+SHORT = [
+    "model.options={patch_size: 1, num_levels: 3, embed_dims: [8, 8, 8], depths: [1, 1, 1], num_heads: [1, 1, 1]}",
+    "data.augment_by=pillow",
+    "data.workers=0",
+    "train.epochs=2steps",
+    "train.global_batch_size=16",
+    "train.log_every=1steps",
+    "optim.schedule.warmup=1steps",
+    "eval.every=2steps",
+    "checkpoint.every=2steps",
+    "tracking.mlflow=false",
+]
 
 
 @pytest.fixture
@@ -79,19 +73,28 @@ def filled_in(hosts: Hosts, shared: Path) -> Path:
     return filled
 
 
-def submit(hosts: Hosts, cluster: Path) -> str:
-    """What the job prints, which is started on the head and uses all of the cluster."""
-    (hosts.folder / "job.py").write_text(JOB)
-    return hosts.run("ray", "exec", cluster, f"cd ~/rookery && python {hosts.folder}/job.py")
+def submit(hosts: Hosts, cluster: Path, shared: Path) -> str:
+    """What a sweep prints that is started on the head: as many trials as nodes, each as large as a node."""
+    from ray._private.utils import get_num_cpus
+
+    sweep = {
+        "name": "sweep",
+        "recipe": f"{hosts.home}/rookery/configs/demo.yaml",
+        "overrides": SHORT,
+        "space": {"optim.lr": {"grid": [1e-3, 2e-3, 3e-3]}},
+        "resources": {"cpus": get_num_cpus()},
+    }
+    (shared / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    return hosts.run("ray", "exec", cluster, f"cd ~/rookery && rookery sweep {shared}/sweep.yaml --address auto")
 
 
 def ray_processes(hosts: Hosts, name: str) -> list[str]:
     return [line for line in hosts.processes(name) if line and not line.startswith("sshd")]
 
 
-def test_up_submit_down(hosts: Hosts, tmp_path: Path) -> None:
+def test_up_sweep_down(hosts: Hosts, digits: Path, tmp_path: Path) -> None:
     shared = tmp_path / "shared"
-    shared.mkdir()
+    shutil.copytree(digits, shared / "shards" / "digits")
     cluster = filled_in(hosts, shared)
     hosts.run("ray", "get-auth-token", "--generate")
     hosts.run("ray", "up", "--yes", cluster)
@@ -100,10 +103,14 @@ def test_up_submit_down(hosts: Hosts, tmp_path: Path) -> None:
         return all("raylet" in " ".join(hosts.processes(name)) for name in NODES)
 
     wait_for(joined, "Ray runs on three hosts", hosts.logs)
-    submit(hosts, cluster)
-    for name in NODES:
-        # Each node ran the checkout that was copied to it, whatever the environment has installed.
-        assert (shared / "runs" / name).read_text() == f"{hosts.home}/rookery/pipeline/__init__.py"
+    said = submit(hosts, cluster, shared)
+    runs = [path.parent for path in sorted(shared.glob("runs/sweep/trials/*/facts.json"))]
+    facts = [json.loads((run / "facts.json").read_text()) for run in runs]
+    assert {fact["environment"]["host"] for fact in facts} == set(NODES), said
+    # Each ran what was copied to its node, whatever the environment has installed.
+    assert {fact["folder"] for fact in facts} == {f"{hosts.home}/rookery"}
+    for run in runs:
+        assert read_metrics(run)[-1]["step"] == 2 and (run / "result.json").exists()
 
     hosts.run("ray", "down", "--yes", cluster)
     wait_for(lambda: not any(ray_processes(hosts, name) for name in NODES), "no Ray anywhere", hosts.logs)

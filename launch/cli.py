@@ -7,7 +7,18 @@ import sys
 import typer
 from rich.console import Console
 
-from launch import bench_cli, compare_cli, config_cli, eval_cli, export_cli, models_cli, prep_cli, sync_cli, train_cli
+from launch import (
+    bench_cli,
+    compare_cli,
+    config_cli,
+    eval_cli,
+    export_cli,
+    models_cli,
+    prep_cli,
+    sweep_cli,
+    sync_cli,
+    train_cli,
+)
 from pipeline.errors import UserError
 
 _commands = typer.Typer(
@@ -20,6 +31,7 @@ _commands = typer.Typer(
 _commands.command()(prep_cli.prep)
 _commands.command()(prep_cli.verify)
 _commands.command()(train_cli.train)
+_commands.command()(sweep_cli.sweep)
 _commands.command("eval")(eval_cli.evaluate)
 _commands.command(cls=compare_cli.CompareCommand)(compare_cli.compare)
 _commands.command()(models_cli.models)

@@ -28,7 +28,7 @@ cd {folder}
 {exports}exec {command}
 """
 # What a fresh shell would lack. Credentials are in none of them.
-_ENVIRONMENT = ("FI_", "GLOO_", "NCCL_", "OFI_", "TORCH_NCCL_", "UCX_")
+ENVIRONMENT = ("FI_", "GLOO_", "NCCL_", "OFI_", "TORCH_NCCL_", "UCX_")
 _VARIABLES = ("PYTHONPATH", "ROOKERY_NPROC", "ROOKERY_THREADS")
 # Field of `scontrol show job` -> option of sbatch that asks for it.
 _OPTIONS = {
@@ -124,9 +124,7 @@ def write_script(run: Path, options: Sequence[str], arguments: Sequence[str]) ->
                 f"{redact(argument)}: the job script would keep these credentials; leave them out of the address and "
                 "put them into variables of the environment (AWS_ACCESS_KEY_ID, ...), which sbatch passes on"
             )
-    kept = {
-        key: value for key, value in sorted(os.environ.items()) if key in _VARIABLES or key.startswith(_ENVIRONMENT)
-    }
+    kept = {key: value for key, value in sorted(os.environ.items()) if key in _VARIABLES or key.startswith(ENVIRONMENT)}
     text = _TEMPLATE.format(
         run=run,
         directives="\n".join(f"#SBATCH {_quoted(option)}" for option in options),

@@ -18,8 +18,8 @@ import psutil
 
 from launch.quiet import unquiet_workers
 from pipeline.errors import UserError
-from pipeline.train.again import FOLDER, JOB, chosen_status, has_begun, most_telling
-from pipeline.train.process import AGENT_PID, COMMAND
+from pipeline.train.again import AGENT_PID, FOLDER, JOB, chosen_status, has_begun, most_telling
+from pipeline.train.process import COMMAND, die_with_parent
 from pipeline.train.status import FAILED, INTERRUPTED
 from pipeline.train.stop import STATUS, Stopped, catch_signals, stop_now
 
@@ -86,6 +86,7 @@ def start_workers(module: str, payload: str, nodes: Nodes, threads: int | None =
     if nodes.world_size == 1:
         return importlib.import_module(module).run(payload, threads)
     nodes.check()
+    die_with_parent()
     # Not `python -m module`: the loader processes would import the main module, and with it all of training, once more.
     # And no interpreter shutdown: threads of torch that still run then can end a finished worker with an abort.
     # Signals end a worker silently until it has handlers of its own.

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from difflib import SequenceMatcher
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from pipeline.config import RunConfig
 from pipeline.config_schema import config_keys, sections
 
 KeyPath = tuple[str | int, ...]
@@ -24,7 +25,13 @@ _TIMM = {
 _SECTION_EXPECTED = ("model_type", "dict_type", "model_attributes_type", "union_tag_not_found")
 
 
-def explain(error: ValidationError, tree: dict[str, Any], origin: str, places: Mapping[KeyPath, str]) -> str:
+def explain(
+    error: ValidationError,
+    tree: dict[str, Any],
+    origin: str,
+    places: Mapping[KeyPath, str],
+    model: type[BaseModel] = RunConfig,
+) -> str:
     """One line per mistake.
 
     Args:
@@ -32,12 +39,13 @@ def explain(error: ValidationError, tree: dict[str, Any], origin: str, places: M
         tree: the values it looked at.
         origin: where the tree comes from.
         places: where each key of the tree was written.
+        model: what the tree should have been.
     """
-    lines = [f"{_place(path, origin, places)}: {text}" for path, text in _mistakes(error, tree)]
+    lines = [f"{_place(path, origin, places)}: {text}" for path, text in _mistakes(error, tree, model)]
     return lines[0] if len(lines) == 1 else "\n  ".join([f"{origin}: {len(lines)} mistakes", *lines])
 
 
-def _mistakes(error: ValidationError, tree: dict[str, Any]) -> list[tuple[KeyPath, str]]:
+def _mistakes(error: ValidationError, tree: dict[str, Any], model: type[BaseModel]) -> list[tuple[KeyPath, str]]:
     found: dict[KeyPath, list[Any]] = {}
     for detail in error.errors(include_url=False):
         found.setdefault(_path(detail, tree), []).append(detail)
@@ -47,7 +55,7 @@ def _mistakes(error: ValidationError, tree: dict[str, Any]) -> list[tuple[KeyPat
         if any(other[: len(path)] == path for other in found if len(other) > len(path)):
             continue
         meant = [detail for detail in details if detail["type"] not in _SECTION_EXPECTED] or details
-        mistakes += [(path, line) for detail in meant for line in _describe(detail, path, tree).splitlines()]
+        mistakes += [(path, line) for detail in meant for line in _describe(detail, path, tree, model).splitlines()]
     return mistakes
 
 
@@ -72,15 +80,15 @@ def _place(path: KeyPath, origin: str, places: Mapping[KeyPath, str]) -> str:
     return origin
 
 
-def _describe(detail: Any, path: KeyPath, tree: dict[str, Any]) -> str:
+def _describe(detail: Any, path: KeyPath, tree: dict[str, Any], model: type[BaseModel]) -> str:
     key, kind = _dotted(path), detail["type"]
     value = _value_at(path, tree)
     if kind == "extra_forbidden":
-        return _unknown(key, path, tree)
+        return _unknown(key, path, tree, model)
     if kind == "missing" and isinstance(detail["loc"][-1], str):
-        return _missing(key)
+        return _missing(key, model)
     if kind in _SECTION_EXPECTED:
-        return _no_section(key, value)
+        return _no_section(key, value, model)
     message = detail["msg"].removeprefix("Value error, ").replace("Input should ", "should ")
     if kind == "union_tag_invalid":
         key, value = f"{key}.{detail['ctx']['discriminator'].strip(chr(39))}", detail["ctx"]["tag"]
@@ -94,29 +102,29 @@ def _describe(detail: Any, path: KeyPath, tree: dict[str, Any]) -> str:
     return f"{key}: {message}" if isinstance(value, dict) else f"{key}={_shown(value)}: {message}"
 
 
-def _unknown(key: str, path: KeyPath, tree: dict[str, Any]) -> str:
-    known = {name for name, _ in config_keys()}
+def _unknown(key: str, path: KeyPath, tree: dict[str, Any], model: type[BaseModel]) -> str:
+    known = {name for name, _ in config_keys(model)}
     if key in known:
         section = _dotted(path[:-1])
         return f"{key}: not a key of {section}.kind={_value_at(path[:-1], tree).get('kind')}"
     if isinstance(_value_at(path, tree), dict):
-        known = {name for name in known if _sections_of(name)}
+        known = {name for name in known if _sections_of(name, model)}
     near = _nearest(key, known)
     return f"unknown key {key}; " + (
         f"did you mean {' or '.join(near)}?" if near else "`rookery config` lists every key"
     )
 
 
-def _missing(key: str) -> str:
-    within = (field for section in _sections_of(key) for field in config_keys(section, f"{key}."))
+def _missing(key: str, model: type[BaseModel]) -> str:
+    within = (field for section in _sections_of(key, model) for field in config_keys(section, f"{key}."))
     of_section = [name for name, info in within if info.is_required()]
     if of_section:
         return f"{key} is missing; it needs {' and '.join(of_section)}"
     return f"{key} is missing; add it to the config or pass {key}=VALUE"
 
 
-def _no_section(key: str, value: Any) -> str:
-    names = list(dict.fromkeys(name for section in _sections_of(key) for name in section.model_fields))
+def _no_section(key: str, value: Any, model: type[BaseModel]) -> str:
+    names = list(dict.fromkeys(name for section in _sections_of(key, model) for name in section.model_fields))
     if value is None:
         return f"{key} is empty; leave it out or give it some of its keys: {', '.join(names)}"
     if isinstance(value, str) and "name" in names:
@@ -144,8 +152,8 @@ def _nearest(key: str, known: set[str]) -> list[str]:
     return sorted(near, key=lambda candidate: (-scores[candidate], candidate))[:3]
 
 
-def _sections_of(key: str) -> list[Any]:
-    return [section for name, info in config_keys() if name == key for section in sections(info.annotation)]
+def _sections_of(key: str, model: type[BaseModel]) -> list[Any]:
+    return [section for name, info in config_keys(model) if name == key for section in sections(info.annotation)]
 
 
 def _value_at(path: KeyPath, tree: Any) -> Any:

@@ -34,16 +34,24 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         UserError: unreadable file, unknown key (with the nearest known one), a value or combination that can't be.
     """
-    path = Path(path)
-    tree, places = _read_with_base(path, ())
+    tree, places = read_tree(path, overrides)
+    tree.setdefault("name", default_name(Path(path)))
+    return parse_tree(tree, str(path), places)
+
+
+def read_tree(path: str | Path, overrides: Iterable[str] = ()) -> tuple[dict[str, Any], Places]:
+    """The plain values of a YAML file, `base:` and overrides applied, and the place of each key.
+
+    Raises:
+        UserError: unreadable file, or an override that is none.
+    """
+    tree, places = _read_with_base(Path(path), ())
     overriding: dict[str, Any] = {}
     for override in overrides:
         keys, value = _parse_override(override)
         overriding = _merge(overriding, _nested(keys, value))
         places = dict.fromkeys(_prefixes(keys), "override") | places | {keys: "override"}
-    tree = _merge(tree, overriding)
-    tree.setdefault("name", _default_name(path))
-    return parse_tree(tree, str(path), places)
+    return _merge(tree, overriding), places
 
 
 def parse_tree(tree: dict[str, Any], origin: str, places: Mapping[KeyPath, str] | None = None) -> RunConfig:
@@ -212,7 +220,8 @@ def _prefixes(keys: tuple[str, ...]) -> list[KeyPath]:
     return [keys[:end] for end in range(1, len(keys))]
 
 
-def _default_name(path: Path) -> str:
+def default_name(path: Path) -> str:
+    """What a run is called that has no name of its own: after its file, and the folder that this is in."""
     folder = path.parent.resolve()
     parts = [folder.name, path.stem] if folder.parent.name == "configs" else [path.stem]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts)).lstrip("._-")

@@ -22,7 +22,7 @@ from pipeline.trees import flatten
 from tests.conftest import missing
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-FILES = sorted(CONFIGS.rglob("*.yaml"))
+FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("sweep", "ray"))
 RECIPES = [path for path in FILES if not path.name.startswith("_")]
 DEMO = CONFIGS / "demo.yaml"
 

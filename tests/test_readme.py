@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+from launch.sweep.config import load_sweep
 from pipeline.config_load import load_config
 from tests.tracking.made_runs import write_run
 
@@ -43,6 +44,8 @@ def test_command_exists_as_printed(page: str, line: str, commands: dict[str, obj
     recipe = context.params.get("config") or context.params.get("recipe")
     if recipe is not None and str(recipe).startswith("configs/"):
         load_config(ROOT / recipe, context.params.get("overrides") or [])
+    if name == "sweep":
+        load_sweep(ROOT / context.params["file"], context.params.get("overrides") or [])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

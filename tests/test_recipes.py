@@ -34,7 +34,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = {
     str(path.relative_to(CONFIGS).with_suffix("")): path
     for path in sorted(CONFIGS.rglob("*.yaml"))
-    if not path.name.startswith("_")
+    if not path.name.startswith("_") and path.parent.name not in ("sweep", "ray")
 }
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 

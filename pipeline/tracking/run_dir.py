@@ -164,7 +164,7 @@ class RunDir:
         git, diff = git_state()
         own = {"git": git, "environment": environment(), "command": redact_command(sys.argv), "folder": str(Path.cwd())}
         self.facts = redact(facts) | own
-        write_text(self.path / CONFIG_NAME, yaml.safe_dump(redact(config), sort_keys=False, width=120))
+        save_config(self.path, config)
         write_json(self.path / FACTS_NAME, self.facts)
         if diff:
             write_text(self.path / DIFF_NAME, redact(diff))
@@ -176,6 +176,11 @@ class RunDir:
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
+
+
+def save_config(path: Path, config: dict[str, Any]) -> None:
+    """Write a run's `config.yaml`, without credentials."""
+    write_text(path / CONFIG_NAME, yaml.safe_dump(redact(config), sort_keys=False, width=120))
 
 
 def is_locked(path: str | Path) -> bool:

@@ -17,6 +17,8 @@ from pipeline.train.status import INTERRUPTED, MISTAKE, RESUBMIT
 # Environment variables by which the launcher tells its processes the folder, and what to do.
 FOLDER = "ROOKERY_AGAIN"
 JOB = "ROOKERY_JOB"
+# And who started them.
+AGENT_PID = "ROOKERY_AGENT_PID"
 
 
 def work(module: str) -> int:

@@ -121,6 +121,30 @@ class CheckpointStore:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def install(source: Checkpoint, directory: Path, progress: dict[str, Any]) -> Path:
+    """Make another run's checkpoint the newest one of a run, with progress of its own; nobody else may write there.
+
+    Args:
+        source: the other run's.
+        directory: `<run>/checkpoints`. Checkpoints of the same step and later ones are removed.
+        progress: what the loop is to go on with.
+    """
+    final = directory / source.path.name
+    part = directory / f".part-{source.step:08d}"
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(source.path, part)
+    (part / COMMIT).unlink()
+    (part / PROGRESS).write_text(json.dumps(progress, indent=1))
+    _commit(part, source.step)
+    for path in directory.glob("step-*"):
+        if path.name >= final.name:
+            (path / COMMIT).unlink(missing_ok=True)
+            shutil.rmtree(path)
+    part.rename(final)
+    _fsync(directory)
+    return final
+
+
 def _attempt(stage: Callable[[], None]) -> str | None:
     """Why a stage of a save failed, None if it did not. torch reports a full disk as a RuntimeError."""
     try:

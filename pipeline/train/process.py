@@ -13,13 +13,13 @@ from collections.abc import Callable
 import torch
 
 from pipeline.errors import UserError
+from pipeline.train.again import AGENT_PID
 from pipeline.train.cores import bind_cores
 from pipeline.train.distributed import PeerError, World, open_world
 from pipeline.train.status import MISTAKE
 from pipeline.train.stop import Stopped, catch_signals, stop_now
 
-# Environment variables by which `launch` tells its workers who started them, and with which command.
-AGENT_PID = "ROOKERY_AGENT_PID"
+# Environment variable by which `launch` tells its workers with which command they were started.
 COMMAND = "ROOKERY_COMMAND"
 
 
@@ -32,7 +32,7 @@ def run_process(job: Callable[[World], object], threads: int | None = None) -> i
         job: gets this process's place in the world.
         threads: CPU threads of torch; None leaves torch's default (OMP_NUM_THREADS).
     """
-    _die_with_parent()
+    die_with_parent()
     bind_cores()
     if COMMAND in os.environ:
         sys.argv = json.loads(os.environ[COMMAND])
@@ -53,11 +53,11 @@ def run_process(job: Callable[[World], object], threads: int | None = None) -> i
     return 0
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to kill this process when the agent that started it is killed.
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when the one that started it is killed, a torchrun agent or a trial of a sweep.
 
-    torchrun puts workers into sessions of their own, so a kill of the agent's process group does not reach them; they
-    would go on as orphans, and keep the run directory locked.
+    Both put what they start into sessions of their own, so a kill of their process group does not reach it; it would
+    go on as an orphan, and keep the run directory locked.
     """
     agent = os.environ.get(AGENT_PID)
     if agent is None or not sys.platform.startswith("linux"):

@@ -134,7 +134,7 @@ class SlurmCluster:
                 env=self.environment,
                 cwd=self.folder,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
 
     def start_node(self, name: str) -> None:
@@ -234,5 +234,5 @@ def _parents(process: psutil.Process) -> Iterator[psutil.Process]:
         return
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)

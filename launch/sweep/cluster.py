@@ -1,0 +1,105 @@
+"""The Ray cluster of a sweep: one that runs already, or one of this machine for the time being."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from launch.sweep.config import Resources
+from pipeline.errors import UserError
+
+_STORE_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class ClusterFacts:
+    """What a cluster has.
+
+    Attributes:
+        gpus: of each process of a trial.
+        names: of the nodes, by Ray's ids.
+        lacks: what a trial asks for that no node has now; None when it fits.
+    """
+
+    gpus: int
+    names: dict[str, str]
+    lacks: str | None
+
+
+def import_ray() -> Any:
+    """Ray, set up to be quiet and to tell nobody.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    quiet = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+        "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+        "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    }
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+        import ray.tune
+    except ImportError as error:
+        raise UserError("rookery sweep needs Ray Tune: pip install 'rookery[ray]'") from error
+    return ray
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[Any]:
+    """Ray, connected to the cluster at an address (or RAY_ADDRESS), or started here.
+
+    Raises:
+        UserError: no cluster answers there.
+    """
+    ray = import_ray()
+    address = address or os.environ.get("RAY_ADDRESS")
+    own: dict[str, Any] = {
+        "num_cpus": len(os.sched_getaffinity(0)),
+        "include_dashboard": False,
+        "object_store_memory": _STORE_BYTES,
+    }
+    try:
+        ray.init(
+            address=address or "local",
+            log_to_driver=False,
+            logging_level="ERROR",
+            **({} if address else own),
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"no Ray cluster answers at {address}: {reason}; start one (ray start --head), see that RAY_AUTH_TOKEN is "
+            "the cluster's, or leave --address out to use this machine"
+        ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def cluster_facts(ray: Any, resources: Resources) -> ClusterFacts:
+    """What the cluster has for trials now; nodes may still come."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    has_gpus = any(node["Resources"].get("GPU", 0) for node in nodes)
+    gpus = int(has_gpus) if resources.gpus is None else resources.gpus
+    wanted = {"CPU": resources.nproc * resources.cpus, "GPU": resources.nproc * gpus}
+    fits = [n for n in nodes if all(n["Resources"].get(kind, 0) >= count for kind, count in wanted.items())]
+    lacks = None
+    if len(fits) < resources.nodes:
+        asked = ", ".join(f"{count} {kind}s" for kind, count in wanted.items() if count)
+        lacks = f"a trial asks for {resources.nodes} nodes with {asked}; the cluster has {len(fits)} of them"
+    names = {
+        n["NodeID"]: n["NodeName"] if n["NodeName"] != n["NodeManagerAddress"] else n["NodeManagerHostname"]
+        for n in nodes
+    }
+    return ClusterFacts(gpus, names, lacks)

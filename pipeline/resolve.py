@@ -97,8 +97,18 @@ def resolve(config: RunConfig, world_size: int) -> Resolved:
     _check_spikes(config, plan)
     token_grid = check_objective(config, model, train, order, world_size)
     params = sum(p.numel() for p in model.parameters())
-    macs = count_macs(model)
+    macs = _macs(config.model.model_dump_json(), model)
     return Resolved(config, plan, order, train, val, params, num_drop_paths(model), macs, token_grid)
+
+
+# A sweep resolves many runs of few models, and counting takes the most of that time.
+_COUNTED: dict[str, int] = {}
+
+
+def _macs(key: str, model: ImageModel) -> int:
+    if key not in _COUNTED:
+        _COUNTED[key] = count_macs(model)
+    return _COUNTED[key]
 
 
 def training_shards(config: RunConfig, cache: CacheOptions | None = None) -> ShardSet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import signal
 import time
@@ -50,10 +51,9 @@ def run_sweep(
         The exit status: 0, 1 when trials failed, 130 or 75 when a signal ended it.
     """
     folder = records.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    records.save()
     (folder / LEAVE).unlink(missing_ok=True)
     shutil.rmtree(folder / _TUNE, ignore_errors=True)
-    records.save()
     first_round = max((_rounds_done(records, record, parts, lengths) for record in records.all()), default=0)
     environment = {k: v for k, v in os.environ.items() if k in _VARIABLES or k.startswith(ENVIRONMENT)}
     forget = first_round if config.scheduler.kind == "pbt" else 0
@@ -278,7 +278,9 @@ class _Stopper(Stopper):
 
 def _reason(trial: Any) -> str:
     """Why a trial died, without Ray's stack."""
-    error = trial.get_error()
-    cause = getattr(error, "cause", None) or error
-    text = str(cause).strip()
-    return text if isinstance(cause, RuntimeError) else text.splitlines()[0] if text else "no reason known"
+    try:
+        error = pickle.loads(Path(trial.pickled_error_file).read_bytes())
+    except (OSError, TypeError, pickle.PickleError):
+        return "no reason known"
+    cause = getattr(error, "cause", None)
+    return str(cause) if isinstance(cause, RuntimeError) else (str(error).strip() or repr(error)).splitlines()[0]

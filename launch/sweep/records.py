@@ -127,6 +127,7 @@ class Records:
     def save(self) -> None:
         """Write `sweep.json`, in one rename."""
         best = self.best()
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_json(
             self.folder / FILE,
             {

@@ -27,7 +27,7 @@ from launch.sweep.take_over import give, take_over
 from pipeline.tracking.files import read_json
 from pipeline.tracking.run_dir import RESULT_NAME, is_locked
 from pipeline.train.again import most_telling
-from pipeline.train.status import FAILED, INTERRUPTED, MISTAKE, RESUBMIT
+from pipeline.train.status import INTERRUPTED, MISTAKE, RESUBMIT
 
 LEAVE = "leave"
 
@@ -238,7 +238,7 @@ class Nodes:
         ended = [status for status in statuses if status is not None]
         if len(ended) == len(statuses):
             failed = [status for status in ended if status]
-            return most_telling(failed, FAILED) if failed else 0
+            return most_telling(failed, failed[0]) if failed else 0
         if ended:
             self._since = self._since or time.monotonic()
             if time.monotonic() - self._since > _GRACE_SECONDS:

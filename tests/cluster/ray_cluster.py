@@ -51,6 +51,10 @@ class RayCluster:
             self._cluster.add_node(num_cpus=CPUS, include_dashboard=False, object_store_memory=80 * 2**20)
         )
 
+    def alive(self) -> list[int]:
+        """The nodes that were not killed."""
+        return [i for i, node in enumerate(self._nodes) if node.all_processes["raylet"][0].process.poll() is None]
+
     def processes(self, node: int) -> list[psutil.Process]:
         """The raylet of a node and all that it has started, directly or not."""
         raylet = psutil.Process(self._nodes[node].all_processes["raylet"][0].process.pid)

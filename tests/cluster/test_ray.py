@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 
 from data_prep.options import PrepOptions
 from data_prep.prepare import prepare_splits
-from launch.sweep.records import FILE
+from launch.sweep.records import FILE, TAKEN_OVER
 from pipeline.tracking.files import read_lines
 from pipeline.tracking.metrics import read_metrics
 from pipeline.train.again import newest_step
@@ -22,6 +23,7 @@ from pipeline.train.export import WEIGHTS
 from tests.cluster.ray_cluster import RayCluster
 from tests.cluster.slurm_cluster import wait_for
 from tests.train.commands import run_command
+from tests.train.conftest import write_recipe
 
 pytestmark = pytest.mark.ray_cluster
 
@@ -41,7 +43,7 @@ class Sweep:
     def __init__(self, cluster: RayCluster, folder: Path, tree: dict[str, Any]) -> None:
         self.cluster, self.folder = cluster, folder
         self.file = folder / "sweep.yaml"
-        self.file.write_text(yaml.safe_dump({"name": "sweep", "out": str(folder / "runs")} | tree))
+        self.file.write_text(yaml.safe_dump({"name": "sweep", "out": str(folder / "runs")} | tree, sort_keys=False))
 
     def start(self) -> subprocess.Popen[str]:
         return self.cluster.start_sweep(self.file)
@@ -152,15 +154,15 @@ def test_a_node_and_a_trial_die(ray_cluster: RayCluster, cifar10: Path, tmp_path
             ray_cluster.runs_on(other)[alone].kill()
 
     trials = sweep.finish(process)
-    assert len(trials) == 8
+    assert [trial["state"] for trial in trials.values()].count("stopped") >= 3 and len(trials) == 8
     assert {trial["state"] for trial in trials.values()} == {"finished", "stopped"}
     for name in (on_node, alone):
         assert trials[name]["failures"] == 1
         first, second, *_ = starts(sweep.run(name))
         assert first is None and second is not None and second > 0
         assert evaluated(sweep.run(name)) == sorted(set(evaluated(sweep.run(name))))
-    for name, trial in trials.items():
-        assert (newest_step(sweep.run(name)) == 40) == (trial["state"] == "finished") or trial["state"] == "stopped"
+    assert all(newest_step(sweep.run(name)) == 40 for name, t in trials.items() if t["state"] == "finished")
+    assert any(newest_step(sweep.run(name)) < 40 for name, t in trials.items() if t["state"] == "stopped")
 
     best = sweep.run(sweep.best())
     config = best / "config.yaml"
@@ -172,3 +174,88 @@ def test_a_node_and_a_trial_die(ray_cluster: RayCluster, cifar10: Path, tmp_path
     finished = [trial["figures"]["loss"] for trial in trials.values() if trial["state"] == "finished"]
     assert min(finished) == figures["loss"]
     ray_cluster.add_node()
+
+
+def digits_sweep(cluster: RayCluster, digits: Path, folder: Path, tree: dict[str, Any]) -> Sweep:
+    """A sweep over short runs on the digits."""
+    write_recipe(digits, folder, augment=False)
+    overrides = [*QUICK, "train.epochs=16steps", "eval.every=4steps", "checkpoint.every=4steps"]
+    overrides.append("optim.schedule.warmup=0ep")
+    return Sweep(cluster, folder, {"recipe": "recipe.yaml", "overrides": overrides} | tree)
+
+
+def test_the_sweep_is_killed_and_started_again(ray_cluster: RayCluster, digits: Path, tmp_path: Path) -> None:
+    """Two nodes for each trial: one is over, one is running, and one has not begun."""
+    tree = {"space": {"optim.lr": {"grid": [1e-3, 3e-3, 1e-2]}}, "concurrent": 1, "metric": "loss"}
+    sweep = digits_sweep(ray_cluster, digits, tmp_path, tree | {"resources": {"nodes": 2}})
+    first, second, third = (sweep.run(f"sweep-{i:03d}") for i in range(3))
+    process = sweep.start()
+    sweep.wait(lambda: newest_step(second) > 0, "a checkpoint of the second trial")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    sweep.wait(lambda: not any(ray_cluster.runs_on(node) for node in ray_cluster.alive()), "trials end with the sweep")
+    assert [trial["state"] for trial in sweep.trials().values()] == ["finished", "running", "waiting"]
+    before = (first / "sessions.jsonl").read_bytes()
+
+    trials = sweep.finish(sweep.start())
+    assert [trial["state"] for trial in trials.values()] == ["finished"] * 3
+    assert (first / "sessions.jsonl").read_bytes() == before
+    assert [len(starts(run)) for run in (first, second, third)] == [1, 2, 1]
+    resumed = starts(second)[1]
+    assert resumed is not None and resumed > 0
+    for run, trial in zip((first, second, third), trials.values(), strict=True):
+        assert evaluated(run) == [4, 8, 12, 16]
+        assert trial["figures"]["loss"] == read_metrics(run)[-1]["loss"] and len(set(trial["nodes"])) == 2
+        assert read_lines(run / "sessions.jsonl")[0]["world_size"] == 2
+
+
+def test_population_based_training(ray_cluster: RayCluster, digits: Path, tmp_path: Path) -> None:
+    space = {"optim.lr": {"loguniform": [1e-5, 1e-2]}, "optim.weight_decay": {"choice": [0.0, 0.05, 0.1]}}
+    every = f"{8 / 29}ep"
+    scheduler = {"kind": "pbt", "every": every, "quantile": 0.5, "resample": 0.0}
+    tree = {"space": space, "trials": 2, "scheduler": scheduler, "metric": "loss"}
+    sweep = digits_sweep(ray_cluster, digits, tmp_path, tree)
+    trials = sweep.finish(sweep.start())
+    assert [trial["state"] for trial in trials.values()] == ["finished", "finished"]
+    taker = next(name for name in trials if (sweep.run(name) / TAKEN_OVER).exists())
+    donor = next(name for name in trials if name != taker)
+    (taken,) = read_lines(sweep.run(taker) / TAKEN_OVER)
+    assert (taken["donor"], taken["step"], taken["values"]) == (donor, 8, trials[taker]["values"])
+    states = [sweep.run(name) / "checkpoints" / "step-00000008" / "state.pt" for name in (taker, donor)]
+    assert states[0].read_bytes() == states[1].read_bytes()
+    lr, given = (trials[name]["values"]["optim.lr"] for name in (taker, donor))
+    assert lr != given and lr / given in (pytest.approx(0.8, rel=1e-3), pytest.approx(1.25, rel=1e-3))
+    config = yaml.safe_load((sweep.run(taker) / "config.yaml").read_text())
+    assert config["optim"]["lr"] == lr
+
+    losses = {n: {m["step"]: m["loss"] for m in read_metrics(sweep.run(n)) if m["kind"] == "eval"} for n in trials}
+    assert losses[donor][8] < losses[taker][8]
+    assert losses[taker][12] < losses[taker][8]
+    for name in trials:
+        assert evaluated(sweep.run(name)) == [4, 8, 12, 16]
+        assert [
+            line["status"] for line in read_lines(sweep.run(name) / "sessions.jsonl") if line["event"] == "end"
+        ] == [
+            "stopped",
+            "finished",
+        ]
+
+
+def test_hyperband_pauses_what_optuna_proposes(ray_cluster: RayCluster, digits: Path, tmp_path: Path) -> None:
+    """Two trials run to their end at once, two stop in the middle until one of them is chosen to go on."""
+    tree = {
+        "space": {"optim.lr": {"loguniform": [1e-5, 1e-2]}},
+        "trials": 4,
+        "scheduler": {"kind": "hyperband", "grace": "0.25ep", "factor": 2},
+        "searcher": {"kind": "optuna", "startup": 2},
+        "metric": "loss",
+    }
+    sweep = digits_sweep(ray_cluster, digits, tmp_path, tree)
+    trials = sweep.finish(sweep.start())
+    assert [trial["state"] for trial in trials.values()].count("finished") == 3
+    (stopped,) = (name for name, trial in trials.items() if trial["state"] == "stopped")
+    (paused,) = (name for name in trials if starts(sweep.run(name)) == [None, 8])
+    assert evaluated(sweep.run(stopped)) == [4, 8] and evaluated(sweep.run(paused)) == [4, 8, 12, 16]
+    halfway = {n: {m["step"]: m["loss"] for m in read_metrics(sweep.run(n)) if m["kind"] == "eval"}[8] for n in trials}
+    assert halfway[paused] < halfway[stopped]
+    assert len({trial["values"]["optim.lr"] for trial in trials.values()}) == 4

@@ -15,8 +15,8 @@ from pipeline.tracking.runs import RunSummary
 MISSING = "-"
 _BARS = "▁▂▃▄▅▆▇█"
 _CURVE_WIDTH = 12
-# They name the run directory and so always differ.
-_PLACE_KEYS = {"name", "out"}
+# They name the run directory, and the file that it was made from, and so always differ.
+_PLACE_KEYS = {"name", "out", "tracking.recipe"}
 _NOT_IN_CSV = {"config", "curve"}
 
 

@@ -77,7 +77,9 @@ def test_all_of_a_finished_run_is_there(tmp_path: Path, sqlite_uri: str, client:
         copy = client.download_artifacts(report.run_id, name, str(tmp_path))
         assert Path(copy).read_bytes() == (run.path / name).read_bytes()
     # The checkout that the tests run in may have local changes.
-    assert {file.path for file in client.list_artifacts(report.run_id)} - {"git.diff"} == set(files)
+    assert {file.path for file in client.list_artifacts(report.run_id)} - {"git.diff"} == {*files, "plots"}
+    pictures = {file.path for file in client.list_artifacts(report.run_id, "plots")}
+    assert pictures == {"plots/learning_rate.png", "plots/throughput.png"}
 
 
 @pytest.mark.parametrize("status", ["failed", "interrupted", None])

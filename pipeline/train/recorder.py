@@ -35,6 +35,8 @@ from pipeline.wording import counted
 
 log = logging.getLogger("rookery")
 
+# How long the end waits for MLflow: for what is left of the metrics, and for a model to be traced and uploaded.
+_UPLOAD_SECONDS, _MODEL_SECONDS = 30.0, 180.0
 # Samples of a bad step that a line names.
 _NAMED = 3
 # Keys that may differ between the starts of one run: they decide where and how fast, not what is computed.
@@ -235,7 +237,8 @@ def _open(run: Resolved) -> Iterator[Recorder]:
             recorder._report.end()
             metrics.close()
             if mirror is not None:
-                mirror.close(status)
+                registers = status == "finished" and config.tracking.register_model is not None
+                mirror.close(status, _MODEL_SECONDS if registers else _UPLOAD_SECONDS)
         run_dir.close(status)
 
 

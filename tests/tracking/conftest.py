@@ -145,7 +145,7 @@ class MlflowServer:
                 start_new_session=True,
             )
         try:
-            wait_for(self._answers, 120, f"the MLflow server; see {self.folder / 'server.log'}")
+            wait_for(self._answers, 300, f"the MLflow server; see {self.folder / 'server.log'}")
         except AssertionError as error:
             missing(str(error))
 
@@ -164,10 +164,16 @@ class MlflowServer:
 
 
 class SlowProxy:
-    """Forwards TCP to a port of this machine, `delay` seconds late; counts what clients sent."""
+    """Forwards TCP to a port of this machine, `delay` seconds late; counts what clients sent.
+
+    Attributes:
+        delay: may be changed at any time.
+        refuses: whether connections are closed at once, the open ones with their next request.
+    """
 
     def __init__(self, port: int, delay: float) -> None:
         self.delay = delay
+        self.refuses = False
         self.received = 0
         self._target = port
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -184,6 +190,8 @@ class SlowProxy:
             except OSError:
                 return
             try:
+                if self.refuses:
+                    raise ConnectionRefusedError
                 server = socket.create_connection(("127.0.0.1", self._target))
             except OSError:
                 client.close()
@@ -197,6 +205,8 @@ class SlowProxy:
                 if request:
                     self.received += 1
                     time.sleep(self.delay)
+                    if self.refuses:
+                        raise ConnectionResetError
                 target.sendall(data)
         except OSError:
             pass

@@ -91,6 +91,12 @@ def test_after_a_rewind_no_step_comes_twice_and_none_is_missed(tmp_path: Path, u
     steps = sorted(point.step for point in before if point.key == "train/loss")
     assert steps == list(range(1, 41))
     assert sorted(p.step for p in before if p.key == "eval/top1") == [10, 20, 30, 40]
+    # 40 steps of 16 samples are an epoch; its mean is that of the lines that are left.
+    mean = pytest.approx(sum(1 / step for step in range(1, 41)) / 40)
+    curves = [(p.key, p.step, p.value) for p in before if p.key in ("by_epoch/train/loss", "by_samples/train/loss")]
+    assert sorted(curves) == [("by_epoch/train/loss", 1, mean), ("by_samples/train/loss", 640, mean)]
+    assert [p.step for p in before if p.key == "by_epoch/eval/top1"] == [1]
+    assert sorted(p.step for p in before if p.key == "by_samples/eval/top1") == [160, 320, 480, 640]
 
 
 def test_a_rewind_of_lines_not_yet_read_leaves_no_trace(tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
     python -m bench.tracking [--cycles 5] [--seconds 20]
 
 Run it in the repository's root. It shards the digits, starts a server of its own, and trains a small NesT with one
-process and one thread. Phases of one training differ in nothing but the server, so that a percent can be seen, given a
-machine that does nothing else. Prints the median step of each phase, its ratio to the same cycle's phase with a server
-that answers, and the longest mean of five steps.
+process and one thread, as phases that differ in nothing but the server. A step's length is told on a clock that stands
+still while the training waits for a core, since other programs take cores away for reasons of their own; on a machine
+that does nothing else that is the time on the wall. Prints the median over the cycles, the ratio to the same cycle's
+phase with a server that answers, and the longest step on the wall.
 """
 
 from __future__ import annotations
@@ -16,19 +17,28 @@ import statistics
 import subprocess
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.options import PrepOptions
 from data_prep.prepare import prepare_splits
 from pipeline.tracking.metrics import read_metrics
 from tests.tracking.conftest import MlflowServer, SlowProxy, wait_for
+from tests.tracking.step_cost import Mark
 from tests.train.commands import command, environment
 from tests.train.conftest import write_recipe
 
 # Delay of every call in seconds; None: connections are closed at once.
 PHASES = {"answers": 0.0, "2 s per call": 2.0, "gone": None}
-# Each phase begins with what the one before it left: calls that wait, lines to catch up with.
+# A phase begins with what the one before it left: calls that wait, lines to catch up with.
 SETTLE = 3.0
+
+
+@dataclass(frozen=True)
+class Phase:
+    step_seconds: float
+    first: int
+    last: int
 
 
 def main() -> None:
@@ -47,11 +57,11 @@ def main() -> None:
             server.stop()
 
 
-def measure(folder: Path, server: MlflowServer, cycles: int, seconds: float) -> tuple[Path, list[tuple[float, float]]]:
-    """Train through all phases; returns the run directory, and when each phase began and ended."""
-    proxy, run, spans = SlowProxy(server.port, delay=0.0), folder / "runs" / "run", []
+def measure(folder: Path, server: MlflowServer, cycles: int, seconds: float) -> tuple[list[Phase], dict[int, float]]:
+    """Train through all phases; returns them in turn, and the length of every step on the wall."""
+    proxy, run, phases = SlowProxy(server.port, delay=0.0), folder / "runs" / "run", []
     lengths = ("train.epochs=10000000steps", "eval.every=10000000steps", "checkpoint.every=10000000steps")
-    rest = ("train.log_every=5steps", "tracking.mlflow=true", f"tracking.uri={proxy.uri}")
+    rest = ("train.log_every=1steps", "tracking.mlflow=true", f"tracking.uri={proxy.uri}")
     arguments = (write_recipe(folder / "digits", folder, augment=False), *lengths, *rest)
     training = subprocess.Popen(
         command("train", *arguments, "--threads", 1), cwd=folder, env=environment(), stdout=subprocess.DEVNULL
@@ -62,27 +72,28 @@ def measure(folder: Path, server: MlflowServer, cycles: int, seconds: float) -> 
             for delay in PHASES.values():
                 proxy.refuses, proxy.delay = delay is None, delay or 0.0
                 time.sleep(SETTLE)
-                began = time.time()
+                before = Mark.of(run)
                 time.sleep(seconds)
-                spans.append((began, time.time()))
+                after = Mark.of(run)
+                phases.append(Phase(before.step_seconds(after), before.step, after.step))
     finally:
         training.send_signal(signal.SIGINT)
         training.wait()
         proxy.close()
-    return run, spans
+    return phases, {line["step"]: line["step_seconds"] for line in read_metrics(run) if line["kind"] == "train"}
 
 
-def report(run: Path, spans: list[tuple[float, float]]) -> None:
-    lines = [line for line in read_metrics(run) if line["kind"] == "train"]
-    steps = [[line["step_seconds"] * 1e3 for line in lines if first < line["time"] <= last] for first, last in spans]
+def report(phases: list[Phase], lengths: dict[int, float]) -> None:
     count = len(PHASES)
-    print(f"{'server':14} {'median step':>12} {'ratio to answers: median (range)':>36} {'longest':>9} {'steps':>7}")
+    print(f"{'server':14} {'step':>11} {'ratio to answers: median (range)':>36} {'longest step':>13} {'steps':>7}")
     for i, name in enumerate(PHASES):
-        own = steps[i::count]
-        ratios = [statistics.median(part) / statistics.median(steps[j * count]) for j, part in enumerate(own)]
+        own = phases[i::count]
+        ratios = [phase.step_seconds / phases[j * count].step_seconds for j, phase in enumerate(own)]
         spread = f"{statistics.median(ratios):.4f} ({min(ratios):.4f} ... {max(ratios):.4f})"
-        every = [value for part in own for value in part]
-        print(f"{name:14} {statistics.median(every):9.3f} ms {spread:>36} {max(every):6.1f} ms {5 * len(every):7}")
+        length = statistics.median(phase.step_seconds for phase in own) * 1e3
+        steps = [step for phase in own for step in range(phase.first + 1, phase.last + 1)]
+        longest = max(lengths[step] for step in steps) * 1e3
+        print(f"{name:14} {length:8.3f} ms {spread:>36} {longest:10.1f} ms {len(steps):7}")
 
 
 if __name__ == "__main__":

@@ -257,7 +257,7 @@ class Mirror:
             if unreachable(error):
                 raise
             why = str(error) if isinstance(error, UserError) else f"MLflow {reason(error)}"
-            report.notices.append(f"{without}: {why}")
+            report.notices.append(f"{without}: {why}; `rookery sync` tries again")
             return False
         return True
 

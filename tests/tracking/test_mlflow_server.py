@@ -11,7 +11,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,14 @@ from data_prep.prepare import prepare_splits
 from pipeline.models import create_model
 from pipeline.tracking.confusion import Confusion
 from pipeline.tracking.files import file_reference
-from pipeline.tracking.metrics import MetricsLog, read_metrics
+from pipeline.tracking.metrics import MetricsLog
 from pipeline.tracking.mlflow_mirror import Mirror
 from pipeline.tracking.mlflow_sweep import SWEEP_TAG
 from pipeline.tracking.run_dir import RunDir
 from pipeline.train.export import load_weights, write_weights
 from tests.tracking.conftest import CONFIG, FACTS, SlowProxy, log_steps, logged_points, stored_points, wait_for
 from tests.tracking.mlflow_stack import Stack
+from tests.tracking.step_cost import Mark
 from tests.train.commands import command, environment, run_command
 from tests.train.conftest import write_recipe
 
@@ -172,41 +172,36 @@ def test_training_does_not_notice_a_slow_server_nor_30_seconds_without_one(
 ) -> None:
     proxy = SlowProxy(stack.port, delay=0.0)
     run = tmp_path / "runs" / "run"
-    lengths = ("train.epochs=1000000steps", "eval.every=200steps", "checkpoint.every=1000000steps")
-    rest = ("train.log_every=5steps", "tracking.mlflow=true", f"tracking.uri={proxy.uri}", "tracking.experiment=outage")
+    lengths = ("train.epochs=1000000steps", "eval.every=100steps", "checkpoint.every=1000000steps")
+    rest = ("train.log_every=1steps", "tracking.mlflow=true", f"tracking.uri={proxy.uri}", "tracking.experiment=outage")
     arguments = (write_recipe(digits, tmp_path, augment=False), *lengths, *rest)
     with open(tmp_path / "log", "wb") as log:
         training = subprocess.Popen(
             command("train", *arguments, "--threads", 1), cwd=tmp_path, env=environment(), stdout=log, stderr=log
         )
-    marks = []
 
-    def phase(seconds: float) -> None:
-        marks.append(time.time())
+    def phase(seconds: float) -> float:
+        before = Mark.of(run)
         time.sleep(seconds)
         assert training.poll() is None, (tmp_path / "log").read_text()
+        return before.step_seconds(Mark.of(run))
 
     try:
-        wait_for(lambda: proxy.received > 5 and (run / "confusion.npz").exists(), 300, "the upload to begin")
-        phase(6)
+        wait_for(lambda: (run / "mlflow.json").exists() and proxy.received > 5, 300, "the upload to begin")
+        usual = phase(6)
         proxy.delay = 2.0
-        phase(6)
+        slow = phase(6)
         stack.stop()
-        phase(30)
-        marks.append(time.time())
+        away = phase(30)
         training.send_signal(signal.SIGINT)
         assert training.wait(60) == 130
     finally:
         training.kill()
         stack.start()
-    lines = [line for line in read_metrics(run) if line["kind"] == "train"]
-    steps = [[line["step_seconds"] for line in lines if first < line["time"] < last] for first, last in pairwise(marks)]
-    usual, slow, away = (statistics.median(part) for part in steps)
     with capsys.disabled():
-        print(f"\nmedian step {usual * 1e3:.2f} ms; slow server {slow / usual:.3f}, no server {away / usual:.3f} of it")
-    # Loose, since other tests run at the same time.
-    assert slow < 3 * usual and away < 3 * usual
-    assert max(max(part) for part in steps) < 2.0
+        print(f"\nmean step {usual * 1e3:.2f} ms; slow server {slow / usual:.3f}, no server {away / usual:.3f} of it")
+    # Loose: cores differ, and so does what shares their caches.
+    assert slow < 2 * usual and away < 2 * usual
 
     proxy.delay = 0.0
     done = run_command(tmp_path, "sync", run)

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.tracking.mlflow_mirror import Mirror, PushReport
+from pipeline.tracking.mirror_state import PushReport
+from pipeline.tracking.mlflow_mirror import Mirror
 from pipeline.tracking.runs import find_runs
 from pipeline.wording import counted
 
@@ -28,7 +29,8 @@ def sync(
 
 
 def _counts(report: PushReport) -> str:
-    if not (report.lines or report.params or report.artifacts or report.values):
+    if not (report.lines or report.params or report.artifacts or report.values or report.versions):
         return "nothing new"
     values = f"{counted(report.values, 'value')} of {counted(report.lines, 'line')}"
-    return f"{values}, {counted(report.params, 'parameter')}, {counted(report.artifacts, 'file')}"
+    version = ", 1 model version" if report.versions else ""
+    return f"{values}, {counted(report.params, 'parameter')}, {counted(report.artifacts, 'file')}{version}"

@@ -27,11 +27,18 @@ def _home(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~/") else path
 
 
+def _plain_name(name: str) -> str:
+    if not re.fullmatch(_RUN_NAME, name):
+        raise ValueError("a name has letters, digits, '.', '_' and '-', and starts with a letter or digit")
+    return name
+
+
 def _empty_for_null(value: Any) -> Any:
     return {} if value is None else value
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+PlainName = Annotated[str, Field(max_length=200, json_schema_extra={"pattern": _RUN_NAME}), AfterValidator(_plain_name)]
 Directory = Annotated[str, Field(min_length=1), AfterValidator(_home)]
 
 
@@ -229,6 +236,12 @@ class TrackingConfig(Section):
     experiment: str = Field("rookery", description="MLflow experiment of the run")
     uri: str | None = Field(None, description="MLflow server; null: MLFLOW_TRACKING_URI or sqlite:///mlflow.db")
     system_seconds: float = Field(15, gt=0, description="interval of system metrics")
+    recipe: str | None = Field(None, description="tag: where the run comes from; null: the path of its file")
+    sweep: PlainName | None = Field(None, description="name of the MLflow run that this one becomes a child of")
+    register_model: PlainName | None = Field(
+        None,
+        description="MLflow model that the best weights of the finished run become a version of",
+    )
 
 
 class EngineConfig(Section):
@@ -246,7 +259,7 @@ class EngineConfig(Section):
 class RunConfig(Section):
     """A whole run."""
 
-    name: str = Field(max_length=200, description="name of the run directory", json_schema_extra={"pattern": _RUN_NAME})
+    name: PlainName = Field(description="name of the run directory")
     out: Directory = Field("runs", description="parent of the run directory")
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, data order and augmentation")
     resume: Literal["auto", "never"] = Field(
@@ -269,13 +282,6 @@ class RunConfig(Section):
     @classmethod
     def _name_may_be_a_number(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-    @field_validator("name")
-    @classmethod
-    def _name_is_a_file_name(cls, value: str) -> str:
-        if not re.fullmatch(_RUN_NAME, value):
-            raise ValueError("a name has letters, digits, '.', '_' and '-', and starts with a letter or digit")
-        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:

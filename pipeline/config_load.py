@@ -29,13 +29,16 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Overrides change a recipe as a recipe changes its `base:`: sections are merged key by key, anything else is
     replaced, and a section whose `kind` changes, or that is set to null before, starts anew. Without a `name` of its
     own, the run is named after the file: `configs/demo.yaml` is `demo`, `configs/nest/tiny_cifar10.yaml` is
-    `nest_tiny_cifar10`.
+    `nest_tiny_cifar10`. `tracking.recipe` becomes the file's path where nothing else is said.
 
     Raises:
         UserError: unreadable file, unknown key (with the nearest known one), a value or combination that can't be.
     """
     tree, places = read_tree(path, overrides)
     tree.setdefault("name", default_name(Path(path)))
+    tracking = tree.get("tracking", {})
+    if isinstance(tracking, dict):
+        tree["tracking"] = {"recipe": str(path)} | tracking
     return parse_tree(tree, str(path), places)
 
 

@@ -182,7 +182,9 @@ def test_section_of_another_kind_starts_anew(tmp_path: Path) -> None:
     }  # fmt: skip
     kind, scale = "augment.crop.kind=rrc", "augment.crop.scale=[0.5, 1]"
     for overrides in ([kind, scale], [scale, kind]):
-        assert load_config(paths["base"], overrides) == load_config(paths["top"], ["name=base"])
+        assert load_config(paths["base"], overrides) == load_config(
+            paths["top"], ["name=base", f"tracking.recipe={paths['base']}"]
+        )
 
 
 def test_section_set_to_null_starts_anew(tmp_path: Path) -> None:

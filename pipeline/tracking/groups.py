@@ -12,6 +12,8 @@ from typing import Any
 from pipeline.tracking.metric_names import lower_is_better
 from pipeline.tracking.record import RunSummary
 
+# They name the run directory, and the file that it was made from.
+_PLACES = {"name", "out", "tracking.recipe"}
 # They name the run, or say where and how its record is kept; its results don't depend on them.
 _PLACE_KEYS = {"name", "out", "resume", "data.workers", "data.prefetch"}
 _DATA_KEYS = {"data.train", "data.val"}
@@ -77,9 +79,9 @@ def differing_keys(runs: Sequence[RunSummary], without: Callable[[str], bool] | 
     """Config keys that don't have the same value in all runs that have a config, in the order of the configs.
 
     Args:
-        without: keys to leave out; by default `name` and `out`, which always differ.
+        without: keys to leave out; by default `_PLACES`, which always differ.
     """
-    skip = without or {"name", "out"}.__contains__
+    skip = without or _PLACES.__contains__
     configs = [run.config for run in runs if run.config]
     keys = dict.fromkeys(key for config in configs for key in config if not skip(key))
     return [key for key in keys if any(config.get(key) != configs[0].get(key) for config in configs)]

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pipeline.tracking.confusion import BEST_NAME, NEWEST_NAME
 from pipeline.tracking.files import read_json, read_lines
 from pipeline.tracking.redact import redact
 from pipeline.tracking.run_dir import (
@@ -85,7 +86,17 @@ def run_times(path: Path) -> tuple[int | None, int | None]:
 
 def run_files(path: Path) -> list[Path]:
     """The small files that go along as artifacts; weights stay where they are, `checkpoints.json` names them."""
-    names = (CONFIG_NAME, FACTS_NAME, DIFF_NAME, SESSIONS_NAME, QUARANTINE_NAME, CHECKPOINTS_NAME, RESULT_NAME)
+    names = (
+        CONFIG_NAME,
+        FACTS_NAME,
+        DIFF_NAME,
+        SESSIONS_NAME,
+        QUARANTINE_NAME,
+        CHECKPOINTS_NAME,
+        RESULT_NAME,
+        NEWEST_NAME,
+        BEST_NAME,
+    )
     return [path / name for name in names if (path / name).exists()]
 
 

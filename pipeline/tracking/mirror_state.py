@@ -25,6 +25,8 @@ class MirrorState:
         tail: how far `metrics.jsonl` was uploaded.
         artifacts: sha256 of every file uploaded.
         summary: the closing figures uploaded.
+        pictures: what the pictures uploaded were drawn from, by sha256.
+        model: name and sha256 of the weights registered.
     """
 
     experiment: str = ""
@@ -34,16 +36,18 @@ class MirrorState:
     tail: TailState = field(default_factory=TailState)
     artifacts: dict[str, str] = field(default_factory=dict)
     summary: list[Any] = field(default_factory=list)
+    pictures: dict[str, str] = field(default_factory=dict)
+    model: list[str] = field(default_factory=list)
 
     def forget_run(self) -> None:
         """Start from nothing: the server no longer has the run."""
-        self.uid, self.run_id, self.tail, self.artifacts, self.summary = None, None, TailState(), {}, []
+        self.__init__(self.experiment, self.run_name)  # type: ignore[misc]
 
     @classmethod
     def load(cls, run: Path, uri: str) -> MirrorState:
         """The state for `uri`, a fresh one where there is none."""
         saved = (read_json(run / STATE_NAME) or {}).get("targets", {}).get(without_password(uri))
-        return cls(**{**saved, "tail": TailState(**saved["tail"])}) if saved else cls()
+        return cls(**{**saved, "tail": TailState.of(saved["tail"])}) if saved else cls()
 
     def save(self, run: Path, uri: str) -> None:
         """Replace the entry of `uri`, leave the others, and make it the address that a later `sync` uses."""
@@ -51,6 +55,21 @@ class MirrorState:
         key = without_password(uri)
         targets = {**whole.get("targets", {}), key: asdict(self)}
         write_json(run / STATE_NAME, {"current": key, "targets": targets})
+
+
+@dataclass
+class PushReport:
+    """What one push did: lines of `metrics.jsonl`, values in them, parameters, files and versions sent, notices."""
+
+    uri: str
+    experiment: str = ""
+    run_id: str = ""
+    lines: int = 0
+    values: int = 0
+    params: int = 0
+    artifacts: int = 0
+    versions: int = 0
+    notices: list[str] = field(default_factory=list)
 
 
 def resolve_uri(run: Path, uri: str | None = None) -> str:

@@ -1,20 +1,17 @@
-"""Uploads a run directory to MLflow, now or later, each value once. The only module that imports mlflow.
+"""Uploads a run directory to MLflow, now or later, each value once.
 
 `metrics.jsonl` and the other files of the run directory are the truth; `mlflow.json` says what of them was uploaded
 where. Importing mlflow takes seconds and its calls hold the interpreter lock, so training never uses this module
-directly: `pipeline.tracking.background` runs it in a process of its own.
+directly: `pipeline.tracking.background` runs it in a process of its own. Only the `mlflow_` modules import mlflow.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import urllib.parse
+import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +29,12 @@ from pipeline.tracking.mirror_content import (
     shorten,
     summary_points,
 )
-from pipeline.tracking.mirror_state import MirrorState, resolve_uri, sqlite_path
+from pipeline.tracking.mirror_state import MirrorState, PushReport, resolve_uri, sqlite_path
+from pipeline.tracking.mlflow_client import connect, find_experiment, locked, reason, unreachable
+from pipeline.tracking.mlflow_model import best_weights, register
+from pipeline.tracking.mlflow_sweep import PARENT_TAG, join_sweep, update_sweep
 from pipeline.tracking.redact import redact, without_password
+from pipeline.tracking.run_report import draw, sources
 from pipeline.tracking.runs import run_state
 from pipeline.tracking.tail import Point, read_batches
 
@@ -49,30 +50,6 @@ _STATUS = {
     "interrupted": "KILLED",
     "killed": "KILLED",
 }
-# Its own retries would keep a push busy for minutes; ours come later, with everything that has gathered by then.
-_QUIET = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_LOGGING_LEVEL": "ERROR",
-    "MLFLOW_DISABLE_AGENT_HINT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-    "GIT_PYTHON_REFRESH": "quiet",
-}
-
-
-@dataclass
-class PushReport:
-    """What one push did: lines of `metrics.jsonl`, values in them, parameters and files sent, and what to tell."""
-
-    uri: str
-    experiment: str = ""
-    run_id: str = ""
-    lines: int = 0
-    values: int = 0
-    params: int = 0
-    artifacts: int = 0
-    notices: list[str] = field(default_factory=list)
 
 
 class Mirror:
@@ -104,6 +81,8 @@ class Mirror:
         self._tags = tags or {}
         self._params = params
         self._client: Any = None
+        self._experiment_id = ""
+        self._parent: str | None = None
         self._ready = False
 
     def push(self, status: str | None = None) -> PushReport:
@@ -111,14 +90,14 @@ class Mirror:
 
         Args:
             status: "finished", "stopped", "failed", "interrupted" or "killed" when the run has ended: also sends the
-                closing figures and ends the MLflow run.
+                closing figures and pictures and ends the MLflow run; a finished run's weights become a model version.
 
         Raises:
             UserError: mlflow is missing, the server can't be reached or refuses; the message says which.
         """
         report = PushReport(without_password(self.uri))
         try:
-            with _locked(self.run / LOCK_NAME):
+            with locked(self.run / LOCK_NAME):
                 state = MirrorState.load(self.run, self.uri)
                 self._push(state, report, status)
         except UserError:
@@ -128,7 +107,7 @@ class Mirror:
             raise UserError(f"MLflow can't be used ({error}); install it: pip install mlflow") from error
         except Exception as error:
             self._ready = False
-            raise UserError(f"MLflow at {report.uri} {_reason(error)}") from error
+            raise UserError(f"MLflow at {report.uri} {reason(error)}") from error
         return report
 
     def end_if_over(self) -> PushReport:
@@ -146,7 +125,12 @@ class Mirror:
             self._send_summary(state, report)
             self._send_tags(state, status)
             self._client.set_terminated(state.run_id, _STATUS[status], end_time=run_times(self.run)[1])
-        self._send_files(state, report)
+            self._update_sweep()
+        stored = self._store(report, f"the run's files stay in {self.run} only", self._send_files, state)
+        if status is not None and stored:
+            self._store(report, "no pictures", self._send_pictures, state)
+        if status == "finished":
+            self._store(report, "no model version", self._send_model, state)
 
     def _begin(self, state: MirrorState, report: PushReport) -> None:
         """Find or create the MLflow run, and make its parameters, tags and status those of the run directory."""
@@ -154,8 +138,8 @@ class Mirror:
         state.experiment = self._experiment or state.experiment or params.get("tracking.experiment") or "rookery"
         state.run_name = self._run_name or state.run_name or self.run.resolve().name
         state.save(self.run, self.uri)
-        experiment_id = self._connect(state.experiment)
-        found = self._find(state, experiment_id)
+        self._experiment_id = self._connect(state.experiment)
+        found = self._find(state)
         if found is None and state.run_id is not None:
             report.notices.append(f"MLflow at {report.uri} no longer has run {state.run_id}; all goes to a new one")
             state.forget_run()
@@ -163,7 +147,7 @@ class Mirror:
             state.uid = state.uid or uuid.uuid4().hex
             state.save(self.run, self.uri)
             found = self._client.create_run(
-                experiment_id, run_times(self.run)[0], tags={UID_TAG: state.uid}, run_name=state.run_name
+                self._experiment_id, run_times(self.run)[0], tags={UID_TAG: state.uid}, run_name=state.run_name
             )
         state.run_id = found.info.run_id
         state.save(self.run, self.uri)
@@ -171,44 +155,25 @@ class Mirror:
         self._send_tags(state, run_state(self.run))
         if found.info.status != "RUNNING" and run_state(self.run) == "running":
             self._client.update_run(state.run_id, status="RUNNING")
+        self._update_sweep()
 
     def _connect(self, experiment: str) -> str:
         """Open the client; returns the experiment's id."""
         database = sqlite_path(self.uri)
         # Two runs that start together would both create the tables of a new SQLite file.
-        with _locked(database.with_name(f"{database.name}.lock")) if database else nullcontext():
-            self._client = _client(self.uri)
-            return self._experiment_id(experiment)
+        with locked(database.with_name(f"{database.name}.lock")) if database else nullcontext():
+            self._client = connect(self.uri)
+            return find_experiment(self._client, self.uri, experiment)
 
-    def _experiment_id(self, name: str) -> str:
-        from mlflow.exceptions import MlflowException
-
-        found = self._client.get_experiment_by_name(name)
-        if found is None:
-            database = sqlite_path(self.uri)
-            folder = database and (database.parent / "mlruns" / urllib.parse.quote(name, safe="")).as_uri()
-            try:
-                return str(self._client.create_experiment(name, artifact_location=folder))
-            except MlflowException:
-                # Another run created it in between.
-                found = self._client.get_experiment_by_name(name)
-                if found is None:
-                    raise
-        if found.lifecycle_stage == "deleted":
-            raise UserError(
-                f"MLflow experiment {name!r} at {without_password(self.uri)} is deleted; restore it "
-                f"(mlflow experiments restore -x {found.experiment_id}) or set another tracking.experiment"
-            )
-        return str(found.experiment_id)
-
-    def _find(self, state: MirrorState, experiment_id: str) -> Any:
+    def _find(self, state: MirrorState) -> Any:
         """The MLflow run of an earlier push, None where there is none (any more)."""
         from mlflow.exceptions import MlflowException
 
         if state.run_id is None:
             if state.uid is None:
                 return None
-            return next(iter(self._client.search_runs([experiment_id], f"tags.`{UID_TAG}` = '{state.uid}'")), None)
+            ours = f"tags.`{UID_TAG}` = '{state.uid}'"
+            return next(iter(self._client.search_runs([self._experiment_id], ours)), None)
         try:
             found = self._client.get_run(state.run_id)
         except MlflowException as error:
@@ -239,7 +204,7 @@ class Mirror:
         from mlflow.entities import RunTag
 
         own = {clean_key(k): shorten(v, MAX_TAG) for k, v in self._tags.items()}
-        tags = run_tags(self.run) | {"state": became} | own
+        tags = run_tags(self.run) | {"state": became} | self._sweep_tags(state) | own
         every = [RunTag(key, value) for key, value in tags.items()]
         for start in range(0, len(every), MAX_PARAMS):
             self._client.log_batch(state.run_id, tags=every[start : start + MAX_PARAMS])
@@ -268,52 +233,63 @@ class Mirror:
         for start in range(0, len(metrics), MAX_METRICS):
             self._client.log_batch(state.run_id, metrics=metrics[start : start + MAX_METRICS])
 
+    def _sweep_tags(self, state: MirrorState) -> dict[str, str]:
+        sweep = self._setting("sweep")
+        if sweep is None:
+            return {}
+        self._parent = join_sweep(self._client, self._experiment_id, sweep, str(state.uid))
+        return {"sweep": sweep, PARENT_TAG: self._parent}
+
+    def _update_sweep(self) -> None:
+        if self._parent is not None:
+            update_sweep(self._client, self._experiment_id, self._parent)
+
+    def _setting(self, key: str) -> Any:
+        return run_params(self.run).get(f"tracking.{key}")
+
+    def _store(
+        self, report: PushReport, without: str, send: Callable[[MirrorState, PushReport], None], state: MirrorState
+    ) -> bool:
+        """Send something that goes to another service than the server: metrics must not wait for what it refuses."""
+        try:
+            send(state, report)
+        except Exception as error:
+            if unreachable(error):
+                raise
+            why = str(error) if isinstance(error, UserError) else f"MLflow {reason(error)}"
+            report.notices.append(f"{without}: {why}; `rookery sync` tries again")
+            return False
+        return True
+
     def _send_files(self, state: MirrorState, report: PushReport) -> None:
         for file in run_files(self.run):
-            digest = file_sha256(file)
-            if state.artifacts.get(file.name) != digest:
-                try:
-                    self._client.log_artifact(state.run_id, str(file))
-                except Exception as error:
-                    # The artifact store is another service than the server; metrics must not wait for it.
-                    if _unreachable(error):
-                        raise
-                    report.notices.append(f"the run's files stay in {self.run} only: MLflow {_reason(error)}")
-                    return
-                state.artifacts[file.name] = digest
-                state.save(self.run, self.uri)
-                report.artifacts += 1
+            self._send_file(state, report, file, file_sha256(file))
 
+    def _send_pictures(self, state: MirrorState, report: PushReport) -> None:
+        drawn_from = sources(self.run)
+        if drawn_from == state.pictures:
+            return
+        with tempfile.TemporaryDirectory(prefix="rookery-") as folder:
+            for file in draw(self.run, Path(folder)):
+                self._send_file(state, report, file, file_sha256(file), "plots")
+        state.pictures = drawn_from
+        state.save(self.run, self.uri)
 
-def _client(uri: str) -> Any:
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
+    def _send_file(
+        self, state: MirrorState, report: PushReport, file: Path, digest: str, place: str | None = None
+    ) -> None:
+        name = file.name if place is None else f"{place}/{file.name}"
+        if state.artifacts.get(name) != digest:
+            self._client.log_artifact(state.run_id, str(file), place)
+            state.artifacts[name] = digest
+            state.save(self.run, self.uri)
+            report.artifacts += 1
 
-    return MlflowClient(tracking_uri=uri)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let one process at a time through; the others wait."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _unreachable(error: Exception) -> bool:
-    signs = ("Max retries exceeded", "Connection refused", "Connection aborted", "timed out")
-    return any(sign in str(error) for sign in signs)
-
-
-def _reason(error: Exception) -> str:
-    """One line about why an upload failed."""
-    text = str(error)
-    if _unreachable(error):
-        causes = ("refused", "timed out", "resolve", "unreachable", "reset", "aborted")
-        cause = next((word for word in causes if word in text), "")
-        return f"can't be reached{f' ({cause})' if cause else ''}"
-    return f"refused the upload: {type(error).__name__}: {redact(text.strip().splitlines()[0][:300] if text else '')}"
+    def _send_model(self, state: MirrorState, report: PushReport) -> None:
+        name, weights = self._setting("register_model"), best_weights(self.run)
+        if name is None or weights is None or state.model == [name, weights[1]]:
+            return
+        register(self._client, str(state.run_id), name, *weights)
+        state.model = [name, weights[1]]
+        state.save(self.run, self.uri)
+        report.versions += 1

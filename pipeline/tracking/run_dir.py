@@ -8,6 +8,7 @@
         metrics.jsonl    see `pipeline.tracking.metrics`
         quarantine.jsonl bad samples that were replaced, when there are any; see `pipeline.train.quarantine`
         result.json      final figures, once the run is complete
+        confusion.npz    confusion matrix of the newest evaluation; confusion_best.npz of the best one
         checkpoints.json final and best weights by path and sha256
         mlflow.json      what was uploaded where
 

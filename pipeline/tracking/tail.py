@@ -6,21 +6,14 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from pipeline.tracking.curves import CurveState, Point, curve_points
 from pipeline.tracking.files import parse_line
 
-PREFIX = {"train": "train/", "eval": "eval/", "system": "sys/"}
+# MLflow has a page of its own for metrics whose names begin with "system/".
+PREFIX = {"train": "train/", "eval": "eval/", "system": "system/"}
 _MARK_BYTES = 512
-
-
-class Point(NamedTuple):
-    """One value of one metric, as MLflow stores it."""
-
-    key: str
-    value: float
-    time_ms: int
-    step: int
 
 
 @dataclass(frozen=True)
@@ -33,6 +26,7 @@ class TailState:
         newest: per metric, the largest step yielded.
         skip: per metric, the step up to which values were yielded before a rewind.
         lines: measurement lines yielded.
+        curves: of the epoch that is not over.
     """
 
     offset: int = 0
@@ -40,6 +34,12 @@ class TailState:
     newest: dict[str, int] = field(default_factory=dict)
     skip: dict[str, int] = field(default_factory=dict)
     lines: int = 0
+    curves: CurveState = field(default_factory=CurveState)
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> TailState:
+        """From what `dataclasses.asdict` made of one."""
+        return cls(**{**saved, "curves": CurveState(**saved.get("curves", {}))})
 
 
 @dataclass(frozen=True)
@@ -71,30 +71,34 @@ def points_of(line: dict[str, Any]) -> list[Point]:
 def read_batches(path: Path, state: TailState, limit: int = 1000) -> Iterator[Batch]:
     """Everything that `state` hasn't seen, in file order, at most `limit` points at a time.
 
-    A line is never split over two batches unless it alone has more points than `limit`. A torn last line waits until it
-    is whole. After a rewind, the steps that were yielded before are left out: a server can't take points back.
+    A line's own points are followed by those of the curves that it completes. A line is never split over two batches
+    unless it alone has more points than `limit`. A torn last line waits until it is whole. After a rewind, the steps
+    that were yielded before are left out: a server can't take points back.
     """
     if not path.exists():
         return
     with open(path, "rb") as file:
         start = _after_rewind(file, state)
-        offset, lines, newest = start.offset, start.lines, dict(start.newest)
+        offset, lines, newest, curves = start.offset, start.lines, dict(start.newest), start.curves
         recent = _before(file, offset)
         points: list[Point] = []
 
         def batch() -> Batch:
-            return Batch(points, TailState(offset, _hash(recent), dict(newest), start.skip, lines))
+            return Batch(points, TailState(offset, _hash(recent), dict(newest), start.skip, lines, curves))
 
         file.seek(offset)
         for raw in file:
             if not raw.endswith(b"\n"):
                 break
             line = parse_line(raw)
-            new = [] if line is None else [p for p in points_of(line) if p.step > start.skip.get(p.key, -1)]
+            derived, after = ([], curves) if line is None else curve_points(line, curves)
+            every = [] if line is None else points_of(line) + derived
+            new = [p for p in every if p.step > start.skip.get(p.key, -1)]
             if points and len(points) + len(new) > limit:
                 yield batch()
                 points = []
             points += new
+            curves = after
             newest |= {p.key: max(p.step, newest.get(p.key, -1)) for p in new}
             offset, lines, recent = offset + len(raw), lines + bool(new), (recent + raw)[-_MARK_BYTES:]
         if offset != state.offset:

@@ -110,7 +110,7 @@ class _Evaluation:
     def at(self, settings: EvalTransformConfig, title: str) -> Figures:
         """Figures of the whole split; collective."""
         dataset = self._dataset(settings)
-        return evaluate(self.model, watched(*self._batches(dataset, title)), self.autocast, self.world)
+        return evaluate(self.model, watched(*self._batches(dataset, title)), self.autocast, self.world)[0]
 
     def calibrate(self) -> dict[str, Any]:
         """Search the job's ratios, and the run's own; collective. Rank 0 prints the table on standard error."""

@@ -5,27 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from pipeline.data.loader import EvalBatch
+from pipeline.tracking.confusion import Confusion
 from pipeline.train.distributed import World
 
 
 def evaluate(
     model: nn.Module, batches: Iterable[EvalBatch], autocast: AbstractContextManager[None], world: World
-) -> dict[str, float]:
-    """Top-1, top-5 and mean cross-entropy over the split; collective.
+) -> tuple[dict[str, float], Confusion]:
+    """Top-1, top-5 and mean cross-entropy over the split, and what was taken for what; collective.
 
     All processes run the same number of equal batches; the padding that makes them equal carries weight 0. Counts are
     summed as integers, so top-1 and top-5 do not depend on how the samples were spread.
 
     Returns:
-        `top1`, `top5` as fractions, `loss`, and `count`, the samples counted.
+        `top1`, `top5` as fractions, `loss`, and `count`, the samples counted; and their confusion matrix.
     """
-    counts, losses = _tally(model, ((batch, None) for batch in batches), 1, autocast, world)
-    return _figures(counts, losses)
+    pairs = _Pairs()
+    counts, losses = _tally(model, ((batch, None) for batch in batches), 1, autocast, world, pairs)
+    return _figures(counts, losses), pairs.read(world)
 
 
 def evaluate_parts(
@@ -50,6 +53,27 @@ def evaluate_parts(
     return _figures(counts.sum(1), losses.sum()), [_figures(counts[:, i], losses[i]) for i in range(2)]
 
 
+class _Pairs:
+    """Label and prediction of every sample as one number; the device is asked once, at the end.
+
+    All processes' numbers are gathered: 8 bytes a sample, where a summed matrix takes 8 for every pair of classes.
+    """
+
+    def __init__(self) -> None:
+        self._classes = 1
+        self._cells: list[torch.Tensor] = []
+
+    def add(self, labels: torch.Tensor, predicted: torch.Tensor, real: torch.Tensor, classes: int) -> None:
+        """One batch, (b,) each; padding becomes -1."""
+        self._classes = classes
+        self._cells.append(torch.where(real, labels * classes + predicted, -1))
+
+    def read(self, world: World) -> Confusion:
+        """Collective."""
+        own = torch.cat(self._cells).cpu().numpy() if self._cells else np.zeros(0, np.int64)
+        return Confusion.of(self._classes, world.gather(own[own >= 0]))
+
+
 @torch.no_grad()
 def _tally(
     model: nn.Module,
@@ -57,6 +81,7 @@ def _tally(
     parts: int,
     autocast: AbstractContextManager[None],
     world: World,
+    pairs: _Pairs | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Top-1 hits, top-5 hits and samples (3, parts) int64, and summed losses (parts,) float64, over all processes."""
     was_training = model.training
@@ -71,7 +96,10 @@ def _tally(
         with autocast:
             logits = model(images)
         logits = logits.float()
-        top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        nearest = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        if pairs is not None:
+            pairs.add(labels, nearest[:, 0], real, logits.shape[1])
+        top = nearest == labels[:, None]
         hits = torch.stack([top[:, 0] & real, top.any(dim=1) & real, real])
         counts.index_add_(1, into, hits.long())
         losses.index_add_(0, into, F.cross_entropy(logits, labels, reduction="none").double() * real)

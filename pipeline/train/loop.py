@@ -101,8 +101,9 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
                 with meter.paused():
                     weights = engine.eval_model(config.eval.weights)
                     seen = watch.over(validation, state.step)
-                    state.note(evaluate(weights, seen, engine.autocast(), world))
-                    recorder.evaluation(state, engine)
+                    figures, confusion = evaluate(weights, seen, engine.autocast(), world)
+                    state.note(figures)
+                    recorder.evaluation(state, engine, confusion)
             status = stop.decided()
             if status is not None or plan.saves(state.step):
                 watch.begin(state.step, "saves")

@@ -14,8 +14,10 @@ from pydantic import ValidationError
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
+from pipeline.models import model_info
 from pipeline.resolve import Resolved
 from pipeline.tracking.background import BackgroundMirror
+from pipeline.tracking.confusion import BEST_NAME, NEWEST_NAME, Confusion
 from pipeline.tracking.files import file_reference, read_json
 from pipeline.tracking.metrics import Kind, MetricsLog
 from pipeline.tracking.redact import redact
@@ -33,6 +35,8 @@ from pipeline.wording import counted
 
 log = logging.getLogger("rookery")
 
+# How long the end waits for MLflow: for what is left of the metrics, and for a model to be traced and uploaded.
+_UPLOAD_SECONDS, _MODEL_SECONDS = 30.0, 180.0
 # Samples of a bad step that a line names.
 _NAMED = 3
 # Keys that may differ between the starts of one run: they decide where and how fast, not what is computed.
@@ -142,7 +146,7 @@ class Recorder:
                 f"with the samples after step {state.step}"
             )
 
-    def evaluation(self, state: State, engine: Engine) -> None:
+    def evaluation(self, state: State, engine: Engine, confusion: Confusion) -> None:
         """Figures of the evaluation at the state's step; the weights too, when they are the best so far. Collective."""
         assert state.last is not None, "called after an evaluation"
         figures = {k: v for k, v in state.last.items() if k != "step"}
@@ -151,13 +155,24 @@ class Recorder:
             f"step {state.step}  top1 {figures['top1']:.4f}  top5 {figures['top5']:.4f}  loss {figures['loss']:.4f}"
             f"  of {counted(int(figures['count']), 'sample')}"
         )
-        if state.best == state.last:
+        is_best = state.best == state.last
+        self._save_confusion(confusion, state.step, is_best)
+        if is_best:
             try:
                 save_weights(self.path / "best", engine, self.run.config, self.run.train.classes, figures)
             except UserError as error:
                 log.warning(
                     "the best weights so far, of step %d, are not saved: %s; training goes on", state.step, error
                 )
+
+    def _save_confusion(self, confusion: Confusion, step: int, is_best: bool) -> None:
+        if self.run_dir is None:
+            return
+        for name in (NEWEST_NAME, BEST_NAME) if is_best else (NEWEST_NAME,):
+            try:
+                confusion.save(self.path / name, self.run.train.classes, step)
+            except UserError as error:
+                log.warning("the confusion matrix of step %d is not saved: %s; training goes on", step, error)
 
     def finish(self, state: State, engine: Engine, bad_samples: int) -> dict[str, Any]:
         """Write the final weights and `result.json`; collective."""
@@ -222,7 +237,8 @@ def _open(run: Resolved) -> Iterator[Recorder]:
             recorder._report.end()
             metrics.close()
             if mirror is not None:
-                mirror.close(status)
+                registers = status == "finished" and config.tracking.register_model is not None
+                mirror.close(status, _MODEL_SECONDS if registers else _UPLOAD_SECONDS)
         run_dir.close(status)
 
 
@@ -264,6 +280,7 @@ def facts(run: Resolved) -> dict[str, Any]:
         "steps_per_epoch": run.plan.steps_per_epoch,
         "total_steps": run.plan.total_steps,
         "total_epochs": run.plan.epoch(run.plan.total_steps),
+        "tags": {"paper": model_info(run.config.model.name).paper, "recipe": run.config.tracking.recipe},
     }
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.tracking import mlflow_mirror
 from pipeline.tracking.metrics import MetricsLog, read_metrics
+from pipeline.tracking.mlflow_client import connect
 from pipeline.tracking.run_dir import RunDir
 from tests.conftest import missing
 
@@ -73,7 +73,7 @@ def logged_points(run: Path) -> list[tuple[str, int, int, str]]:
 
     Two lines of one step and millisecond give the same epoch twice; MLflow keeps equal points once.
     """
-    prefixes = {"train": "train/", "eval": "eval/", "system": "sys/"}
+    prefixes = {"train": "train/", "eval": "eval/", "system": "system/"}
     points = []
     for line in read_metrics(run):
         if line["kind"] == "event":
@@ -86,9 +86,13 @@ def logged_points(run: Path) -> list[tuple[str, int, int, str]]:
     return sorted(set(points))
 
 
+# Computed from the lines: closing figures, and curves over other axes.
+DERIVED = ("final/", "best/", "by_epoch/", "by_samples/")
+
+
 def stored_points(client: Any, run_id: str) -> list[tuple[str, int, int, str]]:
-    """What MLflow holds, the closing figures aside."""
-    keys = [key for key in client.get_run(run_id).data.metrics if not key.startswith(("final/", "best/"))]
+    """What MLflow holds, apart from what is computed from the lines."""
+    keys = [key for key in client.get_run(run_id).data.metrics if not key.startswith(DERIVED)]
     return sorted(
         (key, metric.step, metric.timestamp, repr(float(metric.value)))
         for key in keys
@@ -121,22 +125,27 @@ class MlflowServer:
         self.uri = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
 
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "mlflow", "ui", "--port", str(self.port), "--workers", "1"]
+
+    def environment(self) -> dict[str, str]:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+        return environment | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+
     def start(self) -> None:
         if self._process is not None:
             return
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
-        environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         with open(self.folder / "server.log", "ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", "ui", "--port", str(self.port), "--workers", "1"],
+                self.command(),
                 cwd=self.folder,
-                env=environment,
+                env=self.environment(),
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
             )
         try:
-            wait_for(self._answers, 120, f"the MLflow server; see {self.folder / 'server.log'}")
+            wait_for(self._answers, 300, f"the MLflow server; see {self.folder / 'server.log'}")
         except AssertionError as error:
             missing(str(error))
 
@@ -155,10 +164,16 @@ class MlflowServer:
 
 
 class SlowProxy:
-    """Forwards TCP to a port of this machine, `delay` seconds late; counts what clients sent."""
+    """Forwards TCP to a port of this machine, `delay` seconds late; counts what clients sent.
+
+    Attributes:
+        delay: may be changed at any time.
+        refuses: whether connections are closed at once, the open ones with their next request.
+    """
 
     def __init__(self, port: int, delay: float) -> None:
         self.delay = delay
+        self.refuses = False
         self.received = 0
         self._target = port
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -174,7 +189,13 @@ class SlowProxy:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            server = socket.create_connection(("127.0.0.1", self._target))
+            try:
+                if self.refuses:
+                    raise ConnectionRefusedError
+                server = socket.create_connection(("127.0.0.1", self._target))
+            except OSError:
+                client.close()
+                continue
             threading.Thread(target=self._forward, args=(client, server, True), daemon=True).start()
             threading.Thread(target=self._forward, args=(server, client, False), daemon=True).start()
 
@@ -184,6 +205,8 @@ class SlowProxy:
                 if request:
                     self.received += 1
                     time.sleep(self.delay)
+                    if self.refuses:
+                        raise ConnectionResetError
                 target.sendall(data)
         except OSError:
             pass
@@ -195,7 +218,7 @@ class SlowProxy:
 def sqlite_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """One SQLite file for all tests: making its tables takes seconds."""
     uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-    mlflow_mirror._client(uri).search_experiments()
+    connect(uri).search_experiments()
     return uri
 
 

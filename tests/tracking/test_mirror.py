@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.tracking.metrics import MetricsLog
 from pipeline.tracking.mirror_state import resolve_uri
 from pipeline.tracking.mlflow_mirror import Mirror
+from pipeline.tracking.mlflow_sweep import MAKER_TAG, SWEEP_TAG
 from pipeline.tracking.run_dir import RunDir
 from tests.tracking.conftest import CONFIG, FACTS, free_port, log_steps, logged_points, make_run, stored_points
 
@@ -77,7 +78,9 @@ def test_all_of_a_finished_run_is_there(tmp_path: Path, sqlite_uri: str, client:
         copy = client.download_artifacts(report.run_id, name, str(tmp_path))
         assert Path(copy).read_bytes() == (run.path / name).read_bytes()
     # The checkout that the tests run in may have local changes.
-    assert {file.path for file in client.list_artifacts(report.run_id)} - {"git.diff"} == set(files)
+    assert {file.path for file in client.list_artifacts(report.run_id)} - {"git.diff"} == {*files, "plots"}
+    pictures = {file.path for file in client.list_artifacts(report.run_id, "plots")}
+    assert pictures == {"plots/learning_rate.png", "plots/throughput.png"}
 
 
 @pytest.mark.parametrize("status", ["failed", "interrupted", None])
@@ -144,6 +147,25 @@ def test_a_resumed_run_continues_the_same_run(tmp_path: Path, sqlite_uri: str, c
     assert stored.data.params["train.epochs"] == "10ep" and stored.data.params["new"] == "1"
     assert json.loads(stored.data.tags["config_changed"]) == {"train.epochs": "20ep"}
     assert stored.data.tags["starts"] == "2"
+
+
+def test_of_two_parents_of_a_sweep_the_older_stays(tmp_path: Path, sqlite_uri: str, client: Any) -> None:
+    run = make_run(tmp_path / "r", CONFIG | {"tracking": {"experiment": "sweeps", "sweep": "s"}})
+    first = Mirror(run, sqlite_uri).push()
+    experiment = client.get_experiment_by_name("sweeps").experiment_id
+
+    def parents() -> list[str]:
+        return [found.info.run_id for found in client.search_runs([experiment], f"tags.`{SWEEP_TAG}` = 's'")]
+
+    (made,) = parents()
+    assert client.get_run(first.run_id).data.tags["mlflow.parentRunId"] == made
+    # Another trial looked at the same time, and its own came to light later.
+    tags = {SWEEP_TAG: "s", MAKER_TAG: "another"}
+    older = client.create_run(experiment, start_time=1, tags=tags, run_name="s").info.run_id
+    Mirror(run, sqlite_uri).end_if_over()
+    assert parents() == [older]
+    assert client.get_run(first.run_id).data.tags["mlflow.parentRunId"] == older
+    assert client.get_run(older).info.status == "FINISHED"
 
 
 def test_a_deleted_run_is_made_anew_and_said(tmp_path: Path, sqlite_uri: str, client: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.tracking.metrics import MetricsLog
 from pipeline.tracking.tail import Point, TailState, points_of, read_batches
-from tests.tracking.conftest import log_steps, logged_points
+from tests.tracking.conftest import DERIVED, log_steps, logged_points
 
 
 def drain(run: Path, state: TailState, limit: int = 1000) -> tuple[list[Point], TailState]:
@@ -18,12 +18,12 @@ def drain(run: Path, state: TailState, limit: int = 1000) -> tuple[list[Point], 
     for batch in read_batches(run / "metrics.jsonl", state, limit):
         points += batch.points
         # What is saved between two pushes is JSON.
-        state = TailState(**asdict(batch.state))
+        state = TailState.of(asdict(batch.state))
     return points, state
 
 
 def as_rows(points: list[Point]) -> list[tuple[str, int, int, str]]:
-    return sorted((p.key, p.step, p.time_ms, repr(p.value)) for p in points)
+    return sorted((p.key, p.step, p.time_ms, repr(p.value)) for p in points if not p.key.startswith(DERIVED))
 
 
 def test_only_numbers_become_points() -> None:
@@ -35,7 +35,7 @@ def test_only_numbers_become_points() -> None:
         ("train/ok", 1.0, 1500, 2),
         ("train/samples", 32.0, 1500, 2),
     ]
-    assert points_of({"kind": "system", **position, "cpu_percent": 7}) == [("sys/cpu_percent", 7.0, 1500, 2)]
+    assert points_of({"kind": "system", **position, "cpu_percent": 7}) == [("system/cpu_percent", 7.0, 1500, 2)]
     assert points_of({"kind": "event", **position, "dropped": 3}) == []
 
 
@@ -91,6 +91,12 @@ def test_after_a_rewind_no_step_comes_twice_and_none_is_missed(tmp_path: Path, u
     steps = sorted(point.step for point in before if point.key == "train/loss")
     assert steps == list(range(1, 41))
     assert sorted(p.step for p in before if p.key == "eval/top1") == [10, 20, 30, 40]
+    # 40 steps of 16 samples are an epoch; its mean is that of the lines that are left.
+    mean = pytest.approx(sum(1 / step for step in range(1, 41)) / 40)
+    curves = [(p.key, p.step, p.value) for p in before if p.key in ("by_epoch/train/loss", "by_samples/train/loss")]
+    assert sorted(curves) == [("by_epoch/train/loss", 1, mean), ("by_samples/train/loss", 640, mean)]
+    assert [p.step for p in before if p.key == "by_epoch/eval/top1"] == [1]
+    assert sorted(p.step for p in before if p.key == "by_samples/eval/top1") == [160, 320, 480, 640]
 
 
 def test_a_rewind_of_lines_not_yet_read_leaves_no_trace(tmp_path: Path) -> None:

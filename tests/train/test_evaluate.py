@@ -22,19 +22,21 @@ from pipeline.data.augment.transforms import build_eval_transform
 from pipeline.data.fast.decode import decode_image
 from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
+from pipeline.tracking.confusion import BEST_NAME, NEWEST_NAME, Confusion
 from pipeline.tracking.record import summarize
 from pipeline.train.distributed import World
 from pipeline.train.eval_worker import EvalJob, run_job
 from pipeline.train.export import load_weights
 from pipeline.train.trained import Trained
 from tests.train.conftest import Rookery
+from tests.train.forked import ForkServer
 
 app = typer.Typer()
 app.command()(evaluate)
 
 
-def counted_by_hand(weights: Path, data: Path) -> dict[str, float]:
-    """Sample by sample in one process, without batches or padding."""
+def computed_by_hand(weights: Path, data: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels in one process, without batches of the loader or padding."""
     model, described = load_weights(weights)
     shards = ShardSet(data)
     augment = AugmentConfig.model_validate(described["augment"])
@@ -45,7 +47,12 @@ def counted_by_hand(weights: Path, data: Path) -> dict[str, float]:
     images = torch.stack([transform(decode_image(sample.data, overrides["in_chans"])) for sample in samples])
     labels = torch.tensor([sample.label for sample in samples])
     with torch.no_grad():
-        logits = torch.cat([model.eval()(part) for part in images.split(500)])
+        return torch.cat([model.eval()(part) for part in images.split(500)]), labels
+
+
+def counted_by_hand(weights: Path, data: Path) -> dict[str, float]:
+    """The figures, sample by sample."""
+    logits, labels = computed_by_hand(weights, data)
     ranks = (logits > logits.gather(1, labels[:, None])).sum(dim=1)
     return {
         "top1": (ranks == 0).float().mean(dtype=torch.float64).item(),
@@ -62,6 +69,23 @@ def test_digits_at_1_2_and_3_processes(trained: Path, rookery: Rookery, digits: 
         assert result["count"] == 360
         assert (result["top1"], result["top5"]) == (expected["top1"], expected["top5"])
         assert result["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("nproc", [1, 3])
+def test_confusion_matrix_counts_every_sample_once(
+    nproc: int, recipe: Path, fork_server: ForkServer, digits: Path, tmp_path: Path
+) -> None:
+    fork_server.train(recipe, "train.stop_after=4steps", "eval.every=2steps", "train.ema_decay=null", nproc=nproc)
+    run = tmp_path / "runs" / "run"
+    for name, which in ((NEWEST_NAME, "final"), (BEST_NAME, "best")):
+        matrix, classes, _ = Confusion.load(run / name)
+        assert classes == [str(digit) for digit in range(10)]
+        logits, labels = computed_by_hand(run / which, digits / "test")
+        expected = torch.zeros(10, 10, dtype=torch.int64)
+        expected.index_put_((labels, logits.argmax(dim=1)), torch.tensor(1), accumulate=True)
+        assert matrix.dense().tolist() == expected.tolist()
+        hits, samples = matrix.per_class()
+        assert samples.sum() == 360 and hits.tolist() == expected.diagonal().tolist()
 
 
 def test_cifar10_test_split_at_1_2_and_3_processes(

@@ -18,7 +18,7 @@ import psutil
 
 from launch.quiet import unquiet_workers
 from pipeline.errors import UserError
-from pipeline.train.again import AGENT_PID, FOLDER, JOB, chosen_status, has_begun, most_telling
+from pipeline.train.again import AGENT_PID, FOLDER, HOSTS_MEETING, JOB, chosen_status, has_begun, most_telling
 from pipeline.train.process import COMMAND, die_with_parent
 from pipeline.train.status import FAILED, INTERRUPTED
 from pipeline.train.stop import STATUS, Stopped, catch_signals, stop_now
@@ -115,6 +115,7 @@ def _torchrun(command: list[str], nodes: Nodes, threads: int, restarts: int) -> 
     # The agent's own log repeats what the workers say.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ |= {"OMP_NUM_THREADS": str(threads), AGENT_PID: str(os.getpid()), COMMAND: json.dumps(sys.argv)}
+    hosts = os.environ.get(HOSTS_MEETING)
     meeting = RendezvousParameters(
         backend="c10d",
         endpoint=nodes.rendezvous or "localhost:0",
@@ -122,6 +123,7 @@ def _torchrun(command: list[str], nodes: Nodes, threads: int, restarts: int) -> 
         min_nodes=nodes.nodes,
         max_nodes=nodes.nodes,
         join_timeout=_JOIN_SECONDS,
+        **({} if hosts is None else {"is_host": hosts}),
     )
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # the others are passed on, not answered by a kill
     passed_on: list[int] = []

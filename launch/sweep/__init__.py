@@ -1,4 +1,4 @@
 """`rookery sweep`: many runs of a recipe, chosen, started, judged and resumed by Ray Tune.
 
-Only `cluster`, `trial`, `driver`, `schedulers` and `search` know Ray; importing the others costs nothing.
+Of its modules `cluster`, `driver`, `schedulers`, `search` and `trial` know Ray, and only `cluster` may be imported without it.
 """

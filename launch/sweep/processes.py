@@ -13,7 +13,7 @@ from typing import Any
 from launch.slurm_script import executable
 from pipeline.tracking.files import parse_line
 from pipeline.tracking.metrics import METRICS_NAME
-from pipeline.train.again import AGENT_PID
+from pipeline.train.again import AGENT_PID, HOSTS_MEETING
 
 LOGS = "logs"
 _SHOWN_LINES = 8
@@ -32,14 +32,15 @@ class NodeProcess:
         self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, arguments: Sequence[str], log: str) -> None:
-        """Start it; what it prints is added to the log."""
+    def start(self, arguments: Sequence[str], log: str, is_first: bool) -> None:
+        """Start it; what it prints is added to the log. Several nodes meet on the first."""
         Path(log).parent.mkdir(parents=True, exist_ok=True)
+        own = {AGENT_PID: str(os.getpid()), HOSTS_MEETING: str(int(is_first))}
         with open(log, "ab") as out:
             self._process = subprocess.Popen(
                 [executable(), "train", *arguments],
                 cwd=self._folder,
-                env=os.environ | self._environment | {AGENT_PID: str(os.getpid())},
+                env=os.environ | self._environment | own,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,

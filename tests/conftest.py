@@ -63,6 +63,7 @@ _LONG = (
     "train/test_engines",
     "train/test_restart",
     "train/test_watchdog",
+    "tracking/test_mlflow_server",
     "test_recipes",
 )
 

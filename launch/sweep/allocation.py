@@ -23,7 +23,9 @@ from pipeline.errors import UserError
 
 _START_SECONDS = 120.0
 _END_SECONDS = 20.0
-_RAY = (str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats")
+# Ports of workers and agents that the system chooses: two jobs may share a node.
+_PORTS = ("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0")
+_RAY = (str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats", *_PORTS)
 
 
 @contextmanager

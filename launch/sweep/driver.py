@@ -12,11 +12,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.stopper import Stopper
 
 from launch.slurm_script import ENVIRONMENT
-from launch.sweep.cluster import ClusterFacts
+from launch.sweep.cluster import ClusterFacts, NodeNames
 from launch.sweep.config import SweepConfig
 from launch.sweep.milestones import Calendar, Length
 from launch.sweep.plan import plan_trial
@@ -56,8 +57,8 @@ def run_sweep(config: SweepConfig, records: Records, calendar: Calendar, facts: 
     forget = first_round if config.scheduler.kind == "pbt" else 0
     job = Job(config, facts.gpus, tuple(calendar.milestones), forget, str(Path.cwd()), environment)
     with ExitStack() as stack:
-        progress = stack.enter_context(Progress(records, lengths, facts.names))
-        watch = Watch(config, records, progress)
+        progress = stack.enter_context(Progress(records, lengths))
+        watch = Watch(config, records, progress, NodeNames(ray))
         searcher = _searcher(config, records, lengths, watch)
         configs = [tune_config(record, lengths[record.name]) for record in records.all()]
         trainable = tune.with_resources(
@@ -134,8 +135,9 @@ class Watch(tune.Callback):
     Ending means: a file tells the actors, wherever they are; their runs save and end; then Tune may end too.
     """
 
-    def __init__(self, config: SweepConfig, records: Records, progress: Progress) -> None:
+    def __init__(self, config: SweepConfig, records: Records, progress: Progress, nodes: NodeNames) -> None:
         self.progress = progress
+        self._nodes = nodes
         self._config, self._records = config, records
         self._leaving: int | None = None
         self._awaited: set[str] = set()
@@ -217,7 +219,7 @@ class Watch(tune.Callback):
         record = self._records.get(str(trial))
         if result["step"] == 0 or record.is_over:
             return
-        record.nodes = result["nodes"]
+        record.nodes = [self._nodes.name(node) for node in result["nodes"]]
         if result["step"] > record.figures.get("step", -1):
             figures = ("step", "epoch", "top1", "top5", "loss", "images_per_second")
             self._records.note(record, {key: result[key] for key in figures if result.get(key) is not None})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -227,6 +228,9 @@ def test_population_based_training(ray_cluster: RayCluster, digits: Path, tmp_pa
     assert lr != given and lr / given in (pytest.approx(0.8, rel=1e-3), pytest.approx(1.25, rel=1e-3))
     config = yaml.safe_load((sweep.run(taker) / "config.yaml").read_text())
     assert config["optim"]["lr"] == lr
+
+    rates = {m["step"]: m["lr"] for m in read_metrics(sweep.run(taker)) if m["kind"] == "train"}
+    assert rates[9] == pytest.approx(lr * (1 + math.cos(math.pi * 9 / 16)) / 2)
 
     losses = {n: {m["step"]: m["loss"] for m in read_metrics(sweep.run(n)) if m["kind"] == "eval"} for n in trials}
     assert losses[donor][8] < losses[taker][8]

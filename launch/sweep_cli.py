@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from launch.sweep.config import SweepConfig
-    from launch.sweep.milestones import Length, Milestone
+    from launch.sweep.milestones import Calendar
     from launch.sweep.records import Records
 
 # Of a searcher that waits for results, so many trials are drawn and checked before anything is started.
@@ -24,6 +25,9 @@ def sweep(
     address: Annotated[
         str | None, typer.Option(help="running Ray cluster (auto, HOST:PORT); default: RAY_ADDRESS, else this machine")
     ] = None,
+    on_allocation: Annotated[
+        bool, typer.Option("--on-allocation", help="inside a Slurm job: start Ray on all of its nodes for this sweep")
+    ] = False,
     dry_run: Annotated[bool, typer.Option(help="print the trials and check every one, without starting Ray")] = False,
 ) -> None:
     """Train many variants of a recipe; the same command again goes on with a sweep that was stopped.
@@ -34,30 +38,42 @@ def sweep(
     from launch.sweep.config import load_sweep
     from launch.sweep.records import Records
     from pipeline.errors import UserError
+    from pipeline.train.status import RESUBMIT
 
     wanted = load_sweep(file, overrides or [])
     records = Records(wanted)
-    lengths, parts = _planned(wanted, records)
+    calendar = _planned(wanted, records)
     if dry_run:
         return
+    if on_allocation and address is not None:
+        raise UserError("--on-allocation starts a Ray of its own; leave --address out")
+    from launch.sweep.allocation import ray_on_allocation, requeue
     from launch.sweep.cluster import cluster_facts, connected
 
-    with connected(address) as ray:
+    before = records.epochs()
+    with ExitStack() as stack:
+        if on_allocation:
+            address = stack.enter_context(ray_on_allocation())
+        ray = stack.enter_context(connected(address))
         from launch.sweep.driver import run_sweep
 
         facts = cluster_facts(ray, wanted.resources)
         if facts.lacks is not None:
-            if address is None:
+            if address is None or on_allocation:
                 raise UserError(f"{facts.lacks}; lower resources.nodes, resources.nproc or resources.cpus")
             typer.echo(f"{facts.lacks}: waiting for more", err=True)
-        raise typer.Exit(run_sweep(wanted, records, lengths, parts, facts))
+        status = run_sweep(wanted, records, calendar, facts)
+    if on_allocation and status == RESUBMIT:
+        requeue(records.epochs() > before)
+    raise typer.Exit(status)
 
 
-def _planned(wanted: SweepConfig, records: Records) -> tuple[dict[str, Length], list[Milestone]]:
+def _planned(wanted: SweepConfig, records: Records) -> Calendar:
     """Check every trial that is known, print them all, and add them to the records."""
     from rich.console import Console
     from rich.table import Table
 
+    from launch.sweep.milestones import Calendar
     from launch.sweep.plan import plan_milestones, plan_trial
     from launch.sweep.space import Hashed, axes, draw, drawn_trials, shown
 
@@ -82,25 +98,26 @@ def _planned(wanted: SweepConfig, records: Records) -> tuple[dict[str, Length], 
         table.add_row(name, shown(values), *numbers, f"{run.peak_lr:.4g}")
     parts = plan_milestones(wanted, lengths.values())
     console = Console(highlight=False, soft_wrap=False, emoji=False, markup=False)
-    for line in _about(wanted, records, lengths, parts):
+    calendar = Calendar({name: lengths[name] for name in known}, parts, max(each.epochs for each in lengths.values()))
+    for line in _about(wanted, records, calendar):
         console.print(line, soft_wrap=True)
     console.print(table)
-    return {name: lengths[name] for name in known}, parts
+    return calendar
 
 
-def _about(wanted: SweepConfig, records: Records, lengths: dict[str, Length], parts: list[Milestone]) -> list[str]:
+def _about(wanted: SweepConfig, records: Records, calendar: Calendar) -> list[str]:
     from pipeline.wording import counted
 
     resources, scheduler = wanted.resources, wanted.scheduler
     settings = " ".join(f"{k}={v}" for k, v in scheduler.model_dump(mode="json").items() if k != "kind")
-    waits = f"; trials wait at epoch {', '.join(f'{part.epochs:.4g}' for part in parts)}" if parts else ""
+    stops = ", ".join(f"{milestone.epochs:.4g}" for milestone in calendar.milestones)
+    waits = f"; trials wait at epoch {stops}" if stops else ""
     gpus = "the GPUs there are" if resources.gpus is None else counted(resources.nproc * resources.gpus, "GPU")
     at_a_time = "as many as fit" if wanted.concurrent is None else f"{wanted.concurrent} at a time"
     count = wanted.trials or len(records.all())
-    longest = max(length.epochs for length in lengths.values())
     limits = [f"{value:g} {name}" for name, value in wanted.budget if value is not None]
     return [
-        f"sweep      {wanted.folder}: {counted(count, 'trial')}, {at_a_time}, {longest:.4g} epochs each at most",
+        f"sweep      {wanted.folder}: {counted(count, 'trial')} of {calendar.epochs:.4g} epochs at most, {at_a_time}",
         f"judged by  {wanted.metric}, {'the highest' if wanted.is_max else 'the lowest'}",
         f"scheduler  {scheduler.kind} {settings}".rstrip() + waits,
         f"searcher   {wanted.searcher.kind}, seed {wanted.searcher.seed}",

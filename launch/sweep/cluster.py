@@ -20,12 +20,10 @@ class ClusterFacts:
 
     Attributes:
         gpus: of each process of a trial.
-        names: of the nodes, by Ray's ids.
         lacks: what a trial asks for that no node has now; None when it fits.
     """
 
     gpus: int
-    names: dict[str, str]
     lacks: str | None
 
 
@@ -98,8 +96,20 @@ def cluster_facts(ray: Any, resources: Resources) -> ClusterFacts:
     if len(fits) < resources.nodes:
         asked = ", ".join(f"{count} {kind}s" for kind, count in wanted.items() if count)
         lacks = f"a trial asks for {resources.nodes} nodes with {asked}; the cluster has {len(fits)} of them"
-    names = {
-        n["NodeID"]: n["NodeName"] if n["NodeName"] != n["NodeManagerAddress"] else n["NodeManagerHostname"]
-        for n in nodes
-    }
-    return ClusterFacts(gpus, names, lacks)
+    return ClusterFacts(gpus, lacks)
+
+
+class NodeNames:
+    """The nodes of the cluster as a reader knows them; new ones too."""
+
+    def __init__(self, ray: Any) -> None:
+        self._ray = ray
+        self._names: dict[str, str] = {}
+
+    def name(self, node_id: str) -> str:
+        """A node's host name; of several nodes on one host, with the beginning of Ray's id."""
+        if node_id not in self._names:
+            hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in self._ray.nodes()}
+            alone = {node: [*hosts.values()].count(host) == 1 for node, host in hosts.items()}
+            self._names |= {node: host if alone[node] else f"{host}/{node[:6]}" for node, host in hosts.items()}
+        return self._names.get(node_id, node_id[:6])

@@ -12,13 +12,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.stopper import Stopper
 
 from launch.slurm_script import ENVIRONMENT
-from launch.sweep.cluster import ClusterFacts
+from launch.sweep.cluster import ClusterFacts, NodeNames
 from launch.sweep.config import SweepConfig
-from launch.sweep.milestones import Length, Milestone
+from launch.sweep.milestones import Calendar, Length
 from launch.sweep.plan import plan_trial
 from launch.sweep.records import Record, Records
 from launch.sweep.schedulers import make_scheduler
@@ -37,15 +38,11 @@ _TUNE = "tune"
 _VARIABLES = ("MLFLOW_TRACKING_URI", "PYTHONPATH")
 
 
-def run_sweep(
-    config: SweepConfig, records: Records, lengths: dict[str, Length], parts: list[Milestone], facts: ClusterFacts
-) -> int:
+def run_sweep(config: SweepConfig, records: Records, calendar: Calendar, facts: ClusterFacts) -> int:
     """Run all trials that are not over.
 
     Args:
         records: the trials; a searcher that waits for results adds to them.
-        lengths: of the runs of the trials that are known.
-        parts: where runs wait for the scheduler.
 
     Returns:
         The exit status: 0, 1 when trials failed, 130 or 75 when a signal ended it.
@@ -54,15 +51,15 @@ def run_sweep(
     records.save()
     (folder / LEAVE).unlink(missing_ok=True)
     shutil.rmtree(folder / _TUNE, ignore_errors=True)
-    first_round = max((_rounds_done(records, record, parts, lengths) for record in records.all()), default=0)
+    lengths = calendar.lengths
+    first_round = max((_rounds_done(records, record, calendar) for record in records.all()), default=0)
     environment = {k: v for k, v in os.environ.items() if k in _VARIABLES or k.startswith(ENVIRONMENT)}
     forget = first_round if config.scheduler.kind == "pbt" else 0
-    job = Job(config, facts.gpus, tuple(parts), forget, str(Path.cwd()), environment)
+    job = Job(config, facts.gpus, tuple(calendar.milestones), forget, str(Path.cwd()), environment)
     with ExitStack() as stack:
-        progress = stack.enter_context(Progress(records, lengths, facts.names))
-        watch = Watch(config, records, progress)
+        progress = stack.enter_context(Progress(records, lengths))
+        watch = Watch(config, records, progress, NodeNames(ray))
         searcher = _searcher(config, records, lengths, watch)
-        epochs = max((length.epochs for length in lengths.values()), default=1.0)
         configs = [tune_config(record, lengths[record.name]) for record in records.all()]
         trainable = tune.with_resources(
             tune.with_parameters(Trial, job=job),
@@ -75,7 +72,7 @@ def run_sweep(
             trainable,
             param_space={} if searcher else {"trial": tune.grid_search(configs)},
             tune_config=tune.TuneConfig(
-                scheduler=make_scheduler(config, epochs, max(1, first_round)),
+                scheduler=make_scheduler(config, calendar.epochs, max(1, first_round)),
                 search_alg=searcher,
                 num_samples=config.trials or 1 if searcher else 1,
                 max_concurrent_trials=config.concurrent,
@@ -109,10 +106,11 @@ def tune_config(record: Record, length: Length) -> dict[str, Any]:
     return {"name": record.name, "values": record.values, "length": list(length), "over": record.is_over}
 
 
-def _rounds_done(records: Records, record: Record, parts: list[Milestone], lengths: dict[str, Length]) -> int:
+def _rounds_done(records: Records, record: Record, calendar: Calendar) -> int:
     step = int((read_json(records.path(record) / RESULT_NAME) or {}).get("step", 0))
-    length = lengths[record.name]
-    return max((part.time for part in parts if round(part.epochs * length.steps_per_epoch) <= step), default=0)
+    length = calendar.lengths[record.name]
+    done = (part.time for part in calendar.milestones if round(part.epochs * length.steps_per_epoch) <= step)
+    return max(done, default=0)
 
 
 def _searcher(config: SweepConfig, records: Records, lengths: dict[str, Length], watch: Watch) -> OptunaSearch | None:
@@ -137,8 +135,9 @@ class Watch(tune.Callback):
     Ending means: a file tells the actors, wherever they are; their runs save and end; then Tune may end too.
     """
 
-    def __init__(self, config: SweepConfig, records: Records, progress: Progress) -> None:
+    def __init__(self, config: SweepConfig, records: Records, progress: Progress, nodes: NodeNames) -> None:
         self.progress = progress
+        self._nodes = nodes
         self._config, self._records = config, records
         self._leaving: int | None = None
         self._awaited: set[str] = set()
@@ -220,7 +219,7 @@ class Watch(tune.Callback):
         record = self._records.get(str(trial))
         if result["step"] == 0 or record.is_over:
             return
-        record.nodes = result["nodes"]
+        record.nodes = [self._nodes.name(node) for node in result["nodes"]]
         if result["step"] > record.figures.get("step", -1):
             figures = ("step", "epoch", "top1", "top5", "loss", "images_per_second")
             self._records.note(record, {key: result[key] for key in figures if result.get(key) is not None})

@@ -25,6 +25,20 @@ class Length(NamedTuple):
         return self.end_step / self.steps_per_epoch
 
 
+class Calendar(NamedTuple):
+    """When trials end and are judged.
+
+    Attributes:
+        lengths: of the runs of the trials that are known, by name.
+        milestones: where runs wait for the scheduler, in epochs.
+        epochs: of the longest trial.
+    """
+
+    lengths: dict[str, Length]
+    milestones: list[Milestone]
+    epochs: float
+
+
 class Milestone(NamedTuple):
     """The end of a part.
 

@@ -29,11 +29,10 @@ class Progress:
     Args:
         records: the trials.
         lengths: of their runs, by name.
-        names: of the cluster's nodes, by Ray's ids.
     """
 
-    def __init__(self, records: Records, lengths: dict[str, Length], names: dict[str, str]) -> None:
-        self._records, self._lengths, self._names = records, lengths, names
+    def __init__(self, records: Records, lengths: dict[str, Length]) -> None:
+        self._records, self._lengths = records, lengths
         self._console = Console(highlight=False, emoji=False, markup=False)
         if not self._console.is_terminal:
             self._console.width = _LOG_WIDTH
@@ -60,7 +59,7 @@ class Progress:
             speed = figures.get("images_per_second")
             rate = "" if speed is None else f"  {speed:,.0f} img/s"
             epoch = f"epoch {figures['epoch']:.4g} of {self._lengths[record.name].epochs:.4g}"
-            self.say(f"{record.name}  {epoch}  {metric} {figures[metric]:.4f}{rate}  on {self._nodes(record)}")
+            self.say(f"{record.name}  {epoch}  {metric} {figures[metric]:.4f}{rate}  on {_nodes(record)}")
 
     def refresh(self) -> None:
         """Draw the table again, every other second."""
@@ -103,7 +102,7 @@ class Progress:
             record.state,
             shown(record.values),
             str(record.failures or ""),
-            self._nodes(record),
+            _nodes(record),
             f"{epoch:.4g}" + ("" if length is None else f"/{length.epochs:.4g}"),
             _figure(record.figures.get(metric)),
             _figure(record.best),
@@ -111,8 +110,9 @@ class Progress:
             eta,
         ]
 
-    def _nodes(self, record: Record) -> str:
-        return ",".join(dict.fromkeys(self._names.get(node, node[:8]) for node in record.nodes))
+
+def _nodes(record: Record) -> str:
+    return ",".join(dict.fromkeys(record.nodes))
 
 
 def _figure(value: float | None) -> str:

@@ -154,8 +154,9 @@ class Trial(tune.Trainable):
     def _ended(self, status: int) -> dict[str, Any]:
         """What an end of the processes before the next evaluation means."""
         assert self.nodes is not None
-        log, self.nodes = self.nodes.log, None
-        if status in (INTERRUPTED, RESUBMIT):
+        log, was_asked, self.nodes = self.nodes.log, self.nodes.was_asked, None
+        # One that is asked before it listens is ended by the signal itself.
+        if status in (INTERRUPTED, RESUBMIT) or (was_asked and status == -signal.SIGTERM):
             return self._last("left", status=status)
         if status == MISTAKE:
             return self._last("failed", fault=end_of(log))
@@ -251,6 +252,11 @@ class Nodes:
         while (status := self.poll()) is None and (deadline is None or time.monotonic() < deadline):
             time.sleep(_LOOK_SECONDS)
         return status
+
+    @property
+    def was_asked(self) -> bool:
+        """Whether they were asked to save and end."""
+        return signal.SIGTERM in self._asked
 
     def send(self, number: int) -> None:
         """Send all a signal; each only once."""

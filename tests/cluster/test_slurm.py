@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -262,3 +263,36 @@ def rookery(work: Work, *arguments: object) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=300,
     )
+
+
+def test_a_sweep_over_two_nodes(work: Work) -> None:
+    """Four trials; the job is asked to leave when the first one is over, and Slurm starts it again."""
+    tree = {
+        "recipe": work.recipe.name,
+        "overrides": ["train.epochs=16steps", "eval.every=4steps", "checkpoint.every=4steps", "data.augment_by=pillow"],
+        "space": {"optim.lr": {"grid": [1e-4, 1e-3, 3e-3, 1e-2]}},
+        "resources": {"cpus": 2},
+    }
+    (work.folder / "sweep.yaml").write_text(yaml.safe_dump(tree))
+    job = work.submit("--nodes=2", ROOT / "slurm" / "sweep.sh", "sweep.yaml")
+    result = work.folder / "runs" / "sweep" / "sweep.json"
+
+    def trials() -> list[dict[str, Any]]:
+        return json.loads(result.read_text())["trials"] if result.exists() else []
+
+    def over() -> list[str]:
+        work.state(job)
+        return [trial["name"] for trial in trials() if trial["state"] == "finished"]
+
+    first = wait_for(over, "a trial is over", work.logs)[0]
+    work.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    work.wait_for_requeue(job, 1)
+    started = (work.folder / "runs" / "sweep" / "trials" / first / "sessions.jsonl").read_bytes()
+    work.wait(job, "COMPLETED")
+    assert [trial["state"] for trial in trials()] == ["finished"] * 4
+    assert (work.folder / "runs" / "sweep" / "trials" / first / "sessions.jsonl").read_bytes() == started
+    said = (work.folder / f"slurm-{job}.out").read_text()
+    assert "SIGUSR1: trials save and end" in said and "back in the queue" in said
+    for trial in trials():
+        metrics = read_metrics(work.folder / "runs" / "sweep" / "trials" / trial["name"])
+        assert [line["step"] for line in metrics if line["kind"] == "eval"] == [4, 8, 12, 16]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +12,6 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from data_prep.options import PrepOptions
-from data_prep.prepare import prepare_splits
 from launch import cli
 from launch.sweep.config import load_sweep
 from launch.sweep.milestones import milestones
@@ -29,9 +26,7 @@ from pipeline.tracking.files import read_lines
 from pipeline.tracking.metrics import MetricsLog, read_metrics
 from pipeline.tracking.run_dir import RunDir
 from pipeline.train.checkpoint import CheckpointStore
-from tests.test_recipes import SMALL, shards
-from tests.train.conftest import write_recipe
-from tests.train.forked import ForkServer
+from tests.test_recipes import ALONE, SMALL, shards
 
 __all__ = ["shards"]
 
@@ -193,9 +188,9 @@ def test_lengths_that_do_not_fit(scheduler: Any, expected: str, tmp_path: Path) 
 # --- population based training in rounds
 
 
-@dataclass
+@dataclass(eq=False)
 class FakeTrial:
-    """As much of Tune's trial as the scheduler looks at."""
+    """As much of Tune's trial as schedulers look at."""
 
     name: str
     config: dict[str, Any]
@@ -204,6 +199,10 @@ class FakeTrial:
     taken: list[dict[str, Any]] = field(default_factory=list)
 
     def __str__(self) -> str:
+        return self.name
+
+    @property
+    def trial_id(self) -> str:
         return self.name
 
     def should_recover(self) -> bool:
@@ -222,6 +221,8 @@ class FakeController:
 
     def get_trials(self) -> list[FakeTrial]:
         return self.trials
+
+    get_live_trials = get_trials
 
 
 def population(folder: Path, first_round: int = 1) -> tuple[Any, FakeController]:
@@ -272,6 +273,58 @@ def test_a_round_does_not_wait_for_a_trial_that_failed(tmp_path: Path) -> None:
     rounds.on_trial_error(controller, last)
     assert [trial.name for trial in most if trial.taken] == ["t0", "t1"]
     assert most[0].taken[0]["take_over"]["ticket"] == "round 3"
+
+
+# --- Tune's own schedulers, as they are set up here
+
+
+@pytest.mark.parametrize("kind", ["asha", "median"])
+def test_the_worst_are_stopped(kind: str, tmp_path: Path) -> None:
+    from launch.sweep.schedulers import make_scheduler
+
+    wanted = {"kind": kind, "grace": "2ep"} | ({"factor": 2} if kind == "asha" else {"least": 3})
+    config = load_sweep(write(tmp_path, scheduler=wanted, metric="loss"))
+    controller = FakeController(5, [0.0] * 5)
+    scheduler = make_scheduler(config, 8.0, 1)
+    for trial in controller.trials:
+        scheduler.on_trial_add(controller, trial)
+
+    def report(time: float, *losses: float) -> list[str]:
+        reports = zip(controller.trials, losses, strict=False)
+        return [scheduler.on_trial_result(controller, trial, {"time": time, "loss": loss}) for trial, loss in reports]
+
+    assert report(1.0, 1, 2, 3, 4, 9) == ["CONTINUE"] * 5
+    assert report(2.0, 1, 2, 3, 4)[:2] == ["CONTINUE", "STOP" if kind == "asha" else "CONTINUE"]
+    last = controller.trials[4]
+    assert scheduler.on_trial_result(controller, last, {"time": 2.0, "loss": 9}) == "STOP"
+    assert report(3.0, 0.5)[0] == "CONTINUE"
+
+
+# --- the end of a sweep
+
+
+@pytest.mark.parametrize("budget", [{"epochs": 3.0}, {"gpu_hours": 1e-9}, {}], ids=str)
+def test_the_budget_ends_a_sweep_when_all_have_saved(budget: dict[str, float], tmp_path: Path) -> None:
+    from launch.sweep.driver import Watch
+    from launch.sweep.table import Progress
+    from launch.sweep.trial import LEAVE
+
+    sweep = load_sweep(write(tmp_path, budget=budget))
+    records = Records(sweep)
+    first, second = (records.add(values) for values in drawn_trials(sweep))
+    records.save()
+    watch = Watch(sweep, records, Progress(records, {}), nodes=None)  # type: ignore[arg-type]
+    running, waiting = FakeTrial(first.name, {}), FakeTrial(second.name, {}, status="PENDING")
+    records.note(first, {"step": 10, "epoch": 2.0, "top1": 0.1})
+    records.note(second, {"step": 10, "epoch": 1.5, "top1": 0.1})
+    for _ in range(2):
+        watch.on_step_begin(0, [running, waiting])
+        assert not watch.all_have_left()
+    assert (records.folder / LEAVE).exists() == bool(budget)
+    assert records.gpu_hours > 0 and watch.status() == 0
+    running.status = "TERMINATED"
+    watch.on_step_begin(0, [running, waiting])
+    assert watch.all_have_left() == bool(budget)
 
 
 # --- what is kept, and what is read of runs
@@ -326,49 +379,36 @@ def test_evaluations_come_once_each_though_the_file_is_cut_back(tmp_path: Path) 
     metrics.close()
 
 
-def test_taking_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other run's weights and optimizer, under values of its own; the run goes on as if they were its own."""
-    monkeypatch.chdir(tmp_path)
-    prepare_splits("digits", tmp_path / "digits", PrepOptions(workers=1))
-    write_recipe(tmp_path / "digits", tmp_path, augment=False)
+def test_taking_over(shards: Path, tmp_path: Path) -> None:
+    """Another run's checkpoint, under values of its own; what the run measured itself stays."""
+    tree = {"name": "x", "model": {"name": "nest_micro"}, "data": {"train": f"{shards}/train", "val": f"{shards}/val"}}
+    tree |= {"train": {"epochs": 2, "global_batch_size": 2}, "optim": {"lr": 1e-3}, "augment": {"crop": "none"}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
     space = {"optim.lr": {"choice": [1e-3, 1e-4, 5e-4]}, "optim.weight_decay": {"choice": [0.0, 0.1]}}
-    path = write(tmp_path, space=space, trials=2, scheduler={"kind": "pbt", "every": "0.2ep"})
-    sweep = load_sweep(path, ["train.epochs=8steps", "train.ema_decay=null", "optim.schedule.warmup=0ep"])
-    values = {
-        "own": {"optim.lr": 1e-3, "optim.weight_decay": 0.0},
-        "donor": {"optim.lr": 1e-4, "optim.weight_decay": 0.1},
-    }
-    folder = sweep.folder / "trials"
-    with ForkServer(tmp_path) as server:
-        for name, its in values.items():
-            recipe, *overrides = arguments_of(sweep, name, its)
-            server.train(Path(recipe), *overrides, "train.stop_after=4steps", "eval.every=2steps")
-        own, donor = folder / "own", folder / "donor"
-        theirs = (donor / "checkpoints" / "step-00000004" / "state.pt").read_bytes()
-        assert (own / "checkpoints" / "step-00000004" / "state.pt").read_bytes() != theirs
-        give(donor, 4)
-        (donor / "checkpoints" / "step-00000004" / "commit.json").unlink()  # as when the donor went on
-        new = {"optim.lr": 5e-4, "optim.weight_decay": 0.1}
-        best = CheckpointStore(own / "checkpoints").newest()
-        assert best is not None
-        for _ in range(2):
-            take_over(sweep, own, new, donor="donor", step=4, ticket="round 1")
-        taken = CheckpointStore(own / "checkpoints").newest()
-        assert taken is not None and taken.step == 4
-        assert (taken.path / "state.pt").read_bytes() == theirs
-        assert taken.progress()["best"] == best.progress()["best"]
-        saved = RunDir.saved_config(own)
-        assert saved is not None and (saved["optim"]["lr"], saved["optim"]["weight_decay"]) == (5e-4, 0.1)
-        assert len(read_lines(own / "taken_over.jsonl")) == 1
-        event = next(line for line in read_metrics(own) if line.get("event") == "taken_over")
-        assert (event["step"], event["donor"], event["values"]) == (4, "donor", new)
-        recipe, *overrides = arguments_of(sweep, "own", new)
-        server.train(Path(recipe), *overrides)
-    rates = {line["step"]: line["lr"] for line in read_metrics(own) if line["kind"] == "train"}
-    config = run_config(sweep, "own", new)
-    assert rates[5] == pytest.approx(config.optim.lr * (1 + math.cos(math.pi * 5 / 8)) / 2) and len(rates) == 8
+    sweep = load_sweep(write(tmp_path, space=space, trials=2, scheduler={"kind": "pbt", "every": "1ep"}))
+    own, donor = (sweep.folder / "trials" / name for name in ("own", "donor"))
+    for run, best in ((own, 0.2), (donor, 0.3)):
+        run.mkdir(parents=True)
+        store = CheckpointStore(run / "checkpoints")
+        for step in (2, 4):
+            text = f"{run.name} {step}"
+            progress = {"step": step, "best": {"top1": best}, "seconds": best, "losses": [best]}
+            store.save(step, progress, lambda path, text=text: (path / "state.pt").write_text(text) and None, ALONE)
+    give(donor, 4)
+    (donor / "checkpoints" / "step-00000004" / "commit.json").unlink()  # as when the donor goes on and retires it
+    values = {"optim.lr": 5e-4, "optim.weight_decay": 0.1}
+    for _ in range(2):
+        take_over(sweep, own, values, donor="donor", step=4, ticket="round 1")
+    taken = CheckpointStore(own / "checkpoints").newest()
+    assert taken is not None and taken.step == 4 and (taken.path / "state.pt").read_text() == "donor 4"
+    assert taken.progress() == {"step": 4, "best": {"top1": 0.2}, "seconds": 0.2, "losses": [0.3]}
+    saved = RunDir.saved_config(own)
+    assert saved is not None and (saved["optim"]["lr"], saved["optim"]["weight_decay"]) == (5e-4, 0.1)
+    assert len(read_lines(own / "taken_over.jsonl")) == 1
+    (event,) = read_metrics(own)
+    assert (event["step"], event["epoch"], event["donor"], event["values"]) == (4, 1.0, "donor", values)
     with pytest.raises(RuntimeError, match="has left no checkpoint of step 8"):
-        take_over(sweep, own, new, donor="donor", step=8, ticket="round 2")
+        take_over(sweep, own, values, donor="donor", step=8, ticket="round 2")
 
 
 # --- the sweeps that come with the project

@@ -172,7 +172,7 @@ def test_training_does_not_notice_a_slow_server_nor_30_seconds_without_one(
 ) -> None:
     proxy = SlowProxy(stack.port, delay=0.0)
     run = tmp_path / "runs" / "run"
-    lengths = ("train.epochs=1000000steps", "eval.every=100steps", "checkpoint.every=1000000steps")
+    lengths = ("train.epochs=1000000steps", "eval.every=1000000steps", "checkpoint.every=1000000steps")
     rest = ("train.log_every=1steps", "tracking.mlflow=true", f"tracking.uri={proxy.uri}", "tracking.experiment=outage")
     arguments = (write_recipe(digits, tmp_path, augment=False), *lengths, *rest)
     with open(tmp_path / "log", "wb") as log:

@@ -193,6 +193,37 @@ def test_markers_out_of_order_are_no_help(damage: str) -> None:
     assert np.array_equal(part.pixels[40 - part.top :, 40 - part.left :][:30, :30], whole[40:70, 40:70])
 
 
+@pytest.mark.parametrize("name", ["baseline", "a marker each unit", "a marker each row", "markers, grey"])
+def test_damage_is_an_error_or_a_picture(name: str) -> None:
+    """Half of it in the header, whose lengths and sizes may then say anything."""
+    data, _, _ = PARTS[name]
+    draw = np.random.default_rng(1)
+    header = data.index(b"\xff\xda") + 14
+    refused = 0
+    for i in range(400):
+        damaged = bytearray(data)
+        for at in draw.integers(2, header if i % 2 else len(data), 1 + i % 3):
+            damaged[at] = draw.choice([0, 0xFF, draw.integers(256)])
+        try:
+            part = decode_part(
+                bytes(damaged), 3, None, lambda width, height: Box(0, 0, min(height, 40), min(width, 40))
+            )
+        except UserError:
+            refused += 1
+        else:
+            assert part.pixels.ndim == 3 and part.pixels.size
+    assert refused > 5
+
+
+@pytest.mark.parametrize("size", [b"\xff\xff", b"\x7f\xff"])
+def test_a_scan_that_begins_behind_the_end_is_decoded_as_a_whole(size: bytes) -> None:
+    data = bytearray(PARTS["a marker each unit"][0])
+    at = data.index(b"\xff\xda")
+    data[at + 2 : at + 4] = size
+    with pytest.raises(UserError, match="can't be decoded"):
+        decode_part(bytes(data), 3, None, lambda *size: Box(40, 40, 30, 30))
+
+
 @pytest.mark.parametrize("kept", [3000, 20_000])
 def test_a_jpeg_cut_short_is_an_error_however_little_is_needed(kept: int) -> None:
     with pytest.raises(UserError, match="can't be decoded"):

@@ -24,7 +24,7 @@ _END = b"\xff\xd9"
 _BASELINE, _OTHER_FRAMES, _INTERVAL, _SCAN = 0xC0, (0xC1, 0xC2, 0xC3), 0xDD, 0xDA
 # A decoder makes a pixel out of the samples of chroma around it, which lie up to so many pixels away.
 _AROUND = 2
-# Below this share of blocks saved the rest is decoded as quickly as left out.
+# Where more than this share of the blocks is needed, to decode them all takes no longer than to pick them out.
 _WORTHWHILE = 0.9
 
 
@@ -117,10 +117,11 @@ def _layout(data: bytes) -> _Layout | None:
     while at + 20 < len(data) and data[at] == 0xFF:
         marker, size = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         if marker == _SCAN:
+            scan = at + 2 + size
             # One scan with all components; a file of several would need the same done to each.
-            if not frame or data[at + 4] != data[frame + 9]:
+            if not frame or data[at + 4] != data[frame + 9] or scan >= len(data):
                 return None
-            return _Layout(frame, at + 2 + size, width, height, 8 * (block >> 4), 8 * (block & 15), interval)
+            return _Layout(frame, scan, width, height, 8 * (block >> 4), 8 * (block & 15), interval)
         if marker in _OTHER_FRAMES:
             return None
         if marker == _INTERVAL:
@@ -128,9 +129,11 @@ def _layout(data: bytes) -> _Layout | None:
         if marker == _BASELINE:
             frame, components = at, data[at + 9]
             height, width = (int.from_bytes(data[at + i : at + i + 2], "big") for i in (5, 7))
+            if components not in (1, 3):
+                return None
             # One component has blocks of 8 x 8, whatever sampling it names.
             block = 0x11 if components == 1 else _largest(data, at, components)
-            if components not in (1, 3) or not block or not (width and height):
+            if not (block and width and height):
                 return None
         at += 2 + size
     return None

@@ -16,9 +16,10 @@ from types import FrameType
 
 import psutil
 
+from launch.meeting import Meeting
 from launch.quiet import unquiet_workers
 from pipeline.errors import UserError
-from pipeline.train.again import AGENT_PID, FOLDER, HOSTS_MEETING, JOB, chosen_status, has_begun, most_telling
+from pipeline.train.again import AGENT_PID, FOLDER, JOB, chosen_status, has_begun, most_telling
 from pipeline.train.process import COMMAND, die_with_parent
 from pipeline.train.status import FAILED, INTERRUPTED
 from pipeline.train.stop import STATUS, Stopped, catch_signals, stop_now
@@ -61,9 +62,10 @@ class Nodes:
         if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
             raise UserError(f"--rendezvous {self.rendezvous}: write HOST:PORT, such as node1:29500")
         try:
-            socket.getaddrinfo(host.strip("[]"), int(port))
+            Meeting.at(self.rendezvous)
         except OSError as error:
-            raise UserError(f"--rendezvous {self.rendezvous}: {host} is not known here ({error.strerror})") from error
+            why = "is not known" if isinstance(error, socket.gaierror) else "can't be reached"
+            raise UserError(f"--rendezvous {self.rendezvous}: {host} {why} here ({error.strerror})") from error
 
 
 def start_workers(module: str, payload: str, nodes: Nodes, threads: int | None = None, restarts: int = 0) -> int:
@@ -115,15 +117,15 @@ def _torchrun(command: list[str], nodes: Nodes, threads: int, restarts: int) -> 
     # The agent's own log repeats what the workers say.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ |= {"OMP_NUM_THREADS": str(threads), AGENT_PID: str(os.getpid()), COMMAND: json.dumps(sys.argv)}
-    hosts = os.environ.get(HOSTS_MEETING)
-    meeting = RendezvousParameters(
+    meeting = Meeting("localhost:0", None) if nodes.rendezvous is None else Meeting.at(nodes.rendezvous)
+    meeting.choose_network()
+    parameters = RendezvousParameters(
         backend="c10d",
-        endpoint=nodes.rendezvous or "localhost:0",
         run_id=uuid.uuid4().hex if nodes.nodes == 1 else os.environ.get("SLURM_JOB_ID", "rookery"),
         min_nodes=nodes.nodes,
         max_nodes=nodes.nodes,
         join_timeout=_JOIN_SECONDS,
-        **({} if hosts is None else {"is_host": hosts}),
+        **meeting.parameters(),
     )
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # the others are passed on, not answered by a kill
     passed_on: list[int] = []
@@ -131,7 +133,7 @@ def _torchrun(command: list[str], nodes: Nodes, threads: int, restarts: int) -> 
     try:
         # A process that a signal ends while it starts leaves no status.
         result = run_agent(
-            command, nodes.nproc, meeting, restarts, lambda: bool(passed_on) or chosen_status() is not None
+            command, nodes.nproc, parameters, restarts, lambda: bool(passed_on) or chosen_status() is not None
         )
     except RendezvousError as error:
         status = chosen_status() or (STATUS[passed_on[0]] if passed_on else None)

@@ -13,7 +13,7 @@ from typing import Any
 from launch.slurm_script import executable
 from pipeline.tracking.files import parse_line
 from pipeline.tracking.metrics import METRICS_NAME
-from pipeline.train.again import AGENT_PID, HOSTS_MEETING
+from pipeline.train.again import AGENT_PID
 
 LOGS = "logs"
 _SHOWN_LINES = 8
@@ -32,10 +32,10 @@ class NodeProcess:
         self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, arguments: Sequence[str], log: str, is_first: bool) -> None:
-        """Start it; what it prints is added to the log. Several nodes meet on the first."""
+    def start(self, arguments: Sequence[str], log: str) -> None:
+        """Start it; what it prints is added to the log."""
         Path(log).parent.mkdir(parents=True, exist_ok=True)
-        own = {AGENT_PID: str(os.getpid()), HOSTS_MEETING: str(int(is_first))}
+        own = {AGENT_PID: str(os.getpid())}
         with open(log, "ab") as out:
             self._process = subprocess.Popen(
                 [executable(), "train", *arguments],

@@ -220,8 +220,8 @@ class Nodes:
         self.ids += ray.get([other.node_id.remote() for other in self._others])
         logs = [run / LOGS / f"node-{i}.log" for i in range(resources.nodes)]
         self.log = logs[0]
-        self._first.start(command, str(logs[0]), True)
-        ray.get([o.start.remote(command, str(log), False) for o, log in zip(self._others, logs[1:], strict=True)])
+        self._first.start(command, str(logs[0]))
+        ray.get([o.start.remote(command, str(log)) for o, log in zip(self._others, logs[1:], strict=True)])
         self._asked: set[int] = set()
         self._since: float | None = None
 

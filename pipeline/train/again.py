@@ -19,9 +19,6 @@ FOLDER = "ROOKERY_AGAIN"
 JOB = "ROOKERY_JOB"
 # And who started them.
 AGENT_PID = "ROOKERY_AGENT_PID"
-# By this one who starts several nodes tells each whether the meeting point is on it ("1") or not ("0").
-# Without it torch guesses, from names that the machine knows itself by.
-HOSTS_MEETING = "ROOKERY_HOSTS_MEETING"
 
 
 def work(module: str) -> int:

@@ -7,13 +7,14 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
 
 from tests.cluster.slurm_cluster import die_with_parent, wait_for
+from tests.conftest import missing
 from tests.train.commands import ROOT
 
 PROGRAMS = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "unshare", "nsenter")
@@ -29,7 +30,7 @@ mount -t tmpfs tmpfs "$folder/tmp"
 for kept in "$@"; do
   case $kept in /tmp/*) mkdir -p "$folder$kept"; mount --bind "$kept" "$folder$kept" ;; esac
 done
-for file in passwd shadow hosts; do mount --bind "$folder/$file" "/etc/$file"; done
+for file in passwd shadow hosts resolv.conf; do mount --bind "$folder/$file" "/etc/$file"; done
 mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /run
 mkdir -m 755 /run/sshd
@@ -49,8 +50,16 @@ PidFile none
 """
 
 
-def missing_programs() -> list[str]:
-    return [program for program in PROGRAMS if shutil.which(program, path=_PATH) is None]
+@contextmanager
+def hosts_with_ssh(folder: Path, names: Sequence[str]) -> Iterator[Hosts]:
+    """`Hosts`, or what is missing for them."""
+    if os.geteuid() != 0:
+        missing("hosts in network namespaces left out: they need root")
+    absent = [program for program in PROGRAMS if shutil.which(program, path=_PATH) is None]
+    if absent:
+        missing(f"hosts left out: {', '.join(absent)} not installed (bash .ci/system-packages names the packages)")
+    with Hosts(folder, names) as hosts:
+        yield hosts
 
 
 class Hosts:
@@ -98,6 +107,7 @@ class Hosts:
         (own / "home" / ".bashrc").touch()
         (own / "passwd").write_text("\n".join([f"root:x:0:0:root:{self.home}:/bin/bash", *users, ""]))
         (own / "shadow").write_text("root:*:19000:0:99999:7:::\n")
+        (own / "resolv.conf").touch()  # no name server: none would answer, which takes seconds for every name
         known = "".join(f"{address} {host}\n" for host, address in self.address.items())
         (own / "hosts").write_text("127.0.0.1 localhost\n" + known)
         # sshd, as the first process of a host, buries the orphans there.

@@ -52,6 +52,7 @@ def sweep(
 
     before = records.epochs()
     with ExitStack() as stack:
+        stack.enter_context(records.locked())
         if on_allocation:
             address = stack.enter_context(ray_on_allocation())
         ray = stack.enter_context(connected(address))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -123,6 +126,21 @@ class Records:
     def epochs(self) -> float:
         """Epochs of all trials together."""
         return sum(record.figures.get("epoch", 0.0) for record in self.all())
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other sweeps out of the folder, until the block or this process ends.
+
+        Raises:
+            UserError: one is running there.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{self.folder}: this sweep is running already; name=... begins another one") from error
+            yield
 
     def save(self) -> None:
         """Write `sweep.json`, in one rename."""

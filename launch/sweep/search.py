@@ -50,7 +50,7 @@ class OptunaSearch(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         asked = self._asked[trial_id]
-        value = None if result is None or result.get("ended") == "failed" else result.get(self._config.metric)
+        value = None if result is None or result.get("ended") in ("failed", "left") else result.get(self._config.metric)
         if error or value is None:
             self._study.tell(asked, state=_optuna().trial.TrialState.FAIL)
         else:

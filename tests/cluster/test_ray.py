@@ -23,8 +23,8 @@ from pipeline.train.again import newest_step
 from pipeline.train.export import WEIGHTS
 from tests.cluster.ray_cluster import RayCluster
 from tests.cluster.slurm_cluster import wait_for
-from tests.train.commands import run_command
 from tests.train.conftest import write_recipe
+from tests.train.forked import ForkServer
 
 pytestmark = pytest.mark.ray_cluster
 
@@ -123,7 +123,7 @@ def cifar10_recipe(shards: Path, folder: Path) -> Path:
 
 @pytest.mark.timeout(3600)
 def test_a_node_and_a_trial_die(ray_cluster: RayCluster, cifar10: Path, tmp_path: Path) -> None:
-    """ASHA over eight trials of two workers each."""
+    """ASHA over eight trials of two workers each, whose values Optuna proposes."""
     cifar10_recipe(cifar10, tmp_path)
     sweep = Sweep(
         ray_cluster,
@@ -134,6 +134,7 @@ def test_a_node_and_a_trial_die(ray_cluster: RayCluster, cifar10: Path, tmp_path
             "space": {"optim.lr": {"loguniform": [1e-4, 1e-2]}, "optim.weight_decay": {"choice": [0.0, 0.05]}},
             "trials": 8,
             "scheduler": {"kind": "asha", "grace": "0.1ep", "factor": 2},
+            "searcher": "optuna",
             "metric": "loss",
             "resources": {"nproc": 2},
         },
@@ -166,9 +167,9 @@ def test_a_node_and_a_trial_die(ray_cluster: RayCluster, cifar10: Path, tmp_path
     assert any(newest_step(sweep.run(name)) < 40 for name, t in trials.items() if t["state"] == "stopped")
 
     best = sweep.run(sweep.best())
-    config = best / "config.yaml"
-    run_command(tmp_path, "train", config, "name=serial", f"out={tmp_path}/runs", "--nproc", 2, "--threads", 1)
     serial = tmp_path / "runs" / "serial"
+    with ForkServer(tmp_path) as server:
+        server.train(best / "config.yaml", "name=serial", f"out={tmp_path}/runs", nproc=2)
     assert weights(serial) == weights(best)
     figures = read_metrics(serial)[-1]
     assert trials[best.name]["figures"]["loss"] == figures["loss"]
@@ -243,25 +244,3 @@ def test_population_based_training(ray_cluster: RayCluster, digits: Path, tmp_pa
             "stopped",
             "finished",
         ]
-
-
-def test_hyperband_pauses_what_optuna_proposes(ray_cluster: RayCluster, digits: Path, tmp_path: Path) -> None:
-    """Two trials run to their end at once, two stop in the middle until one of them is chosen to go on."""
-    tree = {
-        "space": {"optim.lr": {"loguniform": [1e-5, 1e-2]}},
-        "trials": 4,
-        "scheduler": {"kind": "hyperband", "grace": "0.25ep", "factor": 2},
-        "searcher": {"kind": "optuna", "startup": 2},
-        "metric": "loss",
-    }
-    sweep = digits_sweep(ray_cluster, digits, tmp_path, tree)
-    trials = sweep.finish(sweep.start())
-    assert [trial["state"] for trial in trials.values()].count("finished") == 3
-    (stopped,) = (name for name, trial in trials.items() if trial["state"] == "stopped")
-    assert stopped in ("sweep-002", "sweep-003")
-    paused = "sweep-002" if stopped == "sweep-003" else "sweep-003"
-    assert starts(sweep.run(stopped)) == [None] and starts(sweep.run(paused)) == [None, 8]
-    assert evaluated(sweep.run(stopped)) == [4, 8] and evaluated(sweep.run(paused)) == [4, 8, 12, 16]
-    halfway = {n: {m["step"]: m["loss"] for m in read_metrics(sweep.run(n)) if m["kind"] == "eval"}[8] for n in trials}
-    assert halfway[paused] < halfway[stopped]
-    assert len({trial["values"]["optim.lr"] for trial in trials.values()}) == 4

@@ -347,6 +347,8 @@ def test_records_survive_a_restart(tmp_path: Path) -> None:
     best = again.best()
     assert best is not None and best.name == "sweep-000"
     assert json.loads((sweep.folder / FILE).read_text())["best"] == "sweep-000"
+    with records.locked(), pytest.raises(UserError, match="this sweep is running already"), again.locked():
+        pass
     with pytest.raises(UserError, match="holds a sweep with another space"):
         Records(load_sweep(write(tmp_path, metric="loss", space={"optim.lr": {"grid": [5.0]}})))
 

@@ -65,7 +65,9 @@ class ShardBuilder:
         for item, data in zip(task.items, self.reader.read(task.items), strict=True):
             try:
                 store_raw = partial(options.stores_raw, item.key) if options.format == "ffcv" else None
-                image = make_usable(data, options.resize, options.quality, options.max_resolution, store_raw)
+                image = make_usable(
+                    data, options.resize, options.quality, options.max_resolution, store_raw, options.restart_markers
+                )
                 tokens = None if self.maps is None else self.maps.read(item)
             except UnusableImage as error:
                 quarantine.append(BadImage(item.name, str(error), "dropped"))

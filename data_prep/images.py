@@ -1,9 +1,9 @@
 """Is this image usable, and which bytes go into the shard?
 
-Every image is decoded once, in full. A usable one keeps its original bytes unless it is resized, its pixels are of a
-kind that readers get wrong (CMYK, 16 bit), or its format is one that they don't read (GIF, BMP, TIFF). Metadata is
-never applied: an EXIF orientation stays in kept bytes, where the ImageNet pipelines ignore it, and is lost, unapplied,
-in re-encoded ones.
+Every image is decoded once, in full. A usable one keeps its original bytes unless restart markers are asked for, it is
+resized, its pixels are of a kind that readers get wrong (CMYK, 16 bit), or its format is one that they don't read (GIF,
+BMP, TIFF). Metadata is never applied: an EXIF orientation stays in kept bytes, where the ImageNet pipelines ignore it,
+and is lost, unapplied, in re-encoded ones.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep.manifest import MAX_BYTES, is_absurd
+from data_prep.restarts import restart_interval, with_restarts
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 MAX_SCANNED = 2_000_000_000  # half a minute
@@ -53,6 +54,7 @@ def make_usable(
     quality: int = 90,
     max_resolution: int | None = None,
     store_raw: Callable[[int, int], bool] | None = None,
+    restarts: bool = False,
 ) -> Usable:
     """Check one image; shrink it to short side `resize` if it is larger; mend what readers would get wrong.
 
@@ -63,6 +65,7 @@ def make_usable(
         max_resolution: shrink to this long side too.
         store_raw: (width, height) to whether it is stored as pixels, for a shard that holds JPEG and raw pixels and
             nothing else; None: for one that holds files of any format.
+        restarts: give JPEGs that are kept restart markers, which changes no pixel.
 
     Raises:
         UnusableImage: zero bytes, not an image, truncated or damaged, or of an absurd size.
@@ -76,7 +79,7 @@ def make_usable(
     else:
         extension = RAW if store_raw(*size) else "jpg"
     if extension == kept:
-        return Usable(data, extension, *size)
+        return Usable(with_restarts(data) if restarts and name == "JPEG" else data, extension, *size)
     repair = None
     if mode not in PLAIN_MODES:
         image = _eight_bit(image)
@@ -151,18 +154,9 @@ def _stored(image: Image.Image, extension: str, quality: int) -> bytes:
     if extension == RAW:
         return image.convert("RGB").tobytes()
     if extension == "jpg":
-        return _encoded(image, "JPEG", quality=quality, restart_marker_blocks=_restart_interval(image))
+        interval = restart_interval(image.width, 16 if image.mode == "RGB" else 8)  # pixels of a unit of 4:2:0, of grey
+        return _encoded(image, "JPEG", quality=quality, restart_marker_blocks=interval)
     return _encoded(image, "PNG")
-
-
-def _restart_interval(image: Image.Image) -> int:
-    """Coded units between restart markers, by which a loader finds the part that it needs without decoding the rest.
-
-    As many units as divide a row, of at most 64 pixels together: 3 to 4 % more bytes.
-    """
-    side = 16 if image.mode == "RGB" else 8  # pixels of a unit: 4:2:0, or greyscale
-    row = -(-image.width // side)
-    return max(units for units in range(1, 64 // side + 1) if row % units == 0)
 
 
 def _encoded(image: Image.Image, name: str, **options: int) -> bytes:

@@ -28,6 +28,7 @@ class PrepOptions:
         shuffle_seed: seed of that shuffle.
         resize: shrink images whose short side is longer than this to this; None keeps the original bytes.
         quality: JPEG quality wherever an image is encoded again.
+        restart_markers: add restart markers to JPEGs that are kept: the same pixels, decoded faster in part.
         max_resolution: ffcv: shrink images whose long side is longer than this to this.
         write_mode: ffcv: `jpg`, `raw`, `proportion` or `smart`; None means `jpg`.
         compress_probability: ffcv, `proportion`: share of the images that is stored as JPEG; None means 0.5.
@@ -52,6 +53,7 @@ class PrepOptions:
     shuffle_seed: int = 0
     resize: int | None = None
     quality: int = 90
+    restart_markers: bool = False
     max_resolution: int | None = None
     write_mode: str | None = None
     compress_probability: float | None = None
@@ -127,6 +129,7 @@ class PrepOptions:
             "shuffle_seed": self.seed_of(split),
             "resize": self.resize,
             "quality": self.quality,
+            **({"restart_markers": True} if self.restart_markers else {}),
             **(self._ffcv_content() if self.format == "ffcv" else {}),
         }
 

@@ -65,6 +65,10 @@ def prep(
         ),
     ] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality where an image is encoded again.")] = 90,
+    restart_markers: Annotated[
+        bool,
+        typer.Option("--restart-markers", help="Add restart markers to JPEGs: the same pixels, crops decode faster."),
+    ] = False,
     max_resolution: Annotated[
         int | None, typer.Option(min=1, help="With ffcv: shrink images to this long side.")
     ] = None,
@@ -129,6 +133,7 @@ def prep(
         shuffle_seed=shuffle_seed,
         resize=resize,
         quality=quality,
+        restart_markers=restart_markers,
         max_resolution=max_resolution,
         write_mode=write_mode,
         compress_probability=compress_probability,

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import shlex
-import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from launch.bench_loader.contender import Settings, timed
+from launch.bench_loader.contender import Settings
 from launch.bench_loader.ours import OURS, bytes_per_image, split
 from launch.bench_loader.report import rows
 from launch.bench_loader.rounds import contenders, measure
 from launch.bench_loader.scene import set_up
+from launch.bench_loader.waiting import waiting
 from launch.bench_report import device_name
 from pipeline.errors import UserError
 from pipeline.tracking.environment import key_versions
@@ -71,30 +70,8 @@ def bench_loader(
         }
         if "failed" not in table[0]:
             _tell("waiting of a step as long as the loader takes")
-            shares = [wait_share(settings) for _ in range(repeats)]
-            report["wait_share"] = {"median": statistics.median(shares), "min": min(shares), "max": max(shares)}
+            report |= waiting(settings, 2 * repeats)
         return report
-
-
-def wait_share(settings: Settings) -> float:
-    """Part of the time that a training waits for data whose step takes as long as the loader does for a batch.
-
-    The loader's rate is measured by an epoch just before, because it drifts on a shared machine. The step is slept, as
-    on the host of a GPU. The first steps don't count.
-    """
-    own = next(contender for contender in OURS if settings.recipe in contender.recipes)
-    epochs = own.epochs(settings)
-    step = settings.batch / timed(epochs(), settings.warmup)["rate"]
-    batches = epochs()
-    for _ in range(settings.warmup):
-        next(batches)
-    start, waited = time.perf_counter(), 0.0
-    while True:
-        time.sleep(step)
-        asked = time.perf_counter()
-        if next(batches, None) is None:
-            return waited / (asked - start)
-        waited += time.perf_counter() - asked
 
 
 def _tell(text: str) -> None:

@@ -70,6 +70,12 @@ OURS = [
 ]
 
 
+def endless(settings: Settings) -> Iterator[Any]:
+    """Batches of the first of `OURS` for the recipe, epoch after epoch."""
+    dataset = _dataset(settings, NEST if settings.recipe == "nest" else CROP, compiled=True)
+    return iter(Batches(dataset, range(10**6), settings.workers, settings.prefetch, torch.device("cpu")))
+
+
 def split(settings: Settings, batches: int = 8) -> dict[str, float]:
     """Milliseconds per image of each part of the work, in this process alone.
 

@@ -62,7 +62,7 @@ def advice(report: dict[str, Any]) -> Iterator[str]:
     yield {
         "read": f"reading takes {share:.0%}: a slow disk or network; keep shards on local storage",
         "decode": f"decoding takes {share:.0%} at {pixels:.0f} KB an image: store smaller ones, "
-        "`rookery prep --resize 400 --quality 90`",
+        "`rookery prep --resize 400 --quality 90`, or the same pixels with --restart-markers",
         "crop": f"resizing takes {share:.0%}: augment.antialias=false and augment.interpolation=bilinear are the "
         "cheapest, where the recipe allows it",
         "augment": f"RandAugment and colour jitter take {share:.0%}: part of the recipe; more data.workers",
@@ -104,8 +104,12 @@ def print_report(report: dict[str, Any]) -> None:
     parts = ", ".join(f"{name} {spent:.2f}" for name, spent in report["split_ms"].items())
     console.print(f"\nwhere the time of rookery goes, ms per image: {parts}")
     if "wait_share" in report:
-        waits = report["wait_share"]
-        spread = f"({waits['min']:.1%} to {waits['max']:.1%})"
-        console.print(f"a training that is as fast waits for data {waits['median']:.1%} of its time {spread}")
+        waits, added = (_percent(report[name]) for name in ("wait_share", "added_share"))
+        console.print(f"a training that is as fast waits for data {waits} of its time")
+        console.print(f"{added} without what the loader's own changes of pace explain")
     for line in advice(report):
         console.print(line)
+
+
+def _percent(found: dict[str, float]) -> str:
+    return f"{found['median']:.1%} ({found['min']:.1%} to {found['max']:.1%})"

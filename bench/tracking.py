@@ -6,7 +6,8 @@ Run it in the repository's root. It shards the digits, starts a server of its ow
 process and one thread, as phases that differ in nothing but the server. A step's length is told on a clock that stands
 still while the training waits for a core, since other programs take cores away for reasons of their own; on a machine
 that does nothing else that is the time on the wall. Prints the median over the cycles, the ratio to the same cycle's
-phase with a server that answers, and the longest step on the wall.
+phase with a server that answers, and the longest step on the wall; and what the training itself does for each line
+that is uploaded.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from data_prep.options import PrepOptions
 from data_prep.prepare import prepare_splits
-from pipeline.tracking.metrics import read_metrics
+from pipeline.tracking.metrics import MetricsLog, read_metrics
 from tests.tracking.conftest import MlflowServer, SlowProxy, wait_for
 from tests.tracking.step_cost import Mark
 from tests.train.commands import command, environment
@@ -53,6 +54,7 @@ def main() -> None:
         server.start()
         try:
             report(*measure(folder, server, options.cycles, options.seconds))
+            report_lines(line_seconds(folder / "lines.jsonl"))
         finally:
             server.stop()
 
@@ -94,6 +96,23 @@ def report(phases: list[Phase], lengths: dict[int, float]) -> None:
         steps = [step for phase in own for step in range(phase.first + 1, phase.last + 1)]
         longest = max(lengths[step] for step in steps) * 1e3
         print(f"{name:14} {length:8.3f} ms {spread:>36} {longest:10.1f} ms {len(steps):7}")
+
+
+def line_seconds(path: Path, lines: int = 5000) -> list[float]:
+    """How long a training is busy with each line of its metrics: all else about the upload is another process."""
+    metrics, found = MetricsLog(path), []
+    values = dict.fromkeys(("loss", "lr", "grad_norm", "images_per_second", "step_seconds", "wait_share"), 0.123456789)
+    for step in range(lines):
+        start = time.perf_counter()
+        metrics.log("train", step, samples=48 * step, epoch=step / 30, **values)
+        found.append(time.perf_counter() - start)
+    metrics.close()
+    return sorted(found)
+
+
+def report_lines(seconds: list[float]) -> None:
+    median, late = seconds[len(seconds) // 2] * 1e6, seconds[len(seconds) * 99 // 100] * 1e6
+    print(f"a line: median {median:.0f} us, 99 % within {late:.0f} us, longest {seconds[-1] * 1e6:.0f} us")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def make_usable(
     else:
         extension = RAW if store_raw(*size) else "jpg"
     if extension == kept:
-        return Usable(with_restarts(data) if restarts and name == "JPEG" else data, extension, *size)
+        return Usable(with_restarts(data, image) if restarts and name == "JPEG" else data, extension, *size)
     repair = None
     if mode not in PLAIN_MODES:
         image = _eight_bit(image)

@@ -35,10 +35,14 @@ def restart_interval(width: int, block_width: int) -> int:
     return max(units for units in range(1, _APART // block_width + 1) if row % units == 0)
 
 
-def with_restarts(data: bytes) -> bytes:
+def with_restarts(data: bytes, image: Image.Image | None = None) -> bytes:
     """The same picture with restart markers, some 3 % larger; unchanged where that can't be done.
 
     It can be done to baseline JPEGs with 1 or 3 components in one scan, without such markers. Metadata are kept.
+
+    Args:
+        data: a JPEG.
+        image: its pixels, to compare with, where they are known.
     """
     from data_prep import restarts_loop  # compiled; only who asks for it pays for that
 
@@ -59,7 +63,7 @@ def with_restarts(data: bytes) -> bytes:
     made = b"".join(
         (data[: coded.start], _DC_TABLES, header, data[coded.start : coded.scan], out[:size].tobytes(), data[end:])
     )
-    return made if _same_pixels(data, made) else data
+    return made if _same_pixels(image or _opened(data), _opened(made)) else data
 
 
 class _Coded(NamedTuple):
@@ -168,6 +172,9 @@ _DC_TABLES = bytes((0xFF, _HUFFMAN, 0, 2 + 2 * 29)) + b"".join(
 _DC_CODES = np.array([[length << 16 | code for length, code in _codes(counts)] for counts in _DC_COUNTS], np.uint32)
 
 
-def _same_pixels(one: bytes, other: bytes) -> bool:
-    first, second = (Image.open(io.BytesIO(data), formats=["JPEG"]) for data in (one, other))
-    return first.mode == second.mode and first.tobytes() == second.tobytes()
+def _opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data), formats=["JPEG"])
+
+
+def _same_pixels(one: Image.Image, other: Image.Image) -> bool:
+    return one.mode == other.mode and one.tobytes() == other.tobytes()

@@ -54,17 +54,24 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-# Files that take minutes come first, so that short ones fill the gaps at the end, when two processes share the work.
+# Files that take minutes come first, so that short ones fill the gaps at the end, when several processes share the
+# work. Clusters, which wait for much, run beside trainings, which wait for nothing.
 _LONG = (
-    "cluster/",
+    "cluster/test_slurm",
+    "train/test_cifar10",
+    "cluster/test_ray.py",
     "train/test_chaos",
     "train/test_resume",
-    "train/test_cifar10",
     "train/test_engines",
-    "train/test_restart",
-    "train/test_watchdog",
-    "tracking/test_mlflow_server",
+    "cluster/",
     "test_recipes",
+    "train/test_restart",
+    "models/test_every_model",
+    "test_demo",
+    "tracking/test_mlflow_server",
+    "export/test_onnx",
+    "train/test_watchdog",
+    "train/test_interrupt",
 )
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 from pipeline.tracking.metrics import read_metrics
-from tests.train.commands import ROOT
-from tests.train.conftest import rookery  # noqa: F401 - a fixture
+from tests.train.commands import ROOT, run_command
 
 
-def test_demo(rookery, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_demo(tmp_path: Path) -> None:
+    rookery = partial(run_command, tmp_path)
     rookery("prep", "digits", "shards/digits")
     done = rookery("train", ROOT / "configs" / "demo.yaml", "--nproc", 2, "seed=1", "name=demo-seed1", timeout=1000)
     last = done.stdout.splitlines()[-1]

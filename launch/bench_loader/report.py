@@ -112,4 +112,4 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def _percent(found: dict[str, float]) -> str:
-    return f"{found['median']:.1%} ({found['min']:.1%} to {found['max']:.1%})"
+    return f"{found['median']:.1%} (quartiles {found['lower_quartile']:.1%}, {found['upper_quartile']:.1%})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -11,27 +10,25 @@ from typing import Any
 from launch.bench_loader.contender import Settings
 from launch.bench_loader.ours import endless
 
-# Long enough to be measured, short enough that the machine's pace is the same before and after.
-_BLOCK_SECONDS = 1.0
-
 
 def waiting(settings: Settings, blocks: int) -> dict[str, dict[str, float]]:
     """Parts of the time of a training whose step takes as long as the loader does for a batch.
 
     Blocks of batches taken as fast as they come, which say how long that is, and blocks with such steps take turns. A
-    step is slept, as on the host of a GPU. No batch is ready when a block begins.
+    step is slept, as on the host of a GPU. No batch is ready when a block begins. Blocks are short, so that a machine
+    whose pace drifts has nearly the same before and after, and many.
 
     Args:
         blocks: with steps.
 
     Returns:
-        Median, minimum and maximum over the blocks. `wait_share`: the training waits for a batch. `added_share`: the
+        Median and quartiles over the blocks. `wait_share`: the training waits for a batch. `added_share`: the
         part of that which is not because the loader itself, in the blocks before and after, was slower than the step.
     """
     batches = endless(settings)
     drained = settings.prefetch * max(settings.workers, 1)
     _take(batches, settings.warmup + drained)
-    count = max(drained, math.ceil(_BLOCK_SECONDS * drained / _take(batches, drained)))
+    count = 2 * drained
     shares: dict[str, list[float]] = {"wait_share": [], "added_share": []}
     pace = _take(batches, count) / count
     for _ in range(blocks):
@@ -47,10 +44,11 @@ def waiting(settings: Settings, blocks: int) -> dict[str, dict[str, float]]:
         shares["wait_share"].append(1 - slept / took)
         shares["added_share"].append(1 - max(slept, count * (pace + after) / 2) / took)
         pace = after
-    return {
-        name: {"median": statistics.median(found), "min": min(found), "max": max(found)}
-        for name, found in shares.items()
-    }
+    return {name: _quartiles(found) for name, found in shares.items()}
+
+
+def _quartiles(values: list[float]) -> dict[str, float]:
+    return dict(zip(("lower_quartile", "median", "upper_quartile"), statistics.quantiles(values, n=4), strict=True))
 
 
 def _take(batches: Iterator[Any], count: int) -> float:

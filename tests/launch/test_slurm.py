@@ -22,9 +22,9 @@ from pipeline.train.stop import StopRequest
 from pipeline.train.walltime import leave_at
 from tests.conftest import missing
 from tests.train.commands import ROOT
-from tests.train.conftest import Rookery, digits, recipe, rookery
+from tests.train.conftest import Rookery, digits, fork_server, recipe, rookery
 
-__all__ = ["digits", "recipe", "rookery"]
+__all__ = ["digits", "fork_server", "recipe", "rookery"]
 
 SHOWN = (
     "JobId=17 JobName=nest UserId=ann(1001) Account=vision QOS=(null) JobState=RUNNING Requeue=1 Restarts=2 "

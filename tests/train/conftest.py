@@ -113,6 +113,6 @@ Rookery = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def rookery(tmp_path: Path) -> Rookery:
+def rookery(fork_server: ForkServer, tmp_path: Path) -> Rookery:
     """Runs the command line in `tmp_path`: `rookery("train", recipe, "--nproc", 2)`."""
-    return partial(run_command, tmp_path)
+    return partial(fork_server.command, tmp_path)

@@ -1,17 +1,19 @@
-"""Trainings in processes forked from one that has done all imports: a start takes a second instead of ten.
+"""Trainings and commands in processes forked from one that has done all imports: a start takes a second, not ten.
 
-Everything but the launcher is the real thing: separate processes, their own process group, real signals. What the
-launcher adds is tested with the command line itself.
+Everything else is the real thing: separate processes, their own process group, real signals. Trainings have no
+launcher; what that adds is tested with commands.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +52,17 @@ class ForkServer:
         """Train to the end."""
         statuses = self.start(recipe, *overrides, nproc=nproc).wait()
         assert statuses == [0] * nproc, f"exit statuses {statuses}\n{self.log.read_text()[-5000:]}"
+
+    def command(self, folder: Path, *arguments: object, check: int = 0) -> subprocess.CompletedProcess[str]:
+        """Run `rookery` in a folder and expect the exit status `check`."""
+        words = [str(argument) for argument in arguments]
+        with tempfile.TemporaryDirectory() as files:
+            out, err = Path(files, "out"), Path(files, "err")
+            pid = self._ask({"command": words, "folder": str(folder), "out": str(out), "err": str(err)})
+            [status] = self._ask({"wait": [pid]})
+            done = subprocess.CompletedProcess(["rookery", *words], status, out.read_text(), err.read_text())
+        assert status == check, f"exit status {status}\n{done.stdout}\n{done.stderr}"
+        return done
 
     def _ask(self, request: dict[str, Any]) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -91,6 +104,9 @@ def _serve() -> None:
     import torch
     import torch._dynamo  # which torch's convolutions and optimizers import when they are first used
 
+    import launch.cli
+    import launch.dry_run
+    import launch.workers  # noqa: F401
     import pipeline.data.fast.randaugment  # loads what it compiled before
     import pipeline.train.engines.deepspeed
     import pipeline.train.engines.fsdp
@@ -104,6 +120,8 @@ def _serve() -> None:
         answer: Any = "ready"
         if "recipe" in request:
             answer = _fork(request["recipe"], request["overrides"], request["nproc"])
+        elif "command" in request:
+            answer = _fork_command(request["command"], request["folder"], request["out"], request["err"])
         elif "wait" in request:
             answer = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in request["wait"]]
         print(json.dumps(answer), file=answers, flush=True)
@@ -123,6 +141,30 @@ def _fork(recipe: str, overrides: list[str], nproc: int) -> list[int]:
             os._exit(_train(recipe, overrides))
         pids.append(pid)
     return pids
+
+
+def _fork_command(words: list[str], folder: str, out: str, err: str) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    from launch.cli import app
+
+    os.chdir(folder)
+    for descriptor, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    sys.argv = ["rookery", *words]
+    status: Any = 1
+    try:
+        app()
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _train(recipe: str, overrides: list[str]) -> int:

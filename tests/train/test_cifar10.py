@@ -18,15 +18,14 @@ from data_prep.prepare import prepare_splits
 from pipeline.tracking.metrics import read_metrics
 from pipeline.train.export import WEIGHTS
 from pipeline.train.trace import read_trace
-from tests.train.commands import ROOT, command, environment
-from tests.train.conftest import Rookery
+from tests.train.commands import ROOT, command, environment, run_command
 
 STEPS, BATCH, KILLED_AFTER = 60, 16, 33
 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(5400)
-def test_nest_tiny_learns_and_survives_a_kill(real_data: Path, rookery: Rookery, tmp_path: Path) -> None:
+def test_nest_tiny_learns_and_survives_a_kill(real_data: Path, tmp_path: Path) -> None:
     prepare_splits(str(real_data / "cifar10"), tmp_path / "cifar10", PrepOptions(workers=2))
     arguments = (
         ROOT / "configs" / "nest" / "tiny_cifar10.yaml",
@@ -49,7 +48,7 @@ def test_nest_tiny_learns_and_survives_a_kill(real_data: Path, rookery: Rookery,
         "--threads",
         1,
     )
-    rookery("train", *arguments, "name=whole", timeout=2400)
+    run_command(tmp_path, "train", *arguments, "name=whole", timeout=2400)
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
 
     with open(tmp_path / "log", "w") as log:
@@ -66,7 +65,7 @@ def test_nest_tiny_learns_and_survives_a_kill(real_data: Path, rookery: Rookery,
         os.killpg(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     assert KILLED_AFTER <= len(losses(cut)) < STEPS
-    rookery("train", *arguments, "name=cut", timeout=2400)
+    run_command(tmp_path, "train", *arguments, "name=cut", timeout=2400)
 
     assert sha256(cut / "final" / WEIGHTS) == sha256(whole / "final" / WEIGHTS)
     assert losses(cut) == losses(whole)

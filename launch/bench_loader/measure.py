@@ -70,7 +70,7 @@ def bench_loader(
         }
         if "failed" not in table[0]:
             _tell("waiting of a step as long as the loader takes")
-            report |= waiting(settings, 8 * repeats)
+            report |= waiting(settings, 3 * repeats)
         return report
 
 

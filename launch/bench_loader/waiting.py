@@ -11,12 +11,16 @@ from launch.bench_loader.contender import Settings
 from launch.bench_loader.ours import endless
 
 
+# Batches of a block, in multiples of what is prepared ahead. In short ones the wait for the first batches counts too
+# much, in long ones a shared machine changes its pace.
+_BLOCK = 10
+
+
 def waiting(settings: Settings, blocks: int) -> dict[str, dict[str, float]]:
     """Parts of the time of a training whose step takes as long as the loader does for a batch.
 
     Blocks of batches taken as fast as they come, which say how long that is, and blocks with such steps take turns. A
-    step is slept, as on the host of a GPU. No batch is ready when a block begins. Blocks are short, so that a machine
-    whose pace drifts has nearly the same before and after, and many.
+    step is slept, as on the host of a GPU. No batch is ready when a block begins, which counts as waiting.
 
     Args:
         blocks: with steps.
@@ -28,7 +32,7 @@ def waiting(settings: Settings, blocks: int) -> dict[str, dict[str, float]]:
     batches = endless(settings)
     drained = settings.prefetch * max(settings.workers, 1)
     _take(batches, settings.warmup + drained)
-    count = 2 * drained
+    count = _BLOCK * drained
     shares: dict[str, list[float]] = {"wait_share": [], "added_share": []}
     pace = _take(batches, count) / count
     for _ in range(blocks):

@@ -10,7 +10,6 @@ from typing import Any
 from launch.bench_loader.contender import Settings
 from launch.bench_loader.ours import endless
 
-
 # Batches of a block, in multiples of what is prepared ahead. In short ones the wait for the first batches counts too
 # much, in long ones a shared machine changes its pace.
 _BLOCK = 10

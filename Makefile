@@ -42,7 +42,7 @@ chaos: setup  ## kill runs of every engine 200 times and compare the bits (ROOKE
 	@ROOKERY_CHAOS_KILLS=200 $(BIN)/python -m pytest -s --timeout 7200 tests/train/test_chaos.py
 
 # Memory that malloc gives back and takes again for every attention map costs half of the time.
-recipes: setup  ## take three steps of every recipe with all its layers
+recipes: setup  ## take three steps of every recipe with all its layers (half an hour, 20 GB of memory)
 	@ROOKERY_WHOLE_RECIPES=1 OMP_NUM_THREADS=$$(nproc) MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 \
 	  $(BIN)/python -m pytest tests/test_recipes.py
 

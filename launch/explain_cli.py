@@ -84,6 +84,7 @@ def explain(
         )
     subject = _subject(run, weights)
     chosen = methods.choose_method(subject, "cam" if boxes is not None or threshold is not None else method)
+    _check_fit(chosen, wanted, sign)
     options = methods.Options(
         None if wanted is None else subject.class_index(wanted),
         sign,
@@ -108,13 +109,19 @@ def explain(
 def _check(method: str | None, sign: int, boxes: Path | None, threshold: float | None) -> None:
     if sign not in (1, -1):
         raise UserError(f"--sign {sign}: choose +1 or -1")
-    if sign != 1 and method not in (None, "gradcat"):
-        raise UserError(f"--sign belongs to --method gradcat, not to {method}; leave it out")
     for option, given in (("--boxes", boxes is not None), ("--threshold", threshold is not None)):
         if given and method not in (None, "cam"):
             raise UserError(f"{option} belongs to --method cam, not to {method}; leave one of them out")
     if threshold is not None and not 0 <= threshold <= 1:
         raise UserError(f"--threshold {threshold:g}: a part of the map's range, from 0 to 1")
+
+
+def _check_fit(method: str, wanted: str | None, sign: int) -> None:
+    """Options that the method has no use for, once it is known."""
+    if sign != 1 and method != "gradcat":
+        raise UserError(f"--sign belongs to --method gradcat, not to {method}; leave it out")
+    if wanted is not None and method not in ("gradcat", "cam"):
+        raise UserError(f"--class belongs to --method gradcat and cam; {method} knows no class, leave it out")
 
 
 def _check_places(out: Path, json_file: Path) -> None:

@@ -1,4 +1,4 @@
-"""The deletion test: does the block that GradCAT names matter more than others? It is taken away, and the logit read."""
+"""The deletion test: does the block that GradCAT names matter more than others? It is masked, and the logit read."""
 
 from __future__ import annotations
 

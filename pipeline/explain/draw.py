@@ -57,7 +57,9 @@ def outline(image: Image.Image, box: Box, color: tuple[int, int, int], width: in
     left, top, right, bottom = (round(value * PANEL) for value in box)
     draw = ImageDraw.Draw(image)
     for grow, line, ink in ((0, width + 2, (0, 0, 0)), (1, width, color)):
-        draw.rectangle((left + grow, top + grow, right - 1 - grow, bottom - 1 - grow), outline=ink, width=line)
+        # Of a box smaller than its lines a dot is left.
+        corner = max(left + grow, right - 1 - grow), max(top + grow, bottom - 1 - grow)
+        draw.rectangle((left + grow, top + grow, *corner), outline=ink, width=line)
 
 
 def mark(image: Image.Image, x: float, y: float, text: str, size: int = 16) -> None:

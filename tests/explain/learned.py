@@ -35,17 +35,18 @@ def trained(batches: Iterator[Batch], steps: int, lr: float, smoothing: float = 
 
 
 def marks(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise in which one of the 16 leaves holds the mark of one of two classes.
+    """Noise in which one of the 16 leaves holds the mark of one of four classes: which half of it is bright.
 
     Returns:
         (count, 1, 16, 16) images, (count,) classes, and (count, 2) row and column of the leaf.
     """
     images = 0.5 * torch.randn(count, 1, 16, 16, generator=generator)
-    labels = torch.randint(0, 2, (count,), generator=generator)
+    labels = torch.randint(0, 4, (count,), generator=generator)
     blocks = torch.randint(0, 4, (count, 2), generator=generator)
-    checks = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    halves = torch.tensor([2.0, 2.0, -2.0, -2.0])[:, None].expand(4, 4)
+    patterns = [halves, -halves, halves.T, -halves.T]
     for image, label, (row, column) in zip(images, labels.tolist(), blocks.tolist(), strict=True):
-        image[0, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 2 * checks * (1 - 2 * label)
+        image[0, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = patterns[label]
     return images, labels, blocks
 
 

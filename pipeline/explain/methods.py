@@ -105,7 +105,7 @@ def _gradcat(subject: Subject, pictures: Sequence[Picture], images: Tensor, opti
                 "scores": path.scores[i, d].tolist(),
                 "child": int(path.children[i, d]),
                 "block": blocks[d],
-                **_boxes(subject, picture, block_box(*blocks[d], d + 1)),
+                **_boxes(subject, picture, block_box(blocks[d][0], blocks[d][1], d + 1)),
             }
             for d in range(depth)
         ]

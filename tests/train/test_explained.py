@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,6 +14,10 @@ from safetensors.torch import load_file
 from pipeline.config_load import load_config
 from pipeline.errors import UserError
 from pipeline.resolve import resolve
+from pipeline.train.distributed import World
+from pipeline.train.engines import make_engine
+from pipeline.train.explained import Explainer
+from pipeline.train.setup import initial_model
 from tests.train.conftest import write_recipe
 from tests.train.forked import ForkServer
 
@@ -30,6 +36,20 @@ def test_weights_are_those_of_a_run_without(digits: Path, fork_server: ForkServe
     with Image.open(drawn[0]) as sheet:
         assert sheet.width > 4 * 288 and sheet.height > 2 * 288
     assert not (tmp_path / "runs" / "without" / "explain").exists()
+
+
+def test_no_generator_moves(digits: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(digits, tmp_path)
+    run = resolve(load_config(recipe, ["explain.images=2", "eval.weights=ema"]), 1)
+    world = World(0, 1, 0, torch.device("cpu"))
+    engine = make_engine(initial_model(run.config, world), run.config, world)
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    Explainer(run, world).draw(7, engine)
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
+    assert np.array_equal(before[2], np.random.get_state()[1])  # noqa: NPY002
+    assert all(param.grad is None for param in engine.plain.parameters())
+    assert [path.name for path in (tmp_path / "runs" / "run" / "explain").iterdir()] == ["step-00000007.png"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The deletion test of GradCAT on the validation split of a trained NesT, for both signs and several masks.
+"""The deletion test of GradCAT on the validation split of a trained NesT, for both signs, several masks and maps.
 
     rookery prep cifar10/ shards/cifar10
     rookery train configs/nest/tiny_cifar10.yaml
@@ -28,6 +28,15 @@ from pipeline.export.source import Preprocessing, load_source
 from pipeline.tracking.run_dir import RunDir
 
 _BATCH = 50
+# sign, before_norm, channel_weights
+KINDS = (
+    (1, False, False),
+    (1, False, True),
+    (1, True, False),
+    (-1, False, False),
+    (-1, False, True),
+    (-1, True, False),
+)
 
 
 def main() -> None:
@@ -41,19 +50,21 @@ def main() -> None:
     images = read(options.run, prepare, options.images, model.in_chans)
     black = -torch.tensor(prepare.mean) / torch.tensor(prepare.std)
     fills = {"mean colour": images.mean((0, 2, 3)), "black": black, "zero": torch.zeros(model.in_chans)}
-    for sign in (1, -1):
-        for before_norm in (False, True):
-            for name, fill in fills.items():
-                for depth in range(1, len(model.levels)):
-                    parts = [
-                        delete_blocks(model, images[i : i + _BATCH], fill, depth, sign, before_norm, seed=i)
-                        for i in range(0, len(images), _BATCH)
-                    ]
-                    done = Deletion(*map(torch.cat, zip(*parts, strict=True)))
-                    line = {"sign": sign, "before_norm": before_norm, "mask": name, "depth": depth}
-                    line |= {"beats_random": done.beats_random(), "beats_lowest": done.beats_lowest()}
-                    line |= {which: float(drops.mean()) for which, drops in done._asdict().items()}
-                    print(json.dumps(line), flush=True)
+    for sign, before_norm, channel_weights in KINDS:
+        for name, fill in fills.items():
+            for depth in range(1, len(model.levels)):
+                parts = [
+                    delete_blocks(
+                        model, images[i : i + _BATCH], fill, depth, sign, before_norm, channel_weights, seed=i
+                    )
+                    for i in range(0, len(images), _BATCH)
+                ]
+                done = Deletion(*map(torch.cat, zip(*parts, strict=True)))
+                line = {"sign": sign, "before_norm": before_norm, "channel_weights": channel_weights}
+                line |= {"mask": name, "depth": depth}
+                line |= {"beats_random": done.beats_random(), "beats_lowest": done.beats_lowest()}
+                line |= {which: float(drops.mean()) for which, drops in done._asdict().items()}
+                print(json.dumps(line), flush=True)
 
 
 def read(run: Path, prepare: Preprocessing, count: int, channels: int) -> torch.Tensor:

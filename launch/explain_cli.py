@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.explain.localize import Box
-    from pipeline.explain.methods import Explained, Subject
+    from pipeline.explain.methods import Explained, Options, Subject
 
 # Pictures on the contact sheet, and side by side there.
 _SHEET, _COLUMNS = 48, 4
@@ -49,6 +49,9 @@ def explain(
     sign: Annotated[
         int, typer.Option(help="gradcat: +1, high scores raise the logit; -1, the sign that the paper prints")
     ] = 1,
+    channel_weights: Annotated[
+        bool, typer.Option("--channel-weights", help="gradcat: one weight for each channel of a level, as in Grad-CAM")
+    ] = False,
     boxes: Annotated[
         Path | None,
         typer.Option(help="cam: JSON file {image: [[left, top, right, bottom], ...]} to compare its boxes with"),
@@ -84,10 +87,11 @@ def explain(
         )
     subject = _subject(run, weights)
     chosen = methods.choose_method(subject, "cam" if boxes is not None or threshold is not None else method)
-    _check_fit(chosen, wanted, sign)
+    _check_fit(chosen, wanted, sign, channel_weights)
     options = methods.Options(
         None if wanted is None else subject.class_index(wanted),
         sign,
+        channel_weights,
         THRESHOLD if threshold is None else threshold,
         truths,
     )
@@ -103,7 +107,7 @@ def explain(
                 one.page.save(out / one.record["overlay"])
             typer.echo(_line(one.record))
             explained.append(one._replace(page=None, panel=one.panel if len(explained) < _SHEET else None))
-    _finish(explained, subject, str(run), chosen, options.sign, out, json_file)
+    _finish(explained, subject, str(run), chosen, options, out, json_file)
 
 
 def _check(method: str | None, sign: int, boxes: Path | None, threshold: float | None) -> None:
@@ -116,10 +120,12 @@ def _check(method: str | None, sign: int, boxes: Path | None, threshold: float |
         raise UserError(f"--threshold {threshold:g}: a part of the map's range, from 0 to 1")
 
 
-def _check_fit(method: str, wanted: str | None, sign: int) -> None:
+def _check_fit(method: str, wanted: str | None, sign: int, channel_weights: bool) -> None:
     """Options that the method has no use for, once it is known."""
     if sign != 1 and method != "gradcat":
         raise UserError(f"--sign belongs to --method gradcat, not to {method}; leave it out")
+    if channel_weights and method != "gradcat":
+        raise UserError(f"--channel-weights belongs to --method gradcat, not to {method}; leave it out")
     if wanted is not None and method not in ("gradcat", "cam"):
         raise UserError(f"--class belongs to --method gradcat and cam; {method} knows no class, leave it out")
 
@@ -204,7 +210,7 @@ def _rounded(box: Any) -> str:
 
 
 def _finish(
-    explained: list[Explained], subject: Subject, run: str, method: str, sign: int, out: Path, json_file: Path
+    explained: list[Explained], subject: Subject, run: str, method: str, options: Options, out: Path, json_file: Path
 ) -> None:
     """The contact sheet or the chart, the JSON, and where they are."""
     import numpy as np
@@ -215,7 +221,7 @@ def _finish(
 
     result: dict[str, Any] = {"run": run, "model": subject.name, "img_size": subject.model.img_size, "method": method}
     if method == "gradcat":
-        result["sign"] = sign
+        result |= {"sign": options.sign, "channel_weights": options.channel_weights}
     ious = [one.record["iou"] for one in explained if "iou" in one.record]
     if ious:
         found = sum(one.record.get("found", False) for one in explained) / len(ious)

@@ -34,7 +34,14 @@ class Deletion(NamedTuple):
 
 
 def delete_blocks(
-    model: Nest, images: Tensor, fill: Tensor, depth: int, sign: int = 1, before_norm: bool = False, seed: int = 0
+    model: Nest,
+    images: Tensor,
+    fill: Tensor,
+    depth: int,
+    sign: int = 1,
+    before_norm: bool = False,
+    channel_weights: bool = False,
+    seed: int = 0,
 ) -> Deletion:
     """Mask one of the 2^depth x 2^depth blocks of each image and look at the logit of the predicted class.
 
@@ -43,10 +50,10 @@ def delete_blocks(
         images: (B, C, S, S).
         fill: (C,) colour of the mask, normalised as the images are.
         depth: 1 ... levels - 1; the last are the leaves.
-        sign, before_norm: see `grow_tree`.
+        sign, before_norm, channel_weights: see `grow_tree`.
         seed: of the random blocks.
     """
-    tree = grow_tree(model, images, None, sign, before_norm)
+    tree = grow_tree(model, images, None, sign, before_norm, channel_weights)
     side = 2**depth
     row, column = descend(tree).blocks[:, depth - 1].unbind(1)
     chosen = row * side + column

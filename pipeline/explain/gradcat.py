@@ -15,8 +15,13 @@ the aggregation; of the last level after the final LayerNorm) and Y_c the logit 
 which fits a loss rather than a logit; -1 gives that. docs/explain.md says what was measured for both.
 
 Whether the last map is taken before or after the final LayerNorm is not known, and before it there is nothing to take:
-LN(x) doesn't change when x grows, so Σ_channels x · ∂Y_c/∂x is 0 in every cell of every image, but for LN's epsilon
-(`before_norm=True` shows it). After it the scores of the root are the quadrants of CAM.
+LN(x) doesn't change when x grows, so Σ_channels x · ∂Y_c/∂x is 0 in every cell of every image, but for the epsilon of
+the LayerNorm (`before_norm=True` shows it). After it the scores of the root are the quadrants of CAM.
+
+The same ails the lower levels, if less: what enters a convolution and a LayerNorm cancels inside of a region but for its
+border and the bias. `channel_weights=True` departs from the algorithm there, to Grad-CAM's weights (Selvaraju et al.,
+arXiv 1610.02391): ∂Y_c/∂α is replaced by its mean over all cells of the level, one weight for each channel. At the root
+nothing changes.
 
 Every α is a part of some A_l, and ∂Y_c/∂α that part of ∂Y_c/∂A_l. So one backward pass gives the scores of all nodes of
 the tree, and the path is a walk down in them.
@@ -79,7 +84,12 @@ def check_tree(model: ImageModel) -> Nest:
 
 
 def grow_tree(
-    model: Nest, images: Tensor, classes: Tensor | None = None, sign: int = 1, before_norm: bool = False
+    model: Nest,
+    images: Tensor,
+    classes: Tensor | None = None,
+    sign: int = 1,
+    before_norm: bool = False,
+    channel_weights: bool = False,
 ) -> Tree:
     """Score all nodes, with one forward and one backward pass for all images.
 
@@ -89,6 +99,7 @@ def grow_tree(
         classes: (B,) int64; None: the predicted ones.
         sign: +1 or -1, see above.
         before_norm: take the last map before the final LayerNorm.
+        channel_weights: average gradients over the cells, see above.
     """
     tapped = [*model.levels[1:]] if before_norm else [*model.levels[1:-1], model.norm]
     planes: list[Tensor] = []
@@ -102,6 +113,8 @@ def grow_tree(
     classes = logits.argmax(1) if classes is None else classes
     gradients = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), planes)
     with torch.no_grad():
+        if channel_weights:
+            gradients = tuple(g.mean(tuple(range(1, g.ndim - 1)), keepdim=True) for g in gradients)
         products = [sign * (plane * gradient).mean(-1) for plane, gradient in zip(planes, gradients, strict=True)]
         products[-1] = products[-1].reshape(-1, model.block_size, model.block_size)  # a LayerNorm sees a sequence
         depths = range(len(planes), 0, -1)

@@ -63,12 +63,14 @@ class Options:
     Attributes:
         wanted: the class; None: the predicted one of each image.
         sign: of GradCAT's scores.
+        channel_weights: GradCAT with the weights of Grad-CAM.
         threshold: of a box from CAM.
         truths: by name of the picture, boxes in its pixels.
     """
 
     wanted: int | None = None
     sign: int = 1
+    channel_weights: bool = False
     threshold: float = THRESHOLD
     truths: Mapping[str, Sequence[Box]] = field(default_factory=dict)
 
@@ -94,7 +96,13 @@ class Explained(NamedTuple):
 
 
 def _gradcat(subject: Subject, pictures: Sequence[Picture], images: Tensor, options: Options) -> list[Explained]:
-    tree = grow_tree(check_tree(subject.model), images, _classes(options, images), options.sign)
+    tree = grow_tree(
+        check_tree(subject.model),
+        images,
+        _classes(options, images),
+        options.sign,
+        channel_weights=options.channel_weights,
+    )
     path = descend(tree)
     explained = []
     for i, (picture, record) in enumerate(_records(subject, pictures, tree.logits, tree.classes)):

@@ -42,18 +42,21 @@ def result(folder: Path) -> dict[str, Any]:
 
 def test_gradcat(models: Path, pictures: Path, explain: Explain, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
-    status, printed, err = explain(models / "nest", pictures, "--out", out, "--class", "cat", "--sign", "-1")
+    status, printed, err = explain(
+        models / "nest", pictures, "--out", out, "--class", "cat", "--sign", "-1", "--channel-weights"
+    )
     assert status == 0, err
     assert sorted(p.name for p in out.iterdir()) == ["0000_a.png", "0001_b.png", "contact_sheet.png", "explain.json"]
     assert f"{pictures / 'a.jpg'}: cat " in printed
     told = result(out)
+    assert told["channel_weights"] is True
     assert (told["method"], told["sign"], told["model"]) == ("gradcat", -1, "nest_tiny")
     trained = Trained.from_export(models / "nest")
     model = check_tree(trained.model.eval())  # type: ignore[arg-type]
     transform = build_eval_transform(trained.transform, trained.augment, trained.img_size, trained.in_chans)
     for record in told["images"]:
         picture = read_picture(Path(record["path"]), transform)
-        tree = grow_tree(model, picture.pixels[None], torch.tensor([2]), -1)
+        tree = grow_tree(model, picture.pixels[None], torch.tensor([2]), -1, channel_weights=True)
         path = descend(tree)
         assert record["class"]["name"] == "cat" and record["class"]["index"] == 2
         assert record["class"]["logit"] == pytest.approx(float(tree.logits[0, 2]), rel=1e-4, abs=1e-6)
@@ -140,6 +143,7 @@ CASES = {
         ["{models}/hvt", "{pictures}", "--sign", "-1"],
         "--sign belongs to --method gradcat, not to rollout",
     ),
+    "weights of none": (["{models}/hvt", "{pictures}", "--channel-weights"], "--channel-weights belongs to --method"),
     "class of none": (["{models}/hvt", "{pictures}", "--class", "cat"], "rollout knows no class"),
     "no such image": (["{models}/nest", "{tmp}/x.jpg"], "x.jpg: no such image"),
     "no image": (

@@ -107,6 +107,24 @@ def test_signs_and_batches(name: str) -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_channel_weights_are_mean_gradients() -> None:
+    model = nest("nest_tiny_cifar")
+    batch = images(model)
+    tree = grow_tree(model, batch, channel_weights=True)
+    torch.testing.assert_close(tree.scores[0], grow_tree(model, batch).scores[0])  # there all cells weigh the same
+    x = model.patch_embed(batch).permute(0, 2, 3, 1)
+    for level in model.levels[:2]:
+        x = level(x)
+    plane = x.detach().requires_grad_()
+    x = plane
+    for level in model.levels[2:]:
+        x = level(x)
+    logits = model.forward_head(model.norm(x.flatten(1, 2)))
+    (gradient,) = torch.autograd.grad(logits.amax(1).sum(), plane)
+    heat = (plane * gradient.mean((1, 2), keepdim=True)).mean(-1)[:, None]
+    torch.testing.assert_close(tree.scores[-1], torch.nn.functional.avg_pool2d(heat, heat.shape[-1] // 8)[:, 0])
+
+
 def test_root_scores_are_the_quadrants_of_cam() -> None:
     model = nest("nest_tiny_cifar")
     batch = images(model)

@@ -18,10 +18,10 @@ Whether the last map is taken before or after the final LayerNorm is not known, 
 LN(x) doesn't change when x grows, so Σ_channels x · ∂Y_c/∂x is 0 in every cell of every image, but for the epsilon of
 the LayerNorm (`before_norm=True` shows it). After it the scores of the root are the quadrants of CAM.
 
-The same ails the lower levels, if less: what enters a convolution and a LayerNorm cancels inside of a region but for its
-border and the bias. `channel_weights=True` departs from the algorithm there, to Grad-CAM's weights (Selvaraju et al.,
-arXiv 1610.02391): ∂Y_c/∂α is replaced by its mean over all cells of the level, one weight for each channel. At the root
-nothing changes.
+The same ails the lower levels, if less: inside of a region what enters a convolution and a LayerNorm cancels, but for
+its border and the bias. `channel_weights=True` departs from the algorithm there, to Grad-CAM's weights (Selvaraju et
+al., arXiv 1610.02391): ∂Y_c/∂α is replaced by its mean over all cells of the level, one weight for each channel. At the
+root nothing changes.
 
 Every α is a part of some A_l, and ∂Y_c/∂α that part of ∂Y_c/∂A_l. So one backward pass gives the scores of all nodes of
 the tree, and the path is a walk down in them.

@@ -12,6 +12,7 @@ from launch import (
     compare_cli,
     config_cli,
     eval_cli,
+    explain_cli,
     export_cli,
     models_cli,
     prep_cli,
@@ -35,6 +36,7 @@ _commands.command()(sweep_cli.sweep)
 _commands.command("eval")(eval_cli.evaluate)
 _commands.command(cls=compare_cli.CompareCommand)(compare_cli.compare)
 _commands.command()(models_cli.models)
+_commands.command()(explain_cli.explain)
 _commands.command()(export_cli.export)
 _commands.command()(sync_cli.sync)
 _commands.command()(config_cli.config)

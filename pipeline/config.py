@@ -216,6 +216,17 @@ class EvalConfig(Section):
     weights: Literal["model", "ema"] = Field("model", description="which weights are evaluated and exported")
 
 
+class ExplainConfig(Section):
+    """Pictures of what the model goes by; see docs/explain.md."""
+
+    images: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="images of `data.val` whose path of GradCAT (NesT) is drawn after every evaluation; 0: none",
+    )
+
+
 class CheckpointConfig(Section):
     """What is kept of a run's state."""
 
@@ -274,6 +285,7 @@ class RunConfig(Section):
     train: TrainConfig
     optim: OptimConfig
     eval: EvalConfig = EvalConfig()
+    explain: ExplainConfig = ExplainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     engine: EngineConfig = EngineConfig()
@@ -301,6 +313,8 @@ class RunConfig(Section):
             yield "model.init_head=new goes with weights to start from: set model.init, or leave model.init_head out"
         if self.eval.weights == "ema" and self.train.ema_decay is None:
             yield "eval.weights=ema needs an average to evaluate: set train.ema_decay (0.9999, say)"
+        if self.explain.images and self.data.val is None:
+            yield "explain.images draws after evaluations, and there is no split for them: set data.val"
         if self.engine.offload_optimizer and (self.engine.name != "deepspeed" or self.engine.zero_stage == 0):
             yield "engine.offload_optimizer=true goes with engine.name=deepspeed and engine.zero_stage=1, 2 or 3"
         peak, schedule = self.optim.peak_lr(batch), self.optim.schedule

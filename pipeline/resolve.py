@@ -19,6 +19,7 @@ from pipeline.data.cache_room import CacheOptions
 from pipeline.data.order import DataOrder, default_lanes
 from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
+from pipeline.explain.gradcat import check_tree
 from pipeline.models import ImageModel, create_model, num_drop_paths
 from pipeline.models.batch_norm import BatchNorm2d
 from pipeline.models.errors import UnknownOption
@@ -78,6 +79,7 @@ def resolve(config: RunConfig, world_size: int) -> Resolved:
     _check_classes(config, train, val)
     _check_cache(config, train, val)
     model = build_model(config, "meta")
+    _check_explain(config, model)
     if config.model.init is not None and not _continues(config):
         check_init(model, config.model, train.classes)
     config = _update(config, model={"img_size": model.img_size})
@@ -122,6 +124,14 @@ def training_shards(config: RunConfig, cache: CacheOptions | None = None) -> Sha
     """
     check_files = config.data.max_bad_samples == 0 or not _continues(config)
     return ShardSet(config.data.train, cache, check_files)
+
+
+def _check_explain(config: RunConfig, model: ImageModel) -> None:
+    if config.explain.images:
+        try:
+            check_tree(model)
+        except UserError as error:
+            raise UserError(f"explain.images={config.explain.images}: {error}; set explain.images=0") from error
 
 
 def _check_spikes(config: RunConfig, plan: Plan) -> None:

@@ -44,6 +44,13 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
 
+    def maps(self, x: Tensor) -> Tensor:
+        """The attention maps that the fused kernel doesn't show, softmax(q kᵀ / √d): (..., N, C) -> (B', H, N, N)."""
+        q, k, _ = self.qkv(x.flatten(0, -3)).split(self.widths, dim=-1)
+        q = split_heads(q, self.num_heads)
+        k = k.unsqueeze(1) if self.multi_query else split_heads(k, self.num_heads)
+        return torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1)
+
 
 class MapAttention(nn.Module):
     """Self-attention with explicit attention maps, which may be refined and handed from layer to layer.

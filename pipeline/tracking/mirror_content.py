@@ -14,6 +14,7 @@ from pipeline.tracking.run_dir import (
     CHECKPOINTS_NAME,
     CONFIG_NAME,
     DIFF_NAME,
+    EXPLAIN_NAME,
     FACTS_NAME,
     QUARANTINE_NAME,
     RESULT_NAME,
@@ -98,6 +99,11 @@ def run_files(path: Path) -> list[Path]:
         BEST_NAME,
     )
     return [path / name for name in names if (path / name).exists()]
+
+
+def run_explanations(path: Path) -> list[Path]:
+    """The pictures of `explain.images`, one for every evaluation; a picture doesn't change once it is there."""
+    return sorted((path / EXPLAIN_NAME).glob("step-*.png"))
 
 
 def summary_points(path: Path) -> list[Point]:

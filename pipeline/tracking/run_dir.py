@@ -9,6 +9,7 @@
         quarantine.jsonl bad samples that were replaced, when there are any; see `pipeline.train.quarantine`
         result.json      final figures, once the run is complete
         confusion.npz    confusion matrix of the newest evaluation; confusion_best.npz of the best one
+        explain/         paths of GradCAT after every evaluation, when `explain.images` asks for them
         checkpoints.json final and best weights by path and sha256
         mlflow.json      what was uploaded where
 
@@ -40,6 +41,7 @@ DIFF_NAME = "git.diff"
 SESSIONS_NAME = "sessions.jsonl"
 QUARANTINE_NAME = "quarantine.jsonl"
 RESULT_NAME = "result.json"
+EXPLAIN_NAME = "explain"
 CHECKPOINTS_NAME = "checkpoints.json"
 LOCK_NAME = ".lock"
 

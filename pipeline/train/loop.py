@@ -18,6 +18,7 @@ from pipeline.train.copies import on_device
 from pipeline.train.distributed import World
 from pipeline.train.engines import Engine, make_engine
 from pipeline.train.evaluate import evaluate
+from pipeline.train.explained import Explainer
 from pipeline.train.garbage import collected_by_hand
 from pipeline.train.meters import StepMeter
 from pipeline.train.objective import Objective
@@ -53,6 +54,7 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
         shards = training_shards(config, config.data.cache_options())
         # Before the engine: the loaders' fork server does its imports while the model is built.
         validation = None if run.val is None else eval_batches(config, world)
+        explainer = Explainer(run, world)
         store = CheckpointStore(Path(config.out, config.name, "checkpoints"), config.checkpoint.keep_last)
         newest = world.on_main(store.newest)
         saver = stack.enter_context(Saver(store, world, config.checkpoint.asynchronous))
@@ -104,6 +106,7 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
                     figures, confusion = evaluate(weights, seen, engine.autocast(), world)
                     state.note(figures)
                     recorder.evaluation(state, engine, confusion)
+                    explainer.draw(state.step, engine)
             status = stop.decided()
             if status is not None or plan.saves(state.step):
                 watch.begin(state.step, "saves")

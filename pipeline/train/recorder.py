@@ -59,6 +59,7 @@ FREE_KEYS = (
     "train.max_rollbacks",
     "eval.every",
     "eval.batch_size",
+    "explain.",
     "checkpoint.",
     "engine.",
     "tracking.",

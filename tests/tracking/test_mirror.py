@@ -100,6 +100,17 @@ def test_pushing_again_sends_nothing(tmp_path: Path, sqlite_uri: str, client: An
     assert stored_points(client, first.run_id) == logged_points(run)
 
 
+def test_explanations_are_sent_once(tmp_path: Path, sqlite_uri: str, client: Any) -> None:
+    run = make_run(tmp_path / "first", status=None)
+    (run / "explain").mkdir()
+    for step in (10, 20):
+        (run / "explain" / f"step-{step:08d}.png").write_bytes(b"picture %d" % step)
+        report = Mirror(run, sqlite_uri).push()
+        sent = [file.path for file in client.list_artifacts(report.run_id, "explain")]
+        assert sent == [f"explain/step-{n:08d}.png" for n in range(10, step + 1, 10)]
+    assert Mirror(run, sqlite_uri).push().artifacts == 0
+
+
 def test_a_crash_between_upload_and_note_doubles_nothing(tmp_path: Path, sqlite_uri: str, client: Any) -> None:
     run = make_run(tmp_path / "r", steps=10, status="failed")
     Mirror(run, sqlite_uri).push()

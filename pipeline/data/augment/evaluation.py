@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from pipeline.data.augment.crop import pick_resample, require_side, resize_shorter_side
 from pipeline.data.augment.settings import EvalTransformConfig
@@ -20,6 +22,20 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     """(C, H, W) float32 in [0, 1] of an RGB or greyscale picture."""
     pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, -1)
     return pixels.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+
+
+class Placement(NamedTuple):
+    """Where the model's input lies in a picture.
+
+    Attributes:
+        width, height: of the resized picture, in pixels.
+        left, top: the input's corner in it; below 0 where there is a frame around it.
+    """
+
+    width: int
+    height: int
+    left: int
+    top: int
 
 
 class EvalTransform:
@@ -57,7 +73,9 @@ class EvalTransform:
         elif config.resize == "resize_only":
             image = image.resize((side, side), resample)
         else:
-            image = _centre(resize_shorter_side(image, int(side / config.crop_pct), resample, antialias=True), side)
+            _, _, left, top = self.placement(*image.size)
+            image = resize_shorter_side(image, int(side / config.crop_pct), resample, antialias=True)
+            image = image.crop((left, top, left + side, top + side))  # black outside
         return to_tensor(image)
 
     def _point_sampled(self, image: Image.Image) -> torch.Tensor:
@@ -69,23 +87,26 @@ class EvalTransform:
             return pixels
         if config.resize == "resize_only":
             return _resize(pixels, side, side)
-        ratio = np.float32(int(side / config.crop_pct)) / np.float32(min(image.size))
-        height, width = (int(np.rint(np.float32(length) * ratio)) for length in (image.height, image.width))
-        top, left = (height - side) // 2, (width - side) // 2
+        width, height, left, top = self.placement(*image.size)
         return _resize(pixels, height, width)[:, top : top + side, left : left + side].contiguous()
 
+    def placement(self, width: int, height: int) -> Placement:
+        """Where the input comes from in a picture of this size."""
+        config, side = self.config, self.img_size
+        if config.resize != "crop_pct":
+            return Placement(side, side, 0, 0)
+        shorter = int(side / config.crop_pct)
+        if not config.antialias:
+            ratio = np.float32(shorter) / np.float32(min(width, height))
+            width, height = (int(np.rint(np.float32(length) * ratio)) for length in (width, height))
+            return Placement(width, height, (width - side) // 2, (height - side) // 2)
+        width, height = (shorter * length // min(width, height) for length in (width, height))
+        return Placement(width, height, _corner(width, side), _corner(height, side))
 
-def _centre(image: Image.Image, side: int) -> Image.Image:
-    """The central square, with a black frame around a smaller picture, which is as wide below and to the right or 1 px
-    wider."""
-    width, height = image.size
-    if min(width, height) < side:
-        left, top = max(side - width, 0) // 2, max(side - height, 0) // 2
-        right, bottom = max(side - width, 0) - left, max(side - height, 0) - top
-        image = ImageOps.expand(image, (left, top, right, bottom), fill=0)
-        width, height = image.size
-    left, top = round((width - side) / 2), round((height - side) / 2)
-    return image.crop((left, top, left + side, top + side))
+
+def _corner(length: int, side: int) -> int:
+    """Where the middle `side` pixels begin; a frame is as wide after a shorter length as before it, or 1 px wider."""
+    return round((length - side) / 2) if length >= side else -((side - length) // 2)
 
 
 def _resize(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:

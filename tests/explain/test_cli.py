@@ -1,0 +1,188 @@
+"""`rookery explain`: files, figures, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from launch.cli import app
+from pipeline.data.augment.transforms import build_eval_transform
+from pipeline.explain.gradcat import check_tree, descend, grow_tree
+from pipeline.explain.pictures import read_picture
+from pipeline.train.trained import Trained
+
+Explain = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def explain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Explain:
+    """The command: arguments -> exit status, stdout, stderr."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rookery", "explain", *map(str, args)])
+        with pytest.raises(SystemExit) as ended:
+            app()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return call
+
+
+def result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "explain.json").read_text())
+
+
+def test_gradcat(models: Path, pictures: Path, explain: Explain, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    status, printed, err = explain(
+        models / "nest", pictures, "--out", out, "--class", "cat", "--sign", "-1", "--channel-weights"
+    )
+    assert status == 0, err
+    assert sorted(p.name for p in out.iterdir()) == ["0000_a.png", "0001_b.png", "contact_sheet.png", "explain.json"]
+    assert f"{pictures / 'a.jpg'}: cat " in printed
+    told = result(out)
+    assert told["channel_weights"] is True
+    assert (told["method"], told["sign"], told["model"]) == ("gradcat", -1, "nest_tiny")
+    trained = Trained.from_export(models / "nest")
+    model = check_tree(trained.model.eval())  # type: ignore[arg-type]
+    transform = build_eval_transform(trained.transform, trained.augment, trained.img_size, trained.in_chans)
+    for record in told["images"]:
+        picture = read_picture(Path(record["path"]), transform)
+        tree = grow_tree(model, picture.pixels[None], torch.tensor([2]), -1, channel_weights=True)
+        path = descend(tree)
+        assert record["class"]["name"] == "cat" and record["class"]["index"] == 2
+        assert record["class"]["logit"] == pytest.approx(float(tree.logits[0, 2]), rel=1e-4, abs=1e-6)
+        assert record["predicted"]["index"] == int(tree.logits.argmax())
+        assert [step["level"] for step in record["steps"]] == [3, 2]
+        assert [step["block"] for step in record["steps"]] == path.blocks[0].tolist()
+        for step, scores in zip(record["steps"], path.scores[0], strict=True):
+            assert step["scores"] == pytest.approx(scores.tolist(), rel=1e-3, abs=1e-9)
+            assert step["child"] == int(np.argmax(step["scores"]))
+        outer, leaf = (step["box"] for step in record["steps"])
+        side = trained.img_size / 4
+        row, column = record["steps"][1]["block"]
+        assert leaf == pytest.approx([column * side, row * side, (column + 1) * side, (row + 1) * side])
+        assert outer[0] <= leaf[0] < leaf[2] <= outer[2] and outer[1] <= leaf[1] < leaf[3] <= outer[3]
+        with Image.open(out / record["overlay"]) as drawn:
+            assert drawn.width > 3 * 288 and drawn.height > 288
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "method", "key", "files"),
+    [
+        ("hvt", [], "rollout", "rollout", ["0000_a.png", "contact_sheet.png"]),
+        ("refiner", [], "rollout", "rollout", ["0000_a.png", "contact_sheet.png"]),
+        ("hvt", ["--method", "similarity"], "similarity", "similarity", ["similarity.png"]),
+        ("nest", ["--method", "cam"], "cam", "cam", ["0000_a.png", "contact_sheet.png"]),
+    ],
+)
+def test_other_methods(
+    model: str, arguments: list[str], method: str, key: str, files: list[str],
+    models: Path, pictures: Path, explain: Explain, tmp_path: Path,
+) -> None:  # fmt: skip
+    status, _, err = explain(models / model, pictures / "a.jpg", "--out", tmp_path, *arguments)
+    assert status == 0, err
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix == ".png") == files
+    told = result(tmp_path)
+    assert told["method"] == method and "sign" not in told
+    found = told["images"][0][key]
+    if method == "rollout":
+        assert list(found) == (["before", "after"] if model == "refiner" else ["before"])
+        # The class token draws from itself too; the mean of all tokens draws from patches only.
+        total = np.sum(found["before"])
+        assert total == pytest.approx(1, abs=1e-5) if model == "hvt" else 0 < total < 1
+    assert np.isfinite(np.array(found["before"] if method == "rollout" else found)).all()
+
+
+def test_boxes(models: Path, pictures: Path, explain: Explain, tmp_path: Path) -> None:
+    (tmp_path / "none.json").write_text(json.dumps({"a.jpg": [[0, 0, 1, 1], [10, 0, 50, 40]]}))
+    arguments = (models / "nest", pictures, "--boxes", tmp_path / "none.json", "--out", tmp_path, "--threshold", 0)
+    status, printed, err = explain(*arguments)
+    assert status == 0, err
+    told = result(tmp_path)
+    # At threshold 0 the box is all that the model sees: of 60x40 pixels, after the crop of 0.9, a square in the middle.
+    left, top, right, bottom = told["images"][0]["original_box"]
+    assert (left + right, top + bottom) == pytest.approx((60, 40), abs=5)
+    iou = told["images"][0]["iou"]
+    assert 0.7 < iou < 1 and told["images"][0]["found"]
+    assert told["localization"] == {"images": 1, "mean_iou": iou, "found": 1.0}
+    assert "iou" not in told["images"][1]
+    assert f"1 images with boxes: mean IoU {iou:.3f}, found 100.0%" in printed
+
+
+CASES = {
+    "no such run": (["{tmp}/nowhere", "{pictures}"], "nowhere: no model here; name a run directory"),
+    "no NesT": (
+        ["{models}/hvt", "{pictures}", "--method", "gradcat"],
+        "hvt_ti_1: GradCAT walks down the nested blocks of a NesT; this model is a Hvt; choose --method rollout or "
+        "similarity",
+    ),
+    "no roll-out": (
+        ["{models}/nest", "{pictures}", "--method", "rollout"],
+        "choose --method gradcat or cam or similarity",
+    ),
+    "class": (
+        ["{models}/nest", "{pictures}", "--class", "dig"],
+        "--class dig: the model has no such class; did you mean dog",
+    ),
+    "number": (["{models}/nest", "{pictures}", "--class", "7"], "--class 7: the model has 7 classes, 0 to 6"),
+    "sign": (["{models}/nest", "{pictures}", "--sign", "2"], "--sign 2: choose +1 or -1"),
+    "sign elsewhere": (
+        ["{models}/nest", "{pictures}", "--sign", "-1", "--method", "cam"],
+        "--sign belongs to --method",
+    ),
+    "sign of none": (
+        ["{models}/hvt", "{pictures}", "--sign", "-1"],
+        "--sign belongs to --method gradcat, not to rollout",
+    ),
+    "weights of none": (["{models}/hvt", "{pictures}", "--channel-weights"], "--channel-weights belongs to --method"),
+    "class of none": (["{models}/hvt", "{pictures}", "--class", "cat"], "rollout knows no class"),
+    "no such image": (["{models}/nest", "{tmp}/x.jpg"], "x.jpg: no such image"),
+    "no image": (
+        ["{models}/nest", "{models}/nest/config.json"],
+        "config.json: can't be read as an image (not an image",
+    ),
+    "empty folder": (["{models}/nest", "{tmp}/empty"], "empty: no images in this folder"),
+    "out is a file": (["{models}/nest", "{pictures}", "--out", "{pictures}/a.jpg"], "a.jpg: not a folder"),
+    "out below a file": (["{models}/nest", "{pictures}", "--out", "{pictures}/a.jpg/b"], "can't be written"),
+    "json": (["{models}/nest", "{pictures}", "--json", "{tmp}/no/x.json"], "there is no folder"),
+    "boxes and rollout": (
+        ["{models}/hvt", "{pictures}", "--boxes", "{tmp}/b.json", "--method", "rollout"],
+        "--boxes belongs to --method cam, not to rollout",
+    ),
+    "boxes of a token model": (["{models}/hvt", "{pictures}", "--boxes", "{tmp}/b.json"], "CAM needs logits"),
+    "no boxes file": (["{models}/nest", "{pictures}", "--boxes", "{tmp}/c.json"], "c.json: can't be read"),
+    "bad boxes": (
+        ["{models}/nest", "{pictures}", "--boxes", "{tmp}/bad.json"],
+        "a.jpg: should be boxes with left < right",
+    ),
+    "other boxes": (
+        ["{models}/nest", "{pictures}", "--boxes", "{tmp}/other.json"],
+        "has boxes of none of these images",
+    ),
+    "threshold": (["{models}/nest", "{pictures}", "--threshold", "2"], "--threshold 2: a part of the map's range"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mistakes_are_explained(
+    case: str, models: Path, pictures: Path, explain: Explain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, expected = CASES[case]
+    (tmp_path / "empty").mkdir()
+    for name, boxes in (("b", [[0, 0, 9, 9]]), ("bad", [[9, 0, 0, 9]])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"a.jpg": boxes}))
+    (tmp_path / "other.json").write_text(json.dumps({"z.jpg": [[0, 0, 9, 9]]}))
+    monkeypatch.chdir(tmp_path)
+    status, _, err = explain(*(a.format(models=models, pictures=pictures, tmp=tmp_path) for a in arguments))
+    assert status == 2
+    assert expected in err
+    assert not list(tmp_path.rglob("*.png"))

@@ -1,0 +1,92 @@
+"""GradCAT on models that have learned something: does the path lead to what decides?
+
+It does far better than chance with the sign +, and worse than chance with -, which is what is tested. It is far from
+certain; `pytest -s` prints the figures that docs/explain.md quotes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.explain.deletion import Deletion, delete_blocks, masked
+from pipeline.explain.gradcat import descend, grow_tree
+from tests.explain.learned import digit_batches, digits, mark_batches, marks, trained
+
+# sign, before_norm, channel_weights
+Kind = tuple[int, bool, bool]
+PLUS, CHANNELS, BEFORE, MINUS = KINDS = ((1, False, False), (1, False, True), (1, True, False), (-1, False, False))
+
+
+def named(kind: Kind) -> str:
+    sign, before_norm, channel_weights = kind
+    weights = "channel weights" if channel_weights else "cell by cell"
+    return f"sign {sign:+d}, {weights}, {'before' if before_norm else 'after'} the last norm"
+
+
+def test_masks_cover_one_block() -> None:
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    fill = torch.tensor([2.0, 3.0, 4.0])
+    done = masked(images, torch.tensor([0, 3]), torch.tensor([1, 2]), 4, fill)
+    expected = images.clone()
+    expected[0, :, 0:2, 2:4] = expected[1, :, 6:8, 4:6] = fill[:, None, None]
+    assert torch.equal(done, expected)
+
+
+def test_the_leaf_of_two_levels_holds_the_mark() -> None:
+    """Blocks of 4x4 tokens, whose last level doesn't mix them any more: the leaf is the quadrant with the mark."""
+    shape = {"num_levels": 2, "embed_dims": [24, 48], "num_heads": [1, 2], "depths": [1, 0]}
+    model = trained(mark_batches(1), 250, 4e-3, num_classes=4, **shape)
+    images, labels, blocks = marks(400, torch.Generator().manual_seed(2))
+    found = {}
+    for sign in (1, -1):
+        tree = grow_tree(model, images, None, sign)
+        found[sign] = float((descend(tree).blocks[:, -1] == blocks // 2).all(1).float().mean())
+        print(f"two levels, sign {sign:+d}: leaf {found[sign]:.3f}")
+    assert (tree.classes == labels).float().mean() > 0.98
+    assert found[1] >= 0.95 and found[-1] < 0.05
+
+
+def test_the_path_leads_to_a_planted_mark() -> None:
+    """One of 16 leaves decides: chance finds it in 6 % of the images, and its quadrant in 25 %."""
+    model = trained(mark_batches(1), 200, 5e-3, num_classes=4, depths=1, embed_dims=[16, 32, 48], num_heads=[1, 2, 3])
+    images, labels, blocks = marks(200, torch.Generator().manual_seed(2))
+    found: dict[Kind, tuple[float, float]] = {}
+    for kind in KINDS:
+        tree = grow_tree(model, images, None, *kind)
+        path = descend(tree)
+        hits = [(path.blocks[:, depth] == blocks // 2 ** (1 - depth)).all(1) for depth in (0, 1)]
+        quadrant, leaf = (float(hit.float().mean()) for hit in hits)
+        found[kind] = quadrant, leaf
+        print(f"{named(kind)}: quadrant {quadrant:.3f}, leaf {leaf:.3f}")
+    assert (tree.classes == labels).float().mean() > 0.98
+    assert found[PLUS][0] > 0.4 and found[PLUS][1] > 0.15
+    assert found[CHANNELS][0] == found[PLUS][0] and found[CHANNELS][1] > 0.25
+    assert found[MINUS][0] < 0.3 and found[MINUS][1] < 0.15
+    assert found[BEFORE][0] < found[PLUS][0]
+
+
+def test_what_is_masked_matters() -> None:
+    """On digits, on average: the chosen block more than a random one, the one that the other sign chooses less."""
+    (images, labels), (others, classes) = digits()
+    model = trained(digit_batches(images, labels, 1), 150, 3e-3, 0.1, num_classes=10, depths=[2, 1, 0])
+    with torch.no_grad():
+        assert (model(others).argmax(1) == classes).float().mean() > 0.95
+    done: dict[tuple[Kind, int], Deletion] = {}
+    for kind in KINDS:
+        for name, fill in (("mean colour", images.mean()), ("black", torch.tensor(-1.0))):
+            for depth in (1, 2):
+                fallen = delete_blocks(model, others, fill[None], depth, *kind)
+                done.setdefault((kind, depth), fallen)  # of the mean colour
+                means = ", ".join(f"{which} {float(drop.mean()):.2f}" for which, drop in fallen._asdict().items())
+                print(
+                    f"{named(kind)}, {name}, depth {depth}: beats random {fallen.beats_random():.2f}, "
+                    f"lowest {fallen.beats_lowest():.2f}; {means}"
+                )
+    for depth in (1, 2):
+        chosen, random = done[PLUS, depth].chosen.mean(), done[PLUS, depth].random.mean()
+        assert chosen > 1.2 * random, (depth, chosen, random)
+        assert done[PLUS, depth].beats_random() > 0.5
+        assert done[MINUS, depth].chosen.mean() < min(random, chosen)
+    channels = done[CHANNELS, 2]
+    assert channels.chosen.mean() > 2 * channels.random.mean()
+    assert channels.beats_random() > 0.6 and channels.beats_lowest() > 0.6

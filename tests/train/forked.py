@@ -58,7 +58,9 @@ class ForkServer:
         words = [str(argument) for argument in arguments]
         with tempfile.TemporaryDirectory() as files:
             out, err = Path(files, "out"), Path(files, "err")
-            pid = self._ask({"command": words, "folder": str(folder), "out": str(out), "err": str(err), "env": environment()})
+            pid = self._ask(
+                {"command": words, "folder": str(folder), "out": str(out), "err": str(err), "env": environment()}
+            )
             [status] = self._ask({"wait": [pid]})
             done = subprocess.CompletedProcess(["rookery", *words], status, out.read_text(), err.read_text())
         assert status == check, f"exit status {status}\n{done.stdout}\n{done.stderr}"
@@ -121,7 +123,9 @@ def _serve() -> None:
         if "recipe" in request:
             answer = _fork(request["recipe"], request["overrides"], request["nproc"])
         elif "command" in request:
-            answer = _fork_command(request["command"], request["folder"], request["out"], request["err"], request["env"])
+            answer = _fork_command(
+                request["command"], request["folder"], request["out"], request["err"], request["env"]
+            )
         elif "wait" in request:
             answer = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in request["wait"]]
         print(json.dumps(answer), file=answers, flush=True)

@@ -68,10 +68,18 @@ def load_source(path: Path, weights: str | None = None) -> Source:
     Raises:
         UserError: there is no such model, or it can't be read.
     """
-    if (path / MODEL_CONFIG).is_file():
-        return _exported(path)
-    if (path / COMMIT).is_file():
-        return _checkpoint(path.resolve().parent.parent, path)
+    place = find_weights(path, weights)
+    return _exported(place) if (place / MODEL_CONFIG).is_file() else _checkpoint(place.resolve().parent.parent, place)
+
+
+def find_weights(path: Path, weights: str | None = None) -> Path:
+    """The directory with exported weights, or the checkpoint, that `path` stands for; arguments as `load_source`.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (path / MODEL_CONFIG).is_file() or (path / COMMIT).is_file():
+        return path
     if not (path / CONFIG_NAME).is_file():
         raise UserError(
             f"{path}: no model here; name a run directory ({CONFIG_NAME}), one of its checkpoints ({COMMIT}) or a "
@@ -80,10 +88,10 @@ def load_source(path: Path, weights: str | None = None) -> Source:
     exported = [name for name in ("final", "best") if (path / name / MODEL_CONFIG).is_file()]
     wanted = weights or ("final" if "final" in exported else "last")
     if wanted in exported:
-        return _exported(path / wanted)
+        return path / wanted
     newest = CheckpointStore(path / "checkpoints").newest()
     if wanted == "last" and newest is not None:
-        return _checkpoint(path, newest.path)
+        return newest.path
     there = exported + ([] if newest is None else ["last"])
     mend = f"the run has {' and '.join(there)}, choose with --weights {there[0]}" if there else "train the run first"
     raise UserError(f"{path}: no {wanted} weights; {mend}")

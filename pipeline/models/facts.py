@@ -35,16 +35,20 @@ def count_macs(model: ImageModel) -> int:
     Counts convolutions, matrix products and attention (queries times keys, weights times values), as the papers do; not
     norms, activations or pooling. The count runs on the meta device; the model itself stays where and as it is.
     """
-    tensors = {name: t.to("meta") for name, t in chain(model.named_parameters(), model.named_buffers())}
-    image = torch.empty(1, model.in_chans, model.img_size, model.img_size, device="meta")
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    return module_macs(model, torch.empty(1, model.in_chans, model.img_size, model.img_size, device="meta"))
+
+
+def module_macs(module: nn.Module, *inputs: Tensor) -> int:
+    """Multiply-adds of a module's forward pass in evaluation, for inputs on the meta device; as `count_macs`."""
+    tensors = {name: t.to("meta") for name, t in chain(module.named_parameters(), module.named_buffers())}
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            functional_call(model, tensors, (image,))
+            functional_call(module, tensors, inputs)
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for part, training in modes.items():
+            part.training = training
     return counter.get_total_flops() // 2
 
 

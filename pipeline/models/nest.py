@@ -119,11 +119,11 @@ class Nest(ImageModel):
         check_choice("init", init, Init)
         check_positive(mlp_ratio=mlp_ratio)
         check_rates(drop_rate=drop_rate, attn_drop_rate=attn_drop_rate)
-        self.block_size = _block_size(img_size, patch_size, num_levels)
+        self.block_size = block_side(img_size, patch_size, num_levels)
         self.attention = attention
-        self.num_heads = _per_level("num_heads", num_heads, num_levels)
-        dims = _per_level("embed_dims", embed_dims, num_levels)
-        layer_counts = _per_level("depths", depths, num_levels, minimum=0)
+        self.num_heads = per_level("num_heads", num_heads, num_levels)
+        dims = per_level("embed_dims", embed_dims, num_levels)
+        layer_counts = per_level("depths", depths, num_levels, minimum=0)
         multi_query = attention == "mqa"
         rates = iter(drop_path_rates(drop_path_rate, sum(layer_counts)))
         self.refine = Refine.of(refine)
@@ -187,7 +187,7 @@ class Nest(ImageModel):
         return x if pre_logits else self.head(x)
 
 
-def _block_size(img_size: int, patch_size: int, num_levels: int) -> int:
+def block_side(img_size: int, patch_size: int, num_levels: int) -> int:
     """Side of a block in tokens, so that 2^(num_levels-1) blocks fill one side of the image."""
     check_ints(1, img_size=img_size, patch_size=patch_size, num_levels=num_levels)
     unit = patch_size * 2 ** (num_levels - 1)
@@ -201,7 +201,7 @@ def _block_size(img_size: int, patch_size: int, num_levels: int) -> int:
     return img_size // unit
 
 
-def _per_level(option: str, value: int | Sequence[int], num_levels: int, minimum: int = 1) -> tuple[int, ...]:
+def per_level(option: str, value: int | Sequence[int], num_levels: int, minimum: int = 1) -> tuple[int, ...]:
     values = (value,) * num_levels if isinstance(value, int) else value
     if not isinstance(values, list | tuple):
         raise ModelError(f"{option}={value!r} is neither an integer nor a list of them, one for each level")

@@ -65,7 +65,7 @@ def model_info(name: str) -> ModelInfo:
         ModelError: no such model; the message suggests the nearest names.
     """
     if name not in _MODELS:
-        raise ModelError(f"unknown model {name!r}{_suggest(name, _MODELS)}; `rookery models` lists all")
+        raise ModelError(f"unknown model {name!r}{suggest(name, _MODELS)}; `rookery models` lists all")
     return _MODELS[name]
 
 
@@ -86,11 +86,12 @@ def create_model(name: str, **overrides: Any) -> ImageModel:
     for key in given:
         if key not in valid:
             raise UnknownOption(
-                f"model {name!r} has no option {key!r}{_suggest(key, valid)}; its options are: {', '.join(valid)}"
+                f"model {name!r} has no option {key!r}{suggest(key, valid)}; its options are: {', '.join(valid)}"
             )
     return info.build(**{**info.config, **given})
 
 
-def _suggest(word: str, known: Mapping[str, Any]) -> str:
+def suggest(word: str, known: Mapping[str, Any]) -> str:
+    """ ", did you mean 'this'?" for a word that is not among the known ones; empty where none is near."""
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     return f", did you mean {' or '.join(map(repr, close))}?" if close else ""

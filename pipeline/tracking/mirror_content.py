@@ -18,6 +18,7 @@ from pipeline.tracking.run_dir import (
     FACTS_NAME,
     QUARANTINE_NAME,
     RESULT_NAME,
+    SAMPLES_NAME,
     SESSIONS_NAME,
     RunDir,
 )
@@ -101,9 +102,9 @@ def run_files(path: Path) -> list[Path]:
     return [path / name for name in names if (path / name).exists()]
 
 
-def run_explanations(path: Path) -> list[Path]:
-    """The pictures of `explain.images`, one for every evaluation; a picture doesn't change once it is there."""
-    return sorted((path / EXPLAIN_NAME).glob("step-*.png"))
+def run_pages(path: Path) -> list[Path]:
+    """Pictures made at evaluations, of `explain.images` and of generators; one doesn't change once it is there."""
+    return [page for folder in (EXPLAIN_NAME, SAMPLES_NAME) for page in sorted((path / folder).glob("*-*.png"))]
 
 
 def summary_points(path: Path) -> list[Point]:

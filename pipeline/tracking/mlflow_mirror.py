@@ -22,8 +22,8 @@ from pipeline.tracking.mirror_content import (
     MAX_PARAM,
     MAX_TAG,
     clean_key,
-    run_explanations,
     run_files,
+    run_pages,
     run_params,
     run_tags,
     run_times,
@@ -35,7 +35,6 @@ from pipeline.tracking.mlflow_client import connect, find_experiment, locked, re
 from pipeline.tracking.mlflow_model import best_weights, register
 from pipeline.tracking.mlflow_sweep import PARENT_TAG, join_sweep, update_sweep
 from pipeline.tracking.redact import redact, without_password
-from pipeline.tracking.run_dir import EXPLAIN_NAME
 from pipeline.tracking.run_report import draw, sources
 from pipeline.tracking.runs import run_state
 from pipeline.tracking.tail import Point, read_batches
@@ -266,10 +265,10 @@ class Mirror:
     def _send_files(self, state: MirrorState, report: PushReport) -> None:
         for file in run_files(self.run):
             self._send_file(state, report, file, file_sha256(file))
-        for file in run_explanations(self.run):
+        for file in run_pages(self.run):
             # A long run has hundreds: no need to read them all at every push.
-            if f"{EXPLAIN_NAME}/{file.name}" not in state.artifacts:
-                self._send_file(state, report, file, file_sha256(file), EXPLAIN_NAME)
+            if f"{file.parent.name}/{file.name}" not in state.artifacts:
+                self._send_file(state, report, file, file_sha256(file), file.parent.name)
 
     def _send_pictures(self, state: MirrorState, report: PushReport) -> None:
         drawn_from = sources(self.run)

@@ -1,0 +1,95 @@
+"""The residual discriminator of StyleGAN2, as the authors of NesT used it in their next paper.
+
+Karras et al., arXiv 1912.04958; HiT-GAN, arXiv 2106.07631, official file `models/discriminators.py`: blurred
+down-sampling, no equalised learning rates and no statistics over the batch, so that a logit depends on one image.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.models.errors import ModelError, check_ints
+
+_SLOPE = 0.2
+_LAST = 4  # side of the plane that the dense layers see, or more where the image can't be halved to it
+
+
+class Blur(nn.Module):
+    """Halve a plane under the filter (1, 3, 3, 1): (B, C, 2H, 2W) -> (B, C, H, W)."""
+
+    kernel: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        row = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        self.register_buffer("kernel", torch.outer(row, row)[None, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        # One plane at a time: grouped convolutions are far slower to differentiate twice.
+        out = F.conv2d(x.reshape(b * c, 1, h, w), self.kernel.to(x.dtype), stride=2, padding=1)
+        return out.reshape(b, c, h // 2, w // 2)
+
+
+class ShrinkingBlock(nn.Module):
+    """Residual block that halves the plane: (B, C, 2H, 2W) -> (B, C', H, W)."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_dim, in_dim, kernel_size=3, padding=1)
+        self.blur = Blur()
+        self.conv2 = nn.Conv2d(in_dim, out_dim, kernel_size=3, padding=1)
+        self.skip = nn.Conv2d(in_dim, out_dim, kernel_size=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.blur(F.leaky_relu(self.conv1(x), _SLOPE))
+        branch = F.leaky_relu(self.conv2(branch), _SLOPE)
+        return (branch + self.skip(self.blur(x))) / math.sqrt(2.0)
+
+
+class Discriminator(nn.Module):
+    """Logits that an image is real: (B, channels, img_size, img_size) -> (B,).
+
+    Args:
+        img_size: side of the image in pixels, even, from 8 on.
+        channels: of the image.
+        width: channels at the image's size; twice as many at each smaller one.
+        max_width: at most.
+
+    Raises:
+        ModelError: an image that can't be halved.
+    """
+
+    def __init__(self, img_size: int = 64, channels: int = 3, width: int = 256, max_width: int = 512) -> None:
+        super().__init__()
+        check_ints(1, img_size=img_size, channels=channels, width=width, max_width=max_width)
+        if img_size % 2 or img_size < 2 * _LAST:
+            raise ModelError(f"img_size={img_size}: the discriminator halves images of an even side from 8 on")
+        self.img_size, self.channels = img_size, channels
+        side, dim = img_size, min(width, max_width)
+        self.from_pixels = nn.Conv2d(channels, dim, kernel_size=3, padding=1)
+        self.blocks = nn.ModuleList()
+        while side > _LAST and side % 2 == 0:
+            wider = min(2 * dim, max_width)
+            self.blocks.append(ShrinkingBlock(dim, wider))
+            side, dim = side // 2, wider
+        self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1)
+        self.fc1 = nn.Linear(dim * side**2, dim)
+        self.fc2 = nn.Linear(dim, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, channels, img_size, img_size) -> (B,)."""
+        x = F.leaky_relu(self.from_pixels(images), _SLOPE)
+        for block in self.blocks:
+            x = block(x)
+        x = F.leaky_relu(self.conv(x), _SLOPE).flatten(1)
+        return self.fc2(F.leaky_relu(self.fc1(x), _SLOPE)).squeeze(1)

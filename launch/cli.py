@@ -14,6 +14,7 @@ from launch import (
     eval_cli,
     explain_cli,
     export_cli,
+    generate_cli,
     models_cli,
     prep_cli,
     sweep_cli,
@@ -37,6 +38,7 @@ _commands.command("eval")(eval_cli.evaluate)
 _commands.command(cls=compare_cli.CompareCommand)(compare_cli.compare)
 _commands.command()(models_cli.models)
 _commands.command()(explain_cli.explain)
+_commands.command()(generate_cli.generate)
 _commands.command()(export_cli.export)
 _commands.command()(sync_cli.sync)
 _commands.command()(config_cli.config)

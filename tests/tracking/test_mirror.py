@@ -111,6 +111,17 @@ def test_explanations_are_sent_once(tmp_path: Path, sqlite_uri: str, client: Any
     assert Mirror(run, sqlite_uri).push().artifacts == 0
 
 
+def test_pages_of_generators_are_sent_once(tmp_path: Path, sqlite_uri: str, client: Any) -> None:
+    run = make_run(tmp_path / "first", status=None)
+    (run / "samples").mkdir()
+    for name in ("samples", "ways"):
+        (run / "samples" / f"{name}-00000010.png").write_bytes(b"picture")
+    report = Mirror(run, sqlite_uri).push()
+    sent = sorted(file.path for file in client.list_artifacts(report.run_id, "samples"))
+    assert sent == ["samples/samples-00000010.png", "samples/ways-00000010.png"]
+    assert Mirror(run, sqlite_uri).push().artifacts == 0
+
+
 def test_a_crash_between_upload_and_note_doubles_nothing(tmp_path: Path, sqlite_uri: str, client: Any) -> None:
     run = make_run(tmp_path / "r", steps=10, status="failed")
     Mirror(run, sqlite_uri).push()

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
+from pipeline.config_section import Section
+from pipeline.config_task import ClassifyConfig, TaskConfig
 from pipeline.data.augment.settings import AugmentConfig, EvalTransformConfig, MixConfig
 from pipeline.data.cache_room import CacheOptions
 from pipeline.durations import Duration, Epochs, Interval
@@ -40,12 +42,6 @@ def _empty_for_null(value: Any) -> Any:
 Decay = Annotated[float, Field(ge=0, lt=1)]
 PlainName = Annotated[str, Field(max_length=200, json_schema_extra={"pattern": _RUN_NAME}), AfterValidator(_plain_name)]
 Directory = Annotated[str, Field(min_length=1), AfterValidator(_home)]
-
-
-class Section(BaseModel):
-    """Base of every part of the tree: frozen, no unknown keys, no infinite numbers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -276,6 +272,7 @@ class RunConfig(Section):
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: continue the newest complete checkpoint of the run directory"
     )
+    task: TaskConfig = ClassifyConfig()
     model: ModelConfig
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()

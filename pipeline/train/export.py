@@ -39,6 +39,7 @@ def save_weights(
         return
     with whole_directory(directory, replace=True) as part:
         write_weights(part, weights, describe(config, classes, figures))
+        make_task(config).write_files(part)
 
 
 def describe(config: RunConfig, classes: list[str], figures: dict[str, Any]) -> dict[str, Any]:

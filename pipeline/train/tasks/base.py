@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -188,6 +189,9 @@ class Task(ABC):
             classes: names of the outputs.
             figures: how well the weights do; empty where they weren't evaluated.
         """
+
+    def write_files(self, directory: Path) -> None:  # noqa: B027  (most need none)
+        """Write what else belongs beside exported weights."""
 
     @classmethod
     @abstractmethod

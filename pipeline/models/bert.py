@@ -111,9 +111,9 @@ class Bert(BertForSequenceClassification):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the input of each encoder layer for the backward pass and recompute the rest."""
         if enable:
-            self.gradient_checkpointing_enable()
+            self.activation_checkpointing_enable()
         else:
-            self.gradient_checkpointing_disable()
+            self.activation_checkpointing_disable()
 
 
 def bert_config(options: BertOptions) -> BertConfig:
@@ -151,6 +151,8 @@ def check_pretrained(source: str, options: BertOptions) -> None:
         UserError: there are none, or they are of another size.
     """
     try:
+        if Path(source).is_dir() and not Path(source, "config.json").is_file():
+            raise OSError("the folder has no config.json")  # the library would take its defaults
         config = BertConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise UserError(f"model.init={source}: no BERT there: {_first_line(error)}") from error

@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.errors import UserError
 from pipeline.models.attention import split_heads
 from pipeline.models.bert_options import BertOptions
+from pipeline.models.facts import ModelFacts, count_params
 from pipeline.models.refine import LinearRefiner
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -130,6 +132,23 @@ def bert_config(options: BertOptions) -> BertConfig:
         num_labels=options.num_classes,
         attn_implementation=NAME,
     )
+
+
+def count_macs(model: Bert, length: int) -> int:
+    """Multiply-adds of the forward pass of one sample of that length; the model is on the meta device."""
+    ids = torch.zeros(1, length, dtype=torch.int64, device="meta")
+    was_training = model.training
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(ids, ids, torch.ones_like(ids, dtype=torch.bool))
+    model.train(was_training)
+    return counter.get_total_flops() // 2
+
+
+def bert_facts(name: str, length: int, **overrides: Any) -> ModelFacts:
+    """Facts of an encoder with its head, for samples of that length, without allocating its weights."""
+    with torch.device("meta"):
+        model = Bert(BertOptions.of(name, overrides))
+    return ModelFacts(count_params(model), count_macs(model, length))
 
 
 _SHAPES = {

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from data_prep.manifest import Manifest
 from pipeline.config import RunConfig
@@ -22,7 +21,7 @@ from pipeline.data.text.rows import Rows, read_rows
 from pipeline.data.text.tokens import TokenSplit, load_tokenizer, token_cache, tokenize, words_tokenizer
 from pipeline.errors import UserError
 from pipeline.hashing import seed64
-from pipeline.models.bert import Bert, bert_config, check_pretrained, load_pretrained
+from pipeline.models.bert import Bert, bert_config, check_pretrained, count_macs, load_pretrained
 from pipeline.models.bert_options import PAPER, REFINER_PAPER, BertOptions
 from pipeline.resolve import Resolved, continues, updated
 from pipeline.tracking.confusion import Confusion
@@ -213,13 +212,3 @@ class LanguageWork(Work):
         self, model: nn.Module, batches: Iterable[TextBatch], autocast: AbstractContextManager[None]
     ) -> tuple[dict[str, float], Confusion | None]:
         return evaluate_text(model, batches, self.task.text, autocast, self.world)
-
-
-def count_macs(model: Bert, length: int) -> int:
-    """Multiply-adds of the forward pass of one sample of that length; the model is on the meta device."""
-    ids = torch.zeros(1, length, dtype=torch.int64, device="meta")
-    was_training = model.training
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(ids, ids, torch.ones_like(ids, dtype=torch.bool))
-    model.train(was_training)
-    return counter.get_total_flops() // 2

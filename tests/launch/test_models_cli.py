@@ -70,8 +70,8 @@ def test_a_cache_that_can_not_be_written_is_done_without(cache: Path) -> None:
 
 
 def test_encoders_of_text() -> None:
-    rows = {(row["name"], row["attention"]): row for row in json.loads(run("bert_*", "--text", "--json"))}
-    assert len(rows) == 18 and rows["bert_base", "plain"]["params"] == 109_483_778
+    rows = {(row["name"], row["attention"]): row for row in json.loads(run("bert_base", "--text", "--json"))}
+    assert len(rows) == 3 and rows["bert_base", "plain"]["params"] == 109_483_778
     # Attention and MLPs of 12 layers, pooler and head, at 128 tokens of 768 channels.
     layers = 12 * (12 * 768**2 * 128 + 2 * 128**2 * 768)
     assert rows["bert_base", "plain"]["macs"] == layers + 768**2 + 768 * 2

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,10 @@ class Task(ABC):
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+
+    def on(self, config: RunConfig) -> Self:
+        """The same task with what `fit` has filled in; may keep what was read for that."""
+        return type(self)(config)
 
     # --- before a process is started; the model is on the meta device
 

@@ -52,6 +52,12 @@ class LanguageTask(Task):
         self.text = TASKS[config.task.name]
         self.best = Best(self.text.figure, "max")
 
+    def on(self, config: RunConfig) -> LanguageTask:
+        other = LanguageTask(config)
+        kept = ("train", "val", "tokenizer")  # not the sentences, which nobody needs any more
+        other.__dict__.update({name: self.__dict__[name] for name in kept if name in self.__dict__})
+        return other
+
     @cached_property
     def train(self) -> TokenSplit:
         """The tokenised training split."""

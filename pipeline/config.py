@@ -79,7 +79,10 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where the shards are and in which order their samples come; see docs/data_order.md."""
 
-    train: Directory = Field(description="directory or address (s3://...) of the training split (holds manifest.json)")
+    train: Directory = Field(
+        description="directory or address (s3://...) of the training split (holds manifest.json); "
+        "task=language: hub:OWNER/NAME, a file or folder, or made:COUNT"
+    )
     val: Directory | None = Field(None, description="directory or address of the evaluation split; null: no evaluation")
     cache: Directory | None = Field(
         None,
@@ -300,6 +303,8 @@ class RunConfig(Section):
         return self
 
     def _conflicts(self) -> Iterator[str]:
+        if self.task.kind == "language":
+            yield from self._pictures_in_language()
         batch, lanes = self.train.global_batch_size, self.data.lanes
         if lanes is not None and batch % lanes:
             yield (
@@ -331,3 +336,13 @@ class RunConfig(Section):
             self.augment.mean_std(self.model.in_chans)
         except UserError as error:
             yield str(error)
+
+    def _pictures_in_language(self) -> Iterator[str]:
+        for section in ("augment", "eval_transform", "mix", "objective", "explain"):
+            if getattr(self, section) != type(self).model_fields[section].default:
+                yield f"{section} is for pictures, and task=language has none: leave it out"
+        for key in ("img_size", "drop_path_rate"):
+            if getattr(self.model, key) is not None:
+                yield f"model.{key} is of image models, and task=language has none: leave it out"
+        if self.tracking.register_model is not None:
+            yield "tracking.register_model registers picture classifiers: leave it out with task=language"

@@ -96,7 +96,7 @@ def _of_a_part(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     part = {key: _of_a_part(value) for key, value in node.items() if key != "required" and not _is_made_up(key, value)}
-    if "discriminator" in part:
+    if "discriminator" in part and "oneOf" in part:  # there is a key of that name, too
         # Without the required `kind` the alternatives overlap; and a section that needs no more may be its kind alone.
         kinds = list(part.pop("discriminator")["mapping"])
         part["anyOf"] = [{"enum": kinds}, *part.pop("oneOf")]

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ class Resolved:
         train, val: manifests of the splits.
         params: parameters of the model.
         macs: multiply-accumulates of one forward of one sample.
+        task: the kind of run, with this config.
         drop_paths: stochastic-depth branches of the model, which the loader draws uniforms for.
         token_grid: side of the model's token grid where its tokens have labels, else None.
     """
@@ -50,12 +50,9 @@ class Resolved:
     val: Manifest | None
     params: int
     macs: int
+    task: Task
     drop_paths: int = 0
     token_grid: int | None = None
-
-    @cached_property
-    def task(self) -> Task:
-        return make_task(self.config)
 
     @property
     def peak_lr(self) -> float:
@@ -77,7 +74,7 @@ def resolve(config: RunConfig, world_size: int) -> Resolved:
     task = make_task(config)
     train, val = task.splits()
     config, model = task.fit(train, val)
-    task = make_task(config)
+    task = task.on(config)
     order = DataOrder(
         tuple(shard.samples for shard in train.shards),
         seed=config.seed,
@@ -94,7 +91,7 @@ def resolve(config: RunConfig, world_size: int) -> Resolved:
     _check_spikes(config, plan)
     found = task.check(model, train, order, world_size)
     params = sum(p.numel() for p in model.parameters())
-    return Resolved(config, plan, order, train, val, params, _macs(task, model), **found)
+    return Resolved(config, plan, order, train, val, params, _macs(task, model), task, **found)
 
 
 # A sweep resolves many runs of few models, and counting takes the most of that time.

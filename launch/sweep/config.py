@@ -17,7 +17,7 @@ from pipeline.config_section import Section, kind_alone
 from pipeline.durations import Duration, Epochs
 from pipeline.errors import UserError
 
-METRICS = ("top1", "top5", "loss")
+Metric = Literal["top1", "top5", "loss", "accuracy", "f1", "matthews", "spearman", "pearson"]
 # Of the keys that a recipe has too, these belong to the sweep: its folder, of which the runs are.
 _BOTH = ("name", "out")
 
@@ -134,8 +134,8 @@ class SweepConfig(Section):
     overrides: list[str] = Field(default_factory=list, description="key=value, the same for all trials")
     space: dict[str, Axis] = Field(default_factory=dict, description="keys of the recipe, and how each varies")
     trials: int | None = Field(None, ge=1, description="how many; null: one for each point of the grids")
-    metric: Literal["top1", "top5", "loss"] = Field("top1", description="figure of an evaluation that judges")
-    goal: Literal["max", "min"] | None = Field(None, description="null: the least loss, the highest top1 and top5")
+    metric: Metric = Field("top1", description="figure of an evaluation that judges")
+    goal: Literal["max", "min"] | None = Field(None, description="null: the least loss, the highest of the others")
     scheduler: Annotated[Scheduler, BeforeValidator(kind_alone)] = Fifo()
     searcher: Annotated[Searcher, BeforeValidator(kind_alone)] = Searcher()
     resources: Resources = Resources()

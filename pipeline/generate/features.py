@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import URLError
@@ -65,9 +66,7 @@ class SmallNet(FeatureNet):
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
         widths = (channels, 32, 64, 64, self.num_features)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(widths[i], widths[i + 1], 3, stride=1 if i == 0 else 2, padding=1) for i in range(4)
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(*pair, kernel_size=3, stride=2, padding=1) for pair in pairwise(widths))
         self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in widths[1:])
         self.head = nn.Linear(self.num_features, classes)
 

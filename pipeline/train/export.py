@@ -18,15 +18,13 @@ from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.models import ImageModel, create_model
 from pipeline.train.engines import Engine
-from pipeline.train.tasks import make_task
+from pipeline.train.tasks import Task, make_task
 
 WEIGHTS = "model.safetensors"
 MODEL_CONFIG = "config.json"
 
 
-def save_weights(
-    directory: Path, engine: Engine, config: RunConfig, classes: list[str], figures: dict[str, Any]
-) -> None:
+def save_weights(directory: Path, engine: Engine, task: Task, classes: list[str], figures: dict[str, Any]) -> None:
     """Write the weights that the run evaluates; collective, rank 0 writes.
 
     The directory appears, or replaces an earlier one, as a whole.
@@ -34,11 +32,12 @@ def save_weights(
     Raises:
         UserError: on rank 0: no space, or no permission.
     """
-    weights = engine.full_weights(config.eval.weights)
+    weights = engine.full_weights(task.config.eval.weights)
     if not weights:
         return
     with whole_directory(directory, replace=True) as part:
-        write_weights(part, weights, describe(config, classes, figures))
+        write_weights(part, weights, task.describe(classes, figures))
+        task.write_files(part)
 
 
 def describe(config: RunConfig, classes: list[str], figures: dict[str, Any]) -> dict[str, Any]:

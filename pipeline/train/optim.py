@@ -16,7 +16,7 @@ def decay_groups(model: nn.Module, decay: str) -> tuple[list[str], list[str]]:
         decay: `all` decays everything else (NesT's official code: biases and LayerNorm scales too); `matrices` excludes
             parameters of one dimension as well (timm, hence DeiT, HVT and Refiner).
     """
-    exempt = getattr(model, "no_weight_decay", set)()
+    exempt: set[str] = getattr(model, "no_weight_decay", set)()
     with_decay: list[str] = []
     without: list[str] = []
     for name, parameter in model.named_parameters():

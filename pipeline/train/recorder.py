@@ -158,7 +158,7 @@ class Recorder:
             self._save_confusion(confusion, state.step, is_best)
         if is_best:
             try:
-                save_weights(self.path / "best", engine, self.run.config, self.run.train.classes, figures)
+                save_weights(self.path / "best", engine, self.run.task, self.run.train.classes, figures)
             except UserError as error:
                 log.warning(
                     "the best weights so far, of step %d, are not saved: %s; training goes on", state.step, error
@@ -178,7 +178,7 @@ class Recorder:
         config = self.run.config
         # An older evaluation says nothing of these weights.
         last = state.last if state.last is not None and state.last["step"] == state.step else {}
-        save_weights(self.path / "final", engine, config, self.run.train.classes, last)
+        save_weights(self.path / "final", engine, self.run.task, self.run.train.classes, last)
         result = {
             **{k: v for k, v in last.items() if k != "step"},
             "step": state.step,

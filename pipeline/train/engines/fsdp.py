@@ -242,7 +242,7 @@ def _compile_layers(model: nn.Module) -> None:
         )
     for layer in encoder_layers(model):
         compiled = torch.compile(layer.forward, isolate_recompiles=True)  # type: ignore[call-overload]
-        layer.forward = compiled  # type: ignore[method-assign]
+        layer.forward = compiled
 
 
 def _check_names(reader: dcp.FileSystemReader, model: dict[str, Any]) -> None:

@@ -15,6 +15,10 @@ def make_task(config: RunConfig) -> Task:
 
 def task_class(kind: str) -> type[Task]:
     """The task that `task.kind` asks for."""
+    if kind == "language":
+        from pipeline.train.tasks.language import LanguageTask
+
+        return LanguageTask
     if kind == "generate":
         from pipeline.train.tasks.generate import GenerateTask
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,10 @@ class Task(ABC):
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+
+    def on(self, config: RunConfig) -> Self:
+        """The same task with what `fit` has filled in; may keep what was read for that."""
+        return type(self)(config)
 
     # --- before a process is started; the model is on the meta device
 
@@ -188,6 +193,9 @@ class Task(ABC):
             classes: names of the outputs.
             figures: how well the weights do; empty where they weren't evaluated.
         """
+
+    def write_files(self, directory: Path) -> None:  # noqa: B027  (most need none)
+        """Write what else belongs beside exported weights."""
 
     @classmethod
     @abstractmethod

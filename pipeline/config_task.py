@@ -36,6 +36,9 @@ class DiscriminatorConfig(Section):
 
     width: int = Field(256, ge=1, description="channels at the image's size, twice as many at each smaller one")
     max_width: int = Field(512, ge=1, description="channels at most")
+    group: int = Field(
+        0, ge=0, description="images whose standard deviation it sees, against images that are all alike; 0: none"
+    )
 
 
 class GenerateConfig(Section):

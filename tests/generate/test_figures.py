@@ -153,7 +153,7 @@ def test_inception_says_what_to_do_without_its_weights(tmp_path: Path, monkeypat
 
 def test_pages() -> None:
     generator = create_generator("nest_gen_micro", embed_dims=8, num_heads=1)
-    images = generator(fixed_latents(64, 0, np.arange(5)))
+    images = generator(fixed_latents(32, 0, np.arange(5)))
     page = sheet(to_pictures(images), 3)
     assert page.size == (3 * 66 + 2, 2 * 66 + 2) and page.mode == "RGB"
     corner = np.asarray(page)[2:66:2, 2:66:2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from pipeline.models.generate import Discriminator, Gan, create_generator, list_
 from pipeline.models.generate.deaggregate import Deaggregate, pixel_shuffle, pixel_unshuffle
 
 KINDS = ("pixel_shuffle", "nearest", "bilinear", "conv_transpose")
-TINY: dict[str, Any] = {"img_size": 16, "latent_dim": 6, "embed_dims": 8, "depths": 1, "num_heads": 2}
+TINY: dict[str, Any] = {"img_size": 16, "latent_dim": 6, "embed_dims": 8, "depths": 1, "num_heads": 2, "patch_size": 1}
 SMALL: dict[str, dict[str, Any]] = {
     "nest_gen_micro": TINY | {"num_levels": 3},
     "plane_gen_micro": TINY | {"num_levels": 3},
@@ -83,13 +84,13 @@ def test_baselines_are_of_equal_size(of: str) -> None:
     with torch.device("meta"):
         nest, plane, conv = (create_generator(f"{kind}_gen_{of}") for kind in ("nest", "plane", "conv"))
     assert count_params(plane) == count_params(nest)
-    assert abs(count_params(conv) / count_params(nest) - 1) < 0.03
+    assert abs(count_params(conv) / count_params(nest) - 1) < 0.04
     ours, theirs = generator_macs(nest), generator_macs(plane)
     linear = ours["macs"] - ours["attention_macs"]
     assert linear == theirs["macs"] - theirs["attention_macs"], "only the products of attention differ"
     # By hand: N tokens of width d, each against n others of its block or N of its plane, twice.
     levels = [(8, 384, 2), (16, 192, 2), (32, 96, 2), (64, 48, 4)]
-    levels = levels if of == "64" else [(4, 128, 1), (8, 96, 1), (16, 64, 1), (32, 32, 1)]
+    levels = levels if of == "64" else [(4, 96, 1), (8, 64, 1), (16, 32, 1)]
     assert ours["attention_macs"] == sum(2 * s**2 * levels[0][0] ** 2 * d * depth for s, d, depth in levels)
     assert theirs["attention_macs"] == sum(2 * s**4 * d * depth for s, d, depth in levels)
 
@@ -178,6 +179,20 @@ def test_bad_discriminators_are_named(options: dict[str, Any], word: str) -> Non
     with torch.device("meta"), pytest.raises(ModelError) as caught:
         Discriminator(**options)
     assert word in str(caught.value)
+
+
+def test_deviation_of_groups_is_numpys() -> None:
+    judge = Discriminator(8, 1, width=4, max_width=8, group=3)
+    seen: list[Tensor] = []
+    judge.conv.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    images = torch.randn(6, 1, 8, 8)
+    judge(images)
+    features, deviation = seen[0][:, :-1].detach().numpy(), seen[0][:, -1]
+    expected = [features[i : i + 3].std(0).mean() for i in (0, 3)]
+    for i in range(6):
+        np.testing.assert_allclose(deviation[i].detach().numpy(), expected[i // 3], rtol=1e-4)
+    with pytest.raises(ModelError, match="groups of 3"):
+        judge(images[:4])
 
 
 @pytest.mark.parametrize("side", [8, 24, 28, 64])

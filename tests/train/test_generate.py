@@ -28,7 +28,14 @@ from tests.train.forked import ForkServer
 from tests.train.test_resume import check_same_run
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-NEST: dict[str, Any] = {"latent_dim": 8, "num_levels": 3, "embed_dims": 16, "depths": 1, "num_heads": 2}
+NEST: dict[str, Any] = {
+    "latent_dim": 8,
+    "patch_size": 1,
+    "num_levels": 3,
+    "embed_dims": 16,
+    "depths": 1,
+    "num_heads": 2,
+}
 CONV: dict[str, Any] = {"latent_dim": 8, "width": 4}
 
 
@@ -39,7 +46,7 @@ def tree(digits: Path, tmp_path: Path) -> dict[str, Any]:
         "out": str(tmp_path / "runs"),
         "task": {
             "kind": "generate",
-            "discriminator": {"width": 4, "max_width": 8},
+            "discriminator": {"width": 4, "max_width": 8, "group": 2},
             "features": "small",
             "samples": 40,
             "r1_every": 2,
@@ -218,6 +225,7 @@ def test_generate_and_eval(recipe: Path, rookery: Rookery, tmp_path: Path) -> No
         (("model.name=nest_tiny",), "unknown generator 'nest_tiny'"),
         (("model.options.depth=3",), "did you mean 'depths'"),
         (("model.img_size=18",), "img_size=18"),
+        (("task.discriminator.group=5",), "task.discriminator.group=5"),
         (("task.samples=5",), "task.samples"),
         (("task.r1_weigth=5",), "r1_weight"),
     ],

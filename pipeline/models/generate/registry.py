@@ -32,8 +32,8 @@ class GeneratorInfo:
 _NEST = "NesT 2105.12723, widths and depths our own"
 _PLANE = "TransGAN 2102.07074: attention over the plane, widths and depths of the one above"
 _CONV = "SAGAN 1805.08318 without self-attention, as many parameters"
-_SMALL = {"img_size": 32, "num_levels": 4, "embed_dims": (128, 96, 64, 32), "depths": (1, 1, 1, 1)}
-_SMALL |= {"num_heads": (4, 3, 2, 1), "latent_dim": 64}
+_SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 2, "num_levels": 3, "latent_dim": 32}
+_SMALL |= {"embed_dims": (96, 64, 32), "depths": 1, "num_heads": (6, 4, 2)}
 
 # The convolutional ones are as wide as makes their parameters most nearly those of the transposed NesT.
 GENERATORS: dict[str, GeneratorInfo] = {
@@ -43,7 +43,7 @@ GENERATORS: dict[str, GeneratorInfo] = {
     # Not of a paper: small enough to train on a laptop's processor.
     "nest_gen_micro": GeneratorInfo(TransposedNest, _SMALL, _NEST),
     "plane_gen_micro": GeneratorInfo(TransposedNest, _SMALL | {"attend": "plane"}, _PLANE),
-    "conv_gen_micro": GeneratorInfo(ConvGenerator, {"img_size": 32, "latent_dim": 64, "width": 24}, _CONV),
+    "conv_gen_micro": GeneratorInfo(ConvGenerator, {"img_size": 32, "latent_dim": 32, "width": 17}, _CONV),
 }
 
 

@@ -99,6 +99,13 @@ class GenerateTask(Task):
         return updated(self.config, model={"img_size": model.generator.img_size}), model
 
     def check(self, model: nn.Module, train: Manifest, order: DataOrder, world_size: int) -> dict[str, Any]:
+        group = self.settings.discriminator.group
+        micro_batch = order.batch // world_size // self.config.train.accumulate
+        if group and (order.chunk % group or micro_batch % group):
+            raise UserError(
+                f"task.discriminator.group={group} takes images of the same lane, of which data.lanes={order.lanes} "
+                f"gives {order.chunk} a step, {micro_batch} images to a micro-batch; set it to a divisor of both"
+            )
         return {}
 
     def build_model(self, device: str | torch.device) -> Gan:

@@ -31,7 +31,7 @@ from pipeline.train.distributed import World
 
 SMALL_FILE = "features_small.safetensors"
 # Samples of the training split that the small network sees, steps and samples of a step, its seed.
-_SAMPLES, _STEPS, _BATCH, _SEED = 20_000, 400, 64, 0
+_SAMPLES, _STEPS, _BATCH, _SEED = 20_000, 200, 64, 0
 
 
 class Seen(NamedTuple):

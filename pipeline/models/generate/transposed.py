@@ -99,7 +99,7 @@ class TransposedNest(Generator):
                 truncated_normal_(param, INIT_STD)
             elif name.endswith("bias"):
                 nn.init.zeros_(param)
-        # Not NesT's: with its small weights biases and position embeddings outgrow what comes of the latent at once, and
+        # Not NesT's init: from so small weights, biases and position embeddings outgrow what comes of the latent, and
         # all images become one. So the first tokens are as large as the latents.
         nn.init.normal_(self.from_latent.weight, std=latent_dim**-0.5)
 

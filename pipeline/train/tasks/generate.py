@@ -125,10 +125,11 @@ class GenerateTask(Task):
         return model
 
     def macs(self, model: nn.Module) -> int:
-        images, latents = (torch.empty(shape, device="meta") for shape in self._shapes(1, cast(Gan, model)))
-        # A step judges one real image, and a generated one for each network.
         generator, judge = cast(Gan, model).generator, cast(Gan, model).discriminator
-        return module_macs(generator, latents) + 3 * module_macs(judge, images)
+        count = max(1, judge.group)
+        images, latents = (torch.empty(shape, device="meta") for shape in self._shapes(count, cast(Gan, model)))
+        # A step judges one real image, and a generated one for each network.
+        return (module_macs(generator, latents) + 3 * module_macs(judge, images)) // count
 
     def summary(self, train: Manifest) -> str:
         return f"for a generated and a real image of {self.config.model.img_size} px"

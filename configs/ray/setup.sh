@@ -40,10 +40,9 @@ build() {
   fi
   [ -x "$env/bin/python" ] || uv venv --python 3.11 "$env"
   echo "installing packages (about 7 GB the first time) ..."
-  # ray[default] has the dashboard, which takes `ray job submit`.
   # shellcheck disable=SC2086
   uv pip install --quiet --compile-bytecode --python "$env/bin/python" --constraint "$checkout/constraints.txt" \
-    --editable "${checkout}[ray,deepspeed,s3]" 'ray[default]' ${ROOKERY_PACKAGES:-}
+    --editable "${checkout}[ray,deepspeed,s3]" ${ROOKERY_PACKAGES:-}
   echo "$wanted" >"$env/.ready"
 }
 if [ -n "${ROOKERY_ENV:-}" ]; then

@@ -78,10 +78,10 @@ def submit(hosts: Hosts, cluster: Path, shared: Path) -> str:
         "resources": {"cpus": get_num_cpus()},
     }
     (shared / "sweep.yaml").write_text(yaml.safe_dump(sweep))
-    # As docs/clusters.md has it: a tunnel to the dashboard, and a job through it.
+    # As docs/clusters.md has it: a tunnel to the dashboard, and a job through it. Ctrl-C ends the tunnel and its ssh.
     job = f"bash -c '. ~/.rookery.sh; cd ~/rookery; exec rookery sweep {shared}/sweep.yaml --address auto'"
     script = f"""
-        ray dashboard {cluster} >{hosts.folder}/dashboard.log 2>&1 & trap "kill $!" EXIT
+        set -m; ray dashboard {cluster} >{hosts.folder}/dashboard.log 2>&1 & trap "kill -INT -- -$!" EXIT
         until ray job list >{hosts.folder}/jobs.log 2>&1; do kill -0 $! || exit; sleep 1; done
         ray job submit -- {job}
     """

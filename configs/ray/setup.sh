@@ -58,6 +58,7 @@ fi
 # --- what shells, Ray and its jobs find
 cat >"$HOME/.rookery.sh" <<END
 export PATH="$env/bin:\$PATH" PYTHONPATH="$checkout" RAY_AUTH_MODE=token ROOKERY_SHARED="$ROOKERY_SHARED"
+export RAY_worker_niceness=0  # else 15: trials would get only the cores that nothing else wants
 END
 grep -qsF '. ~/.rookery.sh' "$HOME/.bashrc" || echo '. ~/.rookery.sh' >>"$HOME/.bashrc"
 [ -s "$HOME/.ray/auth_token" ] || fail "no token in ~/.ray/auth_token; run \`ray get-auth-token --generate\` where you run \`ray up\`"

@@ -9,9 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.sweep.config import load_sweep
-from launch.sweep.plan import run_config
-from launch.sweep.space import drawn_trials
 from pipeline.config import RunConfig
 from pipeline.config_load import load_config
 from pipeline.models import ImageModel, create_model
@@ -46,16 +43,10 @@ def test_the_table_was_read() -> None:
     assert len(ROW.findall(PAGE)) == 18
 
 
-@pytest.mark.parametrize("line", [line for page, line in printed() if page == "papers.md"])
+@pytest.mark.parametrize("line", [line for page, line in printed() if page == "papers.md" and " train " in line])
 def test_models_of_the_commands_can_be_built(line: str) -> None:
-    words = shlex.split(line)[1:]
-    overrides = [word for word in words[2:] if re.match(r"[a-z_.0-9]+=", word)]
-    if words[0] == "train":
-        build_model(load_config(ROOT / words[1], overrides), "meta")
-    elif words[0] == "sweep":
-        sweep = load_sweep(ROOT / words[1], overrides)
-        for values in drawn_trials(sweep):
-            build_model(run_config(sweep, "x", values), "meta")
+    recipe, *words = shlex.split(line)[2:]
+    build_model(load_config(ROOT / recipe, [word for word in words if re.match(r"[a-z_.0-9]+=", word)]), "meta")
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -149,6 +149,8 @@ def fill_in(recipe: RunConfig, batch: int, count: int, classes: int | None) -> R
     from pipeline.data.order import default_lanes
     from pipeline.resolve import build_model
 
+    if recipe.task.kind != "classify":
+        raise UserError(f"bench step measures task=classify on made pictures; this recipe has task={recipe.task.kind}")
     if recipe.engine.name == "deepspeed":
         raise UserError("bench step measures engine.name=ddp and fsdp; deepspeed can't be in a world of one beside it")
     if recipe.objective.token_labels:

@@ -56,7 +56,9 @@ def compare(
     as_latex: Annotated[
         str | None, typer.Option("--latex", metavar="[FILE]", help="a table for a paper, seeds taken together")
     ] = None,
-    metric: Annotated[str, typer.Option(help="what evaluations measured: top1, top5, loss")] = "top1",
+    metric: Annotated[
+        str | None, typer.Option(help="what evaluations measured: top1, top5, loss, ...; default: top1, else the first")
+    ] = None,
     price: Annotated[float | None, typer.Option(min=0, help="of a GPU-hour, in your currency: shows the cost")] = None,
 ) -> None:
     """Compare runs or a whole sweep: what differs, accuracy, speed, memory, cost, significance over seeds.
@@ -64,10 +66,10 @@ def compare(
     A FILE of - is the standard output, and so is none.
     """
     forms: dict[str, tuple[str | None, Callable[[], str]]] = {
-        "--html": (html, lambda: _page(summaries, metric, price, left_out)),
-        "--json": (as_json, lambda: to_json(summaries, metric, price, left_out)),
-        "--csv": (as_csv, lambda: to_csv(summaries, metric, price)),
-        "--latex": (as_latex, lambda: to_latex(summaries, metric, price)),
+        "--html": (html, lambda: _page(summaries, judged, price, left_out)),
+        "--json": (as_json, lambda: to_json(summaries, judged, price, left_out)),
+        "--csv": (as_csv, lambda: to_csv(summaries, judged, price)),
+        "--latex": (as_latex, lambda: to_latex(summaries, judged, price)),
     }
     printed = [option for option, (file, _) in forms.items() if file == _STDOUT]
     if len(printed) > 1:
@@ -75,7 +77,8 @@ def compare(
     summaries, left_out = summarize_all(runs)
     for reason in left_out:
         typer.echo(f"left out: {reason}", err=True)
-    _check_metric(summaries, metric)
+    judged = metric or next(iter(metrics_of(summaries)), "top1")
+    _check_metric(summaries, judged)
     for file, text in forms.values():
         if file == _STDOUT:
             print(text(), end="")
@@ -83,7 +86,7 @@ def compare(
             write_text(Path(file), text())
             typer.echo(f"{file}: {counted(len(summaries), 'run')}", err=True)
     if all(file is None for file, _ in forms.values()):
-        _print_tables(summaries, metric, price)
+        _print_tables(summaries, judged, price)
 
 
 def _page(runs: list[RunSummary], metric: str, price: float | None, left_out: list[str]) -> str:

@@ -26,11 +26,11 @@ def config(
         typer.echo(json.dumps(file_schema(), indent=1))
     elif recipe is not None:
         # torch takes seconds to import; a list of the keys need not wait for it.
-        from pipeline.resolve import build_model
         from pipeline.tracking.redact import redact
+        from pipeline.train.tasks import make_task
 
         resolved = load_config(recipe, overrides or [])
-        build_model(resolved, "meta")
+        make_task(resolved).build_model("meta")
         typer.echo(redact(dump_config(resolved)), nl=False)
     else:
         for key, default, about, is_section in describe_keys():

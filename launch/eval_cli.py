@@ -110,14 +110,14 @@ def find_job(run: Path, weights: str | None, data: str | None, precision: str | 
     from pipeline.config_load import parse_tree
     from pipeline.tracking.run_dir import CONFIG_NAME, RunDir
     from pipeline.train.eval_worker import EvalJob
-    from pipeline.train.export import MODEL_CONFIG
+    from pipeline.train.export import MODEL_CONFIG, exported_task
 
     if not run.is_dir():
         raise UserError(f"{run}: {_no_directory(run)}; name a run directory (runs/<name>) or one with exported weights")
     if (run / MODEL_CONFIG).is_file():
         if data is None:
             raise UserError(f"{run}: which split? pass --data DIRECTORY")
-        return EvalJob(str(run), data, precision=precision or "fp32")
+        return EvalJob(str(run), data, precision=precision or "fp32", task=exported_task(run))
     saved = RunDir.saved_config(run)
     if saved is None:
         raise UserError(
@@ -135,6 +135,7 @@ def find_job(run: Path, weights: str | None, data: str | None, precision: str | 
         step,
         precision=precision or config.train.precision,
         cache=config.data.cache_options(),
+        task=config.task.kind,
     )
 
 

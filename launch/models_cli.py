@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from collections.abc import Iterator
 from itertools import groupby
@@ -13,6 +14,8 @@ from launch.facts_cache import FactsCache
 
 # Of the columns left of the source, in characters; fixed, so that a family is printed as soon as it is counted.
 _SIZE, _PARAMS, _MACS, _TOP1 = 4, 8, 8, 16
+# Of a sample that the encoders of text are counted at.
+_TOKENS = 128
 
 
 def models(
@@ -21,8 +24,12 @@ def models(
         int | None, typer.Option(min=1, help="count at this image side instead of each model's own")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    text: Annotated[bool, typer.Option("--text", help="the encoders of task=language instead, at 128 tokens")] = False,
 ) -> None:
     """List the architectures: parameters, multiply-adds per image, the paper's top-1 and where it is reported."""
+    if text:
+        _print_encoders(pattern, as_json)
+        return
     names = _matching(pattern)
     with FactsCache() as cache:
         rows = (_row(name, img_size, cache) for name in names)
@@ -78,3 +85,32 @@ def _print_families(rows: Iterator[dict[str, Any]], name_width: int) -> None:
             top1 = f"{row['top1']} {row['dataset']}" if row["top1"] else ""
             table.add_row(row["name"], str(row["img_size"]), *figures, top1, row["source"])
         console.print(table)
+
+
+def _print_encoders(pattern: str, as_json: bool) -> None:
+    """BERT by sizes, plain and with every layer's maps refined."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pipeline.models import ModelError
+    from pipeline.models.bert import bert_facts
+    from pipeline.models.bert_options import SIZES
+
+    names = fnmatch.filter(SIZES, pattern)
+    if not names:
+        raise ModelError(f"no encoder matches {pattern!r}; there are {', '.join(SIZES)}")
+    forms: dict[str, Any] = {"plain": None, "linear": {}, "official": {"flavour": "official"}}
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        for form, refine in forms.items():
+            facts = bert_facts(name, _TOKENS, refine=refine)
+            rows.append({"name": name, "attention": form, "params": facts.params, "macs": facts.macs})
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("name", "attention", "params", "GMACs"):
+        table.add_column(heading, justify="left" if heading in ("name", "attention") else "right")
+    for row in rows:
+        table.add_row(row["name"], row["attention"], f"{row['params']:,}", f"{row['macs'] / 1e9:.3f}")
+    Console().print(table)

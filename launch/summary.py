@@ -36,9 +36,8 @@ def summary(run: Resolved, job: Nodes) -> dict[str, str]:
     ends = "" if plan.end_step == plan.total_steps else f", stops after {plan.end_step:,}"
     return {
         "run": f"{config.out}/{config.name}",
-        "model": f"{config.model.name}, {run.params:,} parameters, {run.macs / 1e9:.3f} GMACs at "
-        f"{config.model.img_size} px, {counted(run.train.num_classes, 'class')}"
-        + ("" if config.model.init is None else f"; starts from {config.model.init}"),
+        "model": f"{config.model.name}, {run.params:,} parameters, {run.macs / 1e9:.3f} GMACs "
+        f"{run.task.summary(run.train)}" + ("" if config.model.init is None else f"; starts from {config.model.init}"),
         "data": f"{redact(config.data.train)}, {counted(run.train.num_samples, 'sample')} in "
         f"{counted(len(run.train.shards), 'shard')}"
         + ("" if run.val is None else f"; evaluated on {run.val.num_samples:,} of {redact(config.data.val)}"),

@@ -65,7 +65,6 @@ def train(
     from launch.workers import Nodes, start_workers
     from pipeline.config_load import load_config
     from pipeline.resolve import resolve
-    from pipeline.train.setup import try_samples
     from pipeline.train.status import INTERRUPTED, RESUBMIT
     from pipeline.wording import counted
 
@@ -80,7 +79,7 @@ def train(
     resolved = resolve(load_config(config, overrides or []), job.world_size)
     print_summary(resolved, job)
     if dry_run:
-        try_samples(resolved)
+        resolved.task.try_samples(resolved)
         print_forecast(resolved, job, images_per_second)
         return
     where = "" if nodes == 1 else f" on this node; waiting for the others at {rendezvous}"

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
+from pipeline.config_section import Section
+from pipeline.config_task import ClassifyConfig, TaskConfig
 from pipeline.data.augment.settings import AugmentConfig, EvalTransformConfig, MixConfig
 from pipeline.data.cache_room import CacheOptions
 from pipeline.durations import Duration, Epochs, Interval
@@ -40,12 +42,6 @@ def _empty_for_null(value: Any) -> Any:
 Decay = Annotated[float, Field(ge=0, lt=1)]
 PlainName = Annotated[str, Field(max_length=200, json_schema_extra={"pattern": _RUN_NAME}), AfterValidator(_plain_name)]
 Directory = Annotated[str, Field(min_length=1), AfterValidator(_home)]
-
-
-class Section(BaseModel):
-    """Base of every part of the tree: frozen, no unknown keys, no infinite numbers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -83,7 +79,10 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where the shards are and in which order their samples come; see docs/data_order.md."""
 
-    train: Directory = Field(description="directory or address (s3://...) of the training split (holds manifest.json)")
+    train: Directory = Field(
+        description="directory or address (s3://...) of the training split (holds manifest.json); "
+        "task=language: hub:OWNER/NAME, a file or folder, or made:COUNT"
+    )
     val: Directory | None = Field(None, description="directory or address of the evaluation split; null: no evaluation")
     cache: Directory | None = Field(
         None,
@@ -276,6 +275,7 @@ class RunConfig(Section):
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: continue the newest complete checkpoint of the run directory"
     )
+    task: TaskConfig = ClassifyConfig()
     model: ModelConfig
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()
@@ -303,6 +303,8 @@ class RunConfig(Section):
         return self
 
     def _conflicts(self) -> Iterator[str]:
+        if self.task.kind == "language":
+            yield from self._pictures_in_language()
         batch, lanes = self.train.global_batch_size, self.data.lanes
         if lanes is not None and batch % lanes:
             yield (
@@ -334,3 +336,13 @@ class RunConfig(Section):
             self.augment.mean_std(self.model.in_chans)
         except UserError as error:
             yield str(error)
+
+    def _pictures_in_language(self) -> Iterator[str]:
+        for section in ("augment", "eval_transform", "mix", "objective", "explain"):
+            if getattr(self, section) != type(self).model_fields[section].default:
+                yield f"{section} is for pictures, and task=language has none: leave it out"
+        for key in ("img_size", "drop_path_rate"):
+            if getattr(self.model, key) is not None:
+                yield f"model.{key} is of image models, and task=language has none: leave it out"
+        if self.tracking.register_model is not None:
+            yield "tracking.register_model registers picture classifiers: leave it out with task=language"

@@ -6,29 +6,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from data_prep.manifest import Manifest
-from data_prep.store import is_remote
 from pipeline.config import RunConfig
 from pipeline.data.cache_room import CacheOptions
 from pipeline.data.order import DataOrder, default_lanes
 from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
-from pipeline.explain.gradcat import check_tree
-from pipeline.models import ImageModel, create_model, num_drop_paths
+from pipeline.models import ImageModel, create_model
 from pipeline.models.batch_norm import BatchNorm2d
 from pipeline.models.errors import UnknownOption
-from pipeline.models.facts import count_macs
 from pipeline.train.checkpoint import COMMIT
-from pipeline.train.init_weights import check_init
-from pipeline.train.objective import check_objective
 from pipeline.train.plan import Plan
 from pipeline.train.schedule import CosineSchedule
+from pipeline.train.tasks import Task, make_task
 
 
 @dataclass(frozen=True)
@@ -41,8 +37,9 @@ class Resolved:
         order: its data order.
         train, val: manifests of the splits.
         params: parameters of the model.
+        macs: multiply-accumulates of one forward of one sample.
+        task: the kind of run, with this config.
         drop_paths: stochastic-depth branches of the model, which the loader draws uniforms for.
-        macs: multiply-accumulates of one forward of one image.
         token_grid: side of the model's token grid where its tokens have labels, else None.
     """
 
@@ -52,8 +49,9 @@ class Resolved:
     train: Manifest
     val: Manifest | None
     params: int
-    drop_paths: int
     macs: int
+    task: Task
+    drop_paths: int = 0
     token_grid: int | None = None
 
     @property
@@ -71,18 +69,12 @@ def resolve(config: RunConfig, world_size: int) -> Resolved:
     Raises:
         UserError: data, model, batch and processes do not fit together; the message names the key to change.
     """
-    train = training_shards(config).manifest
-    val = None if config.data.val is None else ShardSet(config.data.val).manifest
     lanes = config.data.lanes or default_lanes(config.train.global_batch_size)
-    classes = config.model.num_classes or train.num_classes
-    config = _update(config, model={"num_classes": classes}, data={"lanes": lanes})
-    _check_classes(config, train, val)
-    _check_cache(config, train, val)
-    model = build_model(config, "meta")
-    _check_explain(config, model)
-    if config.model.init is not None and not _continues(config):
-        check_init(model, config.model, train.classes)
-    config = _update(config, model={"img_size": model.img_size})
+    config = updated(config, data={"lanes": lanes})
+    task = make_task(config)
+    train, val = task.splits()
+    config, model = task.fit(train, val)
+    task = task.on(config)
     order = DataOrder(
         tuple(shard.samples for shard in train.shards),
         seed=config.seed,
@@ -97,19 +89,19 @@ def resolve(config: RunConfig, world_size: int) -> Resolved:
     _check_batch_norm(config, model, order, world_size)
     _check_schedule(config, plan)
     _check_spikes(config, plan)
-    token_grid = check_objective(config, model, train, order, world_size)
+    found = task.check(model, train, order, world_size)
     params = sum(p.numel() for p in model.parameters())
-    macs = _macs(config.model.model_dump_json(), model)
-    return Resolved(config, plan, order, train, val, params, num_drop_paths(model), macs, token_grid)
+    return Resolved(config, plan, order, train, val, params, _macs(task, model), task, **found)
 
 
 # A sweep resolves many runs of few models, and counting takes the most of that time.
 _COUNTED: dict[str, int] = {}
 
 
-def _macs(key: str, model: ImageModel) -> int:
+def _macs(task: Task, model: nn.Module) -> int:
+    key = task.config.model_dump_json(include={"task", "model"})
     if key not in _COUNTED:
-        _COUNTED[key] = count_macs(model)
+        _COUNTED[key] = task.macs(model)
     return _COUNTED[key]
 
 
@@ -122,16 +114,8 @@ def training_shards(config: RunConfig, cache: CacheOptions | None = None) -> Sha
     Raises:
         UserError: no manifest, or a shard that is missing or of another size.
     """
-    check_files = config.data.max_bad_samples == 0 or not _continues(config)
+    check_files = config.data.max_bad_samples == 0 or not continues(config)
     return ShardSet(config.data.train, cache, check_files)
-
-
-def _check_explain(config: RunConfig, model: ImageModel) -> None:
-    if config.explain.images:
-        try:
-            check_tree(model)
-        except UserError as error:
-            raise UserError(f"explain.images={config.explain.images}: {error}; set explain.images=0") from error
 
 
 def _check_spikes(config: RunConfig, plan: Plan) -> None:
@@ -181,46 +165,17 @@ def build_model(config: RunConfig, device: str | torch.device) -> ImageModel:
     return model
 
 
-def _continues(config: RunConfig) -> bool:
+def continues(config: RunConfig) -> bool:
     """Whether the run directory holds a checkpoint, whose weights count rather than those of `model.init`."""
     return any(Path(config.out, config.name, "checkpoints").glob(f"step-*/{COMMIT}"))
 
 
-def _update(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
+def updated(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
+    """The config with other values in some sections."""
     tree = config.model_dump(mode="json")
     for section, values in sections.items():
         tree[section] |= values
     return RunConfig.model_validate(tree)
-
-
-def _check_classes(config: RunConfig, train: Manifest, val: Manifest | None) -> None:
-    classes = config.model.num_classes
-    if classes != train.num_classes:
-        raise UserError(
-            f"model.num_classes={classes}, but data.train={config.data.train} has {train.num_classes} classes; "
-            "leave model.num_classes out, or point data.train at the matching shards"
-        )
-    if val is not None and val.classes != train.classes:
-        different = next((a, b) for a, b in zip_longest(train.classes, val.classes) if a != b)
-        raise UserError(
-            f"data.val={config.data.val} has other classes than data.train={config.data.train} "
-            f"({val.num_classes} and {train.num_classes}; the first difference: {different[1]!r}, {different[0]!r}); "
-            "prepare both splits from the same class list"
-        )
-
-
-def _check_cache(config: RunConfig, train: Manifest, val: Manifest | None) -> None:
-    limit = config.data.cache_gb
-    for key, place, manifest in (("train", config.data.train, train), ("val", config.data.val, val)):
-        if limit is None or place is None or manifest is None or not is_remote(place):
-            continue
-        largest = max((shard.bytes for shard in manifest.shards), default=0)
-        if largest > limit * 1e9:
-            raise UserError(
-                f"data.cache_gb={limit:g} has no room for a shard of data.{key}={place} ({largest / 1e9:.3g} GB); "
-                "raise it (a process needs one shard at a time; with less than a window of the shuffle holds, see "
-                "--dry-run, shards are fetched again and again)"
-            )
 
 
 def _check_batch(config: RunConfig, order: DataOrder, world_size: int) -> None:
@@ -231,20 +186,9 @@ def _check_batch(config: RunConfig, order: DataOrder, world_size: int) -> None:
             f"train.accumulate={config.train.accumulate} does not divide the {local} samples that each of {world_size} "
             f"processes has of train.global_batch_size={order.batch}; set train.accumulate to a divisor of {local}"
         )
-    if config.mix.active and order.chunk < 2:
-        most = order.batch // 2
-        fewer = (
-            f"set data.lanes to {most} or fewer"
-            if world_size <= most
-            else f"take at most {most} processes, or train.global_batch_size={2 * world_size}"
-        )
-        raise UserError(
-            f"mixup and CutMix take their partners from the same lane, but data.lanes={order.lanes} leaves one sample "
-            f"a step to each; {fewer}, or turn mixing off (mix.prob=0)"
-        )
 
 
-def _check_batch_norm(config: RunConfig, model: ImageModel, order: DataOrder, world_size: int) -> None:
+def _check_batch_norm(config: RunConfig, model: nn.Module, order: DataOrder, world_size: int) -> None:
     micro_batch = order.batch // world_size // config.train.accumulate
     if micro_batch % order.chunk and any(isinstance(module, BatchNorm2d) for module in model.modules()):
         raise UserError(

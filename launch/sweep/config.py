@@ -10,13 +10,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from pipeline.config import Directory, Section
+from pipeline.config import Directory
 from pipeline.config_errors import explain
 from pipeline.config_load import default_name, read_tree
+from pipeline.config_section import Section, kind_alone
 from pipeline.durations import Duration, Epochs
 from pipeline.errors import UserError
 
-METRICS = ("top1", "top5", "loss")
+Metric = Literal["top1", "top5", "loss", "accuracy", "f1", "matthews", "spearman", "pearson"]
 # Of the keys that a recipe has too, these belong to the sweep: its folder, of which the runs are.
 _BOTH = ("name", "out")
 
@@ -124,10 +125,6 @@ class Budget(Section):
     gpu_hours: float | None = Field(None, gt=0, description="hours of all processes (on CPU nodes too)")
 
 
-def _named(value: Any) -> Any:
-    return {"kind": value} if isinstance(value, str) else value
-
-
 class SweepConfig(Section):
     """A whole sweep."""
 
@@ -137,10 +134,10 @@ class SweepConfig(Section):
     overrides: list[str] = Field(default_factory=list, description="key=value, the same for all trials")
     space: dict[str, Axis] = Field(default_factory=dict, description="keys of the recipe, and how each varies")
     trials: int | None = Field(None, ge=1, description="how many; null: one for each point of the grids")
-    metric: Literal["top1", "top5", "loss"] = Field("top1", description="figure of an evaluation that judges")
-    goal: Literal["max", "min"] | None = Field(None, description="null: the least loss, the highest top1 and top5")
-    scheduler: Annotated[Scheduler, BeforeValidator(_named)] = Fifo()
-    searcher: Annotated[Searcher, BeforeValidator(_named)] = Searcher()
+    metric: Metric = Field("top1", description="figure of an evaluation that judges")
+    goal: Literal["max", "min"] | None = Field(None, description="null: the least loss, the highest of the others")
+    scheduler: Annotated[Scheduler, BeforeValidator(kind_alone)] = Fifo()
+    searcher: Annotated[Searcher, BeforeValidator(kind_alone)] = Searcher()
     resources: Resources = Resources()
     concurrent: int | None = Field(None, ge=1, description="trials at a time; null: as many as fit")
     budget: Budget = Budget()

@@ -10,7 +10,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, get_args
 
 import ray
 from ray import tune
@@ -18,7 +18,7 @@ from ray.tune.stopper import Stopper
 
 from launch.slurm_script import ENVIRONMENT
 from launch.sweep.cluster import ClusterFacts, NodeNames
-from launch.sweep.config import SweepConfig
+from launch.sweep.config import Metric, SweepConfig
 from launch.sweep.milestones import Calendar, Length
 from launch.sweep.plan import plan_trial
 from launch.sweep.records import Record, Records
@@ -221,7 +221,7 @@ class Watch(tune.Callback):
             return
         record.nodes = [self._nodes.name(node) for node in result["nodes"]]
         if result["step"] > record.figures.get("step", -1):
-            figures = ("step", "epoch", "top1", "top5", "loss", "images_per_second")
+            figures = ("step", "epoch", *get_args(Metric), "images_per_second")
             self._records.note(record, {key: result[key] for key in figures if result.get(key) is not None})
             self.progress.evaluated(record)
         self._records.save()

@@ -33,8 +33,14 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.register_buffer("pending", torch.zeros(2, num_features), persistent=False)
         self.register_buffer("groups_seen", torch.zeros(()), persistent=False)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) -> same shape."""
+    def forward(self, input: Tensor, real: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> same shape.
+
+        Args:
+            real: (B, 1, H, W), 1 where statistics are taken and 0 where not; None: they are taken everywhere.
+        """
+        if self.training and real is not None:
+            return self._over_real(input, real)
         if not self.training or self.group is None:
             return super().forward(input)
         if len(input) % self.group:
@@ -50,6 +56,24 @@ class BatchNorm2d(nn.BatchNorm2d):
                 self.groups_seen += 1
             parts.append(out)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _over_real(self, input: Tensor, real: Tensor) -> Tensor:
+        """Training with statistics over a part of the places; without groups the running averages move at once."""
+        if len(input) % (self.group or len(input)):
+            raise ModelError(f"{len(input)} samples can't be cut into groups of {self.group} for BatchNorm")
+        groups = (-1, self.group or len(input))
+        x, weight = input.float().unflatten(0, groups), real.float().unflatten(0, groups)
+        n = weight.sum((1, 2, 3, 4), keepdim=True)
+        mean = (x * weight).sum((1, 3, 4), keepdim=True) / n
+        var = ((x - mean).square() * weight).sum((1, 3, 4), keepdim=True) / n
+        with torch.no_grad():
+            both = torch.stack([mean.squeeze((1, 3, 4)), (var * n / (n - 1)).squeeze((1, 3, 4))])
+            self.pending += both.sum(1)
+            self.groups_seen += both.shape[1]
+        if self.group is None:
+            self.update_running(torch.zeros((), device=input.device))
+        scale, shift = (t.view(-1, 1, 1) for t in (self.weight, self.bias))
+        return ((x - mean) * torch.rsqrt(var + self.eps) * scale + shift).flatten(0, 1).to(input.dtype)
 
     @torch.no_grad()
     def update_running(self, skipped: Tensor) -> None:

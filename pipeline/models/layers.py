@@ -101,6 +101,14 @@ class EncoderLayer(nn.Module):
         return self.add(x, self.drop_path2(self.mlp(self.norm2(x))))
 
 
+def encoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The encoder layers of a model, in the order of construction: what is sharded, recomputed and compiled as one.
+
+    A layer of another library counts that was marked with `is_encoder_layer`.
+    """
+    return [m for m in model.modules() if isinstance(m, EncoderLayer) or getattr(m, "is_encoder_layer", False)]
+
+
 class MapLayer(EncoderLayer):
     """An encoder layer whose attention (a `MapAttention`) takes attention maps from the layer before and passes on."""
 

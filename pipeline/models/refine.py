@@ -182,9 +182,31 @@ class LinearRefiner(nn.Module):
         self.local = nn.Conv2d(hidden, hidden, kernel, padding=kernel // 2, groups=hidden, bias=False)
         self.reduce = nn.Conv2d(hidden, num_heads, kernel_size=1, bias=False) if reduction else nn.Identity()
 
-    def forward(self, maps: Tensor) -> Tensor:
-        """(B, H, N, N) -> (B, out_maps, N, N)."""
-        return self.reduce(self.local(self.expand(maps)))
+    def forward(self, maps: Tensor, real: Tensor | None = None) -> Tensor:
+        """(B, H, N, N) -> (B, out_maps, N, N).
+
+        Args:
+            real: (B, 1, N, N), 1 where query and key are tokens and 0 where one is padding; None: no padding. Padding
+                is not mixed into tokens, and the result is 0 there, as if the map ended before it.
+        """
+        if real is None:
+            return self.reduce(self.local(self.expand(maps)))
+        return self.reduce(self.local(self.expand(maps * real))) * real
+
+    @torch.no_grad()
+    def start_as_identity(self) -> None:
+        """Make the whole the identity, with a random expansion: trained weights around it go on as they were.
+
+        Raises:
+            ModelError: without the reduction there is no way back to as many maps.
+        """
+        if not isinstance(self.reduce, nn.Conv2d):
+            raise ModelError("refine.reduction=false can't start as the identity: set refine_start=random")
+        middle = self.local.kernel_size[0] // 2
+        self.local.weight.zero_()
+        self.local.weight[:, :, middle, middle] = 1
+        if not self.expand.weight.is_meta:
+            self.reduce.weight[:, :, 0, 0] = torch.linalg.pinv(self.expand.weight[:, :, 0, 0].double()).float()
 
     @torch.no_grad()
     def fold(self) -> FoldedLinear:
@@ -230,11 +252,20 @@ class OfficialRefiner(nn.Module):
         self.bn3 = BatchNorm2d(num_heads, eps=BN_EPS)
         self.adapt_bn = BatchNorm2d(num_heads, eps=BN_EPS)
 
-    def forward(self, maps: Tensor) -> Tensor:
-        """(B, H, N, N) -> (B, H, N, N)."""
-        x = F.relu6(self.bn1(self.expand(maps)))
-        x = F.relu6(self.bn2(self.local(x)))
-        return self.adapt_bn(self.bn3(self.reduce(x)) + maps) * self.scale
+    def forward(self, maps: Tensor, real: Tensor | None = None) -> Tensor:
+        """(B, H, N, N) -> (B, H, N, N).
+
+        Args:
+            real: where tokens meet tokens, as in `LinearRefiner`; statistics are taken over these places alone.
+        """
+        if real is None:
+            x = F.relu6(self.bn1(self.expand(maps)))
+            x = F.relu6(self.bn2(self.local(x)))
+            return self.adapt_bn(self.bn3(self.reduce(x)) + maps) * self.scale
+        # A BatchNorm's bias would fill the padding, which the local kernels would then carry into tokens.
+        x = F.relu6(self.bn1(self.expand(maps * real), real)) * real
+        x = F.relu6(self.bn2(self.local(x), real))
+        return self.adapt_bn(self.bn3(self.reduce(x), real) + maps, real) * (self.scale * real)
 
     @torch.no_grad()
     def fold(self) -> FoldedOfficial:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-_TITLES = {"top1": "top-1 %", "top5": "top-5 %", "loss": "eval loss"}
-_PERCENT = ("top1", "top5")
+_TITLES = {"top1": "top-1 %", "top5": "top-5 %", "loss": "eval loss", "accuracy": "accuracy %", "f1": "F1 %"}
+_PERCENT = ("top1", "top5", "accuracy", "f1")
 
 
 def title(metric: str) -> str:

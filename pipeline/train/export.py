@@ -18,14 +18,13 @@ from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.models import ImageModel, create_model
 from pipeline.train.engines import Engine
+from pipeline.train.tasks import Task, make_task
 
 WEIGHTS = "model.safetensors"
 MODEL_CONFIG = "config.json"
 
 
-def save_weights(
-    directory: Path, engine: Engine, config: RunConfig, classes: list[str], figures: dict[str, Any]
-) -> None:
+def save_weights(directory: Path, engine: Engine, task: Task, classes: list[str], figures: dict[str, Any]) -> None:
     """Write the weights that the run evaluates; collective, rank 0 writes.
 
     The directory appears, or replaces an earlier one, as a whole.
@@ -33,11 +32,12 @@ def save_weights(
     Raises:
         UserError: on rank 0: no space, or no permission.
     """
-    weights = engine.full_weights(config.eval.weights)
+    weights = engine.full_weights(task.config.eval.weights)
     if not weights:
         return
     with whole_directory(directory, replace=True) as part:
-        write_weights(part, weights, describe(config, classes, figures))
+        write_weights(part, weights, task.describe(classes, figures))
+        task.write_files(part)
 
 
 def describe(config: RunConfig, classes: list[str], figures: dict[str, Any]) -> dict[str, Any]:
@@ -48,14 +48,7 @@ def describe(config: RunConfig, classes: list[str], figures: dict[str, Any]) -> 
         classes: names of the outputs.
         figures: how well the weights do, from the run's own evaluation; empty where they weren't evaluated.
     """
-    return {
-        "model": config.model.name,
-        "overrides": config.model.overrides(),
-        "figures": figures,
-        "classes": classes,
-        "augment": config.augment.model_dump(mode="json"),
-        "eval_transform": config.eval_transform.model_dump(mode="json"),
-    }
+    return make_task(config).describe(classes, figures)
 
 
 def write_weights(directory: Path, weights: Mapping[str, torch.Tensor], described: Mapping[str, Any]) -> None:
@@ -91,6 +84,14 @@ def whole_directory(directory: Path, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def exported_task(directory: Path) -> str:
+    """Kind of the run that weights were exported by; a damaged description is `load_weights`'s to tell of."""
+    try:
+        return json.loads((directory / MODEL_CONFIG).read_text()).get("task", "classify")
+    except (OSError, ValueError, AttributeError):
+        return "classify"
+
+
 def load_weights(directory: Path) -> tuple[ImageModel, dict[str, Any]]:
     """The model of an exported directory with its weights, and the content of its `config.json`.
 
@@ -106,6 +107,8 @@ def load_weights(directory: Path) -> tuple[ImageModel, dict[str, Any]]:
         raise UserError(f"{directory}: no exported model here ({name} is missing)") from error
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{directory}: can't read the exported model: {error}") from error
+    if (task := described.get("task", "classify")) != "classify":
+        raise UserError(f"{directory}: weights of task={task}; this works on picture classifiers (task=classify)")
     try:
         model = create_model(described["model"], **described["overrides"])
         model.load_state_dict(weights)

@@ -11,24 +11,19 @@ from typing import Any
 import torch
 
 from pipeline.config import RunConfig
-from pipeline.data.augment.finish import Finish
-from pipeline.resolve import resolve, training_shards
+from pipeline.resolve import resolve
 from pipeline.train.checkpoint import Checkpoint, CheckpointStore
-from pipeline.train.copies import on_device
 from pipeline.train.distributed import World
-from pipeline.train.engines import Engine, make_engine
-from pipeline.train.evaluate import evaluate
-from pipeline.train.explained import Explainer
+from pipeline.train.engines import Engine
 from pipeline.train.garbage import collected_by_hand
 from pipeline.train.meters import StepMeter
-from pipeline.train.objective import Objective
 from pipeline.train.quarantine import Quarantine
 from pipeline.train.recorder import Recorder
 from pipeline.train.saver import Saver
-from pipeline.train.setup import check_same_command, eval_batches, initial_model, train_batches
+from pipeline.train.setup import check_same_command
 from pipeline.train.spikes import WINDOWS, is_spike, roll_back
 from pipeline.train.state import State
-from pipeline.train.step import seed_step, train_step
+from pipeline.train.step import seed_step
 from pipeline.train.stop import Stopped, StopRequest
 from pipeline.train.trace import open_trace
 from pipeline.train.walltime import leave_at
@@ -46,27 +41,24 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
         Stopped: a signal or a job's time limit asked for it; a checkpoint is saved.
     """
     run = resolve(config, world.size)
-    config, plan = run.config, run.plan
+    config, plan, task = run.config, run.plan, run.task
     check_same_command(run, world)
     torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
     with ExitStack() as stack:
         recorder = Recorder.open(run, world, stack)
-        shards = training_shards(config, config.data.cache_options())
+        work = task.begin(run, world)
         # Before the engine: the loaders' fork server does its imports while the model is built.
-        validation = None if run.val is None else eval_batches(config, world)
-        explainer = Explainer(run, world)
+        validation = work.eval_batches()
         store = CheckpointStore(Path(config.out, config.name, "checkpoints"), config.checkpoint.keep_last)
         newest = world.on_main(store.newest)
         saver = stack.enter_context(Saver(store, world, config.checkpoint.asynchronous))
-        engine = make_engine(initial_model(config, world, newest is not None), config, world)
+        engine = task.make_engine(world, newest is not None)
         state = restore(engine, newest)
         recorder.start(state, world)
-        quarantine = Quarantine.open(run, shards, world, state.step)
-        trace = open_trace(config, shards, world, stack)
+        quarantine = Quarantine.open(run, work.source, world, state.step)
+        trace = open_trace(config, work.source, world, stack)
         meter = StepMeter(world, run.order.batch, run.macs)
-        objective = Objective(config.objective, run.train.num_classes, run.token_grid)
-        finish = Finish(config.augment, config.model.in_chans)
-        batches = on_device(train_batches(run, shards, world, state.step), world.device, finish)
+        batches = work.train_batches(state.step)
         stop = StopRequest(world, leave_at(config.checkpoint.margin_seconds, may_ask=world.is_main))
         stack.enter_context(stop.listening())
         watch = stack.enter_context(Watchdog(world, config.train.hang_minutes))
@@ -79,7 +71,7 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
             watch.begin(state.step, "trains")
             seed_step(config.seed, state.step, world.rank)
             lr = run.schedule.lr(state.step)
-            result = train_step(engine, batch, lr, config.train.accumulate, objective, world.device)
+            result = work.step(engine, batch, lr)
             meter.add(result, batch.samples)
             trace.add(state.step, batch.samples)
             quarantine.add(state.step, batch.replaced)
@@ -88,7 +80,7 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
             if plan.logs(state.step):
                 watch.begin(state.step, "logs")
                 collect()
-                figures, bad = meter.read(state.step, shards.keys)
+                figures, bad = meter.read(state.step, work.source.keys)
                 streak = state.note_skipped([step for step, _ in bad])
                 recorder.bad_samples(state, quarantine)
                 recorder.train(state, lr, figures, bad, len(quarantine.known))
@@ -103,10 +95,10 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
                 with meter.paused():
                     weights = engine.eval_model(config.eval.weights)
                     seen = watch.over(validation, state.step)
-                    figures, confusion = evaluate(weights, seen, engine.autocast(), world)
-                    state.note(figures)
+                    figures, confusion = work.evaluate(weights, seen, engine.autocast())
+                    state.note(figures, task.best)
                     recorder.evaluation(state, engine, confusion)
-                    explainer.draw(state.step, engine)
+                    work.evaluated(state.step, engine)
             status = stop.decided()
             if status is not None or plan.saves(state.step):
                 watch.begin(state.step, "saves")

@@ -6,18 +6,17 @@ import torch
 from torch import nn
 
 from pipeline.config import OptimConfig
-from pipeline.models import ImageModel
 
 
 def decay_groups(model: nn.Module, decay: str) -> tuple[list[str], list[str]]:
     """Names of the parameters with and without weight decay.
 
     Args:
-        model: one of `pipeline.models` names the parameters its paper exempts in `no_weight_decay()`.
+        model: names the parameters that its paper exempts in `no_weight_decay()`, if it has any.
         decay: `all` decays everything else (NesT's official code: biases and LayerNorm scales too); `matrices` excludes
             parameters of one dimension as well (timm, hence DeiT, HVT and Refiner).
     """
-    exempt = model.no_weight_decay() if isinstance(model, ImageModel) else set()
+    exempt: set[str] = getattr(model, "no_weight_decay", set)()
     with_decay: list[str] = []
     without: list[str] = []
     for name, parameter in model.named_parameters():

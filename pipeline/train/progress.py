@@ -14,10 +14,11 @@ class Reporter:
     Args:
         active: whether this process prints.
         total: steps of the run.
+        unit: what a sample is.
     """
 
-    def __init__(self, active: bool, total: int) -> None:
-        self._active, self._total = active, total
+    def __init__(self, active: bool, total: int, unit: str = "img") -> None:
+        self._active, self._total, self._unit = active, total, unit
         self._console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
         self._bar: Progress | None = None
 
@@ -42,7 +43,7 @@ class Reporter:
         """One line for a window of steps."""
         line = (
             f"step {step}/{self._total}  epoch {epoch:.2f}  loss {figures['loss']:.4f}  lr {lr:.3g}  "
-            f"grad {figures['grad_norm']:.3g}  {figures['images_per_second']:.0f} img/s  "
+            f"grad {figures['grad_norm']:.3g}  {figures['images_per_second']:.0f} {self._unit}/s  "
             f"wait {figures['data_wait']:.0%}"
         )
         if self._bar is not None:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.shards import ShardSet
 from pipeline.data.substitute import Replaced
 from pipeline.errors import UserError
 from pipeline.resolve import Resolved
 from pipeline.tracking.files import append_lines, cut_torn_tail, json_line, read_lines, write_aside
 from pipeline.tracking.run_dir import QUARANTINE_NAME
 from pipeline.train.distributed import World
+from pipeline.train.tasks.base import Source
 from pipeline.wording import counted
 
 log = logging.getLogger("rookery")
@@ -56,7 +56,7 @@ class Quarantine:
     _said: int = 0
 
     @classmethod
-    def open(cls, run: Resolved, shards: ShardSet, world: World, step: int) -> Quarantine:
+    def open(cls, run: Resolved, source: Source, world: World, step: int) -> Quarantine:
         """The list of a run that begins, or goes on after `step` steps; collective.
 
         What the steps after that had met is taken off the list: they come again.
@@ -67,7 +67,7 @@ class Quarantine:
         path = Path(run.config.out, run.config.name, QUARANTINE_NAME)
 
         def on_main() -> list[int]:
-            lost = list(shards.missing())
+            lost = list(source.missing())
             if lost:
                 log.warning("%s can't be used, samples of others stand in: %s", counted(len(lost), "shard"), _few(lost))
             return _rewound(path, step)

@@ -14,7 +14,6 @@ from pydantic import ValidationError
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-from pipeline.models import model_info
 from pipeline.resolve import Resolved
 from pipeline.tracking.background import BackgroundMirror
 from pipeline.tracking.confusion import BEST_NAME, NEWEST_NAME, Confusion
@@ -78,7 +77,7 @@ class Recorder:
     def __init__(self, run: Resolved, run_dir: RunDir | None, metrics: MetricsLog | None) -> None:
         self.run, self.run_dir, self.metrics = run, run_dir, metrics
         self.path = Path(run.config.out) / run.config.name
-        self._report = Reporter(run_dir is not None, run.plan.end_step)
+        self._report = Reporter(run_dir is not None, run.plan.end_step, run.task.unit)
         self._before, self._began = 0.0, time.monotonic()
 
     @classmethod
@@ -147,20 +146,19 @@ class Recorder:
                 f"with the samples after step {state.step}"
             )
 
-    def evaluation(self, state: State, engine: Engine, confusion: Confusion) -> None:
+    def evaluation(self, state: State, engine: Engine, confusion: Confusion | None) -> None:
         """Figures of the evaluation at the state's step; the weights too, when they are the best so far. Collective."""
         assert state.last is not None, "called after an evaluation"
         figures = {k: v for k, v in state.last.items() if k != "step"}
         self._log("eval", state.step, **figures)
-        self._report.say(
-            f"step {state.step}  top1 {figures['top1']:.4f}  top5 {figures['top5']:.4f}  loss {figures['loss']:.4f}"
-            f"  of {counted(int(figures['count']), 'sample')}"
-        )
+        measured = "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if name != "count")
+        self._report.say(f"step {state.step}  {measured}  of {counted(int(figures['count']), 'sample')}")
         is_best = state.best == state.last
-        self._save_confusion(confusion, state.step, is_best)
+        if confusion is not None:
+            self._save_confusion(confusion, state.step, is_best)
         if is_best:
             try:
-                save_weights(self.path / "best", engine, self.run.config, self.run.train.classes, figures)
+                save_weights(self.path / "best", engine, self.run.task, self.run.train.classes, figures)
             except UserError as error:
                 log.warning(
                     "the best weights so far, of step %d, are not saved: %s; training goes on", state.step, error
@@ -180,7 +178,7 @@ class Recorder:
         config = self.run.config
         # An older evaluation says nothing of these weights.
         last = state.last if state.last is not None and state.last["step"] == state.step else {}
-        save_weights(self.path / "final", engine, config, self.run.train.classes, last)
+        save_weights(self.path / "final", engine, self.run.task, self.run.train.classes, last)
         result = {
             **{k: v for k, v in last.items() if k != "step"},
             "step": state.step,
@@ -195,7 +193,8 @@ class Recorder:
             self.run_dir.write_result(result)
             names = ["final"] + (["best"] if (self.path / "best" / WEIGHTS).exists() else [])
             self.run_dir.write_checkpoints({name: file_reference(self.path / name / WEIGHTS) for name in names})
-            top1 = f" top1={last['top1']:.4f}" if last else ""
+            best = self.run.task.best.figure
+            measured = f" {best}={last[best]:.4f}" if last else ""
             self._report.end()
             if not self.run.plan.is_whole:
                 self._report.say(
@@ -207,7 +206,7 @@ class Recorder:
                     f"{counted(bad_samples, 'bad sample')} replaced by others, listed in "
                     f"{self.path / QUARANTINE_NAME}; `rookery verify --quarantine {self.path}` tries them again"
                 )
-            self._report.say(f"run={self.path}{top1}")
+            self._report.say(f"run={self.path}{measured}")
         return result
 
     def _log(self, kind: Kind, step: int, **values: Any) -> None:
@@ -281,7 +280,7 @@ def facts(run: Resolved) -> dict[str, Any]:
         "steps_per_epoch": run.plan.steps_per_epoch,
         "total_steps": run.plan.total_steps,
         "total_epochs": run.plan.epoch(run.plan.total_steps),
-        "tags": {"paper": model_info(run.config.model.name).paper, "recipe": run.config.tracking.recipe},
+        "tags": {"paper": run.task.paper(), "recipe": run.config.tracking.recipe},
     }
 
 

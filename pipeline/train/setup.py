@@ -31,7 +31,7 @@ OWN_KEYS = ("data.train", "data.val", "data.cache", "data.cache_gb", "data.worke
 # Parts of a node's cache that shards may fill before they are needed, in training and in evaluation.
 _TRAIN_SHARE, _EVAL_SHARE = 0.75, 0.125
 
-_INIT_STREAM = 100
+INIT_STREAM = 100
 
 
 def initial_model(config: RunConfig, world: World, resumed: bool = False) -> nn.Module:
@@ -45,7 +45,7 @@ def initial_model(config: RunConfig, world: World, resumed: bool = False) -> nn.
     Raises:
         UserError: `model.init` can't be read, or doesn't fit the model.
     """
-    torch.manual_seed(seed64(config.seed, _INIT_STREAM))
+    torch.manual_seed(seed64(config.seed, INIT_STREAM))
     model = build_model(config, "cpu")
     if config.model.init is not None and not resumed:
         load_init(model, config.model)

@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+
+class Best(NamedTuple):
+    """Which figure of an evaluation tells the best weights, and where its best values lie."""
+
+    figure: str = "top1"
+    goal: Literal["max", "min"] = "max"
+
+    def improves(self, figures: dict[str, float], before: dict[str, float]) -> bool:
+        """Whether figures beat earlier ones; a NaN never does."""
+        new, old = figures[self.figure], before[self.figure]
+        return new > old if self.goal == "max" else new < old
 
 
 @dataclass
@@ -12,7 +25,7 @@ class State:
     Attributes:
         step: global steps done. The samples seen, the epoch and the position in the data all follow from it.
         last: figures of the newest evaluation, with its step.
-        best: figures of the evaluation with the highest top-1, with its step.
+        best: figures of the best evaluation, with its step.
         skipped: steps without an update because a gradient was NaN or infinite.
         streak: how many of them in a row end with the last one.
         last_skipped: number of the last one, counted from 0; -2: none yet.
@@ -41,8 +54,8 @@ class State:
         self.skipped += len(steps)
         return longest
 
-    def note(self, figures: dict[str, float]) -> None:
+    def note(self, figures: dict[str, float], best: Best = Best()) -> None:  # noqa: B008  (immutable)
         """Keep the figures of an evaluation at this step; as the best, too, when no earlier one was as good."""
         self.last = {"step": self.step, **figures}
-        if self.best is None or figures["top1"] > self.best["top1"]:
+        if self.best is None or best.improves(figures, self.best):
             self.best = self.last

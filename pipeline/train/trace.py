@@ -10,9 +10,9 @@ from typing import TextIO
 import torch
 
 from pipeline.config import RunConfig
-from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
 from pipeline.train.distributed import World
+from pipeline.train.tasks.base import Source
 
 
 class SampleTrace:
@@ -22,8 +22,8 @@ class SampleTrace:
     since the weights of the earlier one were lost.
     """
 
-    def __init__(self, file: TextIO | None, shards: ShardSet) -> None:
-        self._file, self._shards = file, shards
+    def __init__(self, file: TextIO | None, source: Source) -> None:
+        self._file, self._source = file, source
 
     def add(self, step: int, samples: torch.Tensor) -> None:
         """Record the samples (b,) that this process trained on in a step.
@@ -33,7 +33,7 @@ class SampleTrace:
         """
         if self._file is not None:
             try:
-                self._file.write(json.dumps({"step": step, "keys": self._shards.keys(samples.tolist())}) + "\n")
+                self._file.write(json.dumps({"step": step, "keys": self._source.keys(samples.tolist())}) + "\n")
                 self._file.flush()
             except OSError as error:
                 # A trace with holes would prove nothing.
@@ -42,10 +42,10 @@ class SampleTrace:
                 ) from error
 
 
-def open_trace(config: RunConfig, shards: ShardSet, world: World, stack: ExitStack) -> SampleTrace:
+def open_trace(config: RunConfig, source: Source, world: World, stack: ExitStack) -> SampleTrace:
     """This process's trace of a run, closed by `stack`; collective."""
     if not config.data.trace:
-        return SampleTrace(None, shards)
+        return SampleTrace(None, source)
     folder = Path(config.out, config.name, "trace")
 
     def next_session() -> int:
@@ -54,7 +54,7 @@ def open_trace(config: RunConfig, shards: ShardSet, world: World, stack: ExitSta
 
     session = world.on_main(next_session)
     path = folder / f"{session:04d}-rank{world.rank}.jsonl"
-    return SampleTrace(stack.enter_context(open(path, "x", encoding="utf-8")), shards)
+    return SampleTrace(stack.enter_context(open(path, "x", encoding="utf-8")), source)
 
 
 def read_trace(run_dir: Path) -> dict[int, list[str]]:

@@ -67,3 +67,13 @@ def test_counts_are_kept_and_counted_anew_when_they_must(cache: Path, monkeypatc
 def test_a_cache_that_can_not_be_written_is_done_without(cache: Path) -> None:
     cache.write_text("a file where the folder would be")
     assert json.loads(run("nest_micro", "--json"))[0]["params"] > 0
+
+
+def test_encoders_of_text() -> None:
+    rows = {(row["name"], row["attention"]): row for row in json.loads(run("bert_base", "--text", "--json"))}
+    assert len(rows) == 3 and rows["bert_base", "plain"]["params"] == 109_483_778
+    # Attention and MLPs of 12 layers, pooler and head, at 128 tokens of 768 channels.
+    layers = 12 * (12 * 768**2 * 128 + 2 * 128**2 * 768)
+    assert rows["bert_base", "plain"]["macs"] == layers + 768**2 + 768 * 2
+    refined = 12 * (2 * 12 * 36 + 9 * 36) * 128**2
+    assert rows["bert_base", "linear"]["macs"] - rows["bert_base", "plain"]["macs"] == refined

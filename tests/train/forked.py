@@ -110,6 +110,7 @@ def _serve() -> None:
     import launch.dry_run
     import launch.workers  # noqa: F401
     import pipeline.data.fast.randaugment  # loads what it compiled before
+    import pipeline.models.bert  # and with it transformers
     import pipeline.train.engines.deepspeed
     import pipeline.train.engines.fsdp
     import pipeline.train.loop

@@ -18,8 +18,8 @@ from pipeline.errors import UserError
 from pipeline.train.distributed import World
 from pipeline.train.engines.native import NativeEngine
 from pipeline.train.engines.whole import WholeState
-from pipeline.train.objective import sum_of_outputs
 from pipeline.train.optim import make_optimizer
+from pipeline.train.tasks import make_task
 
 # The statistics of BatchNorms are summed once a step, here. The option has another name since torch 2.15.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
@@ -95,12 +95,9 @@ class DdpEngine(NativeEngine):
         gradient, so the first step of a resumed run would round differently from that of an uninterrupted one.
         """
         micro_batch = config.train.global_batch_size // self.world.size // config.train.accumulate
-        size = config.model.img_size
-        assert size is not None, "resolve fills in the image size"
         buffers = [buffer.clone() for buffer in self.plain.buffers()]
-        images = torch.zeros(micro_batch, config.model.in_chans, size, size, device=self.world.device)
         with self.autocast():
-            total = sum_of_outputs(self.model, images, config.objective)
+            total = make_task(config).sum_of_outputs(self.model, micro_batch, self.world.device)
         total.backward()
         self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.plain.buffers(), buffers, strict=True):

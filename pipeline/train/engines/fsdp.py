@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_map_only
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-from pipeline.models.layers import EncoderLayer
+from pipeline.models.layers import encoder_layers
 from pipeline.train.distributed import World
 from pipeline.train.engines.native import NativeEngine
 from pipeline.train.engines.sharded_files import as_runtime_error
@@ -219,7 +219,7 @@ def _shard(model: nn.Module, mesh: DeviceMesh) -> FSDPModule:
         even = [dim for dim, size in enumerate(parameter.shape) if size % mesh.size() == 0]
         return Shard(even[-1]) if even else None
 
-    units = [module for module in model.modules() if isinstance(module, EncoderLayer)]
+    units = encoder_layers(model)
     # Always resharded: weights that stay whole after an evaluation would not see the next update.
     for unit in units:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, shard_placement_fn=placement)
@@ -240,10 +240,9 @@ def _compile_layers(model: nn.Module) -> None:
             f"train.compile=true with engine.name=fsdp needs a newer torch than {torch.__version__}; "
             "2.15 will do; or set train.compile=false, or engine.name=ddp"
         )
-    for module in model.modules():
-        if isinstance(module, EncoderLayer):
-            compiled = torch.compile(module.forward, isolate_recompiles=True)  # type: ignore[call-overload]
-            module.forward = compiled  # type: ignore[method-assign]
+    for layer in encoder_layers(model):
+        compiled = torch.compile(layer.forward, isolate_recompiles=True)  # type: ignore[call-overload]
+        layer.forward = compiled
 
 
 def _check_names(reader: dcp.FileSystemReader, model: dict[str, Any]) -> None:

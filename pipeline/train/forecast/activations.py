@@ -18,14 +18,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from pipeline.models import set_drop_path_noise
 from pipeline.models.batch_norm import group_statistics
-from pipeline.models.layers import EncoderLayer
-from pipeline.resolve import Resolved, build_model
+from pipeline.models.layers import encoder_layers
+from pipeline.resolve import Resolved
 from pipeline.train.engines.base import PRECISIONS
 from pipeline.train.engines.native import lane_chunk
 from pipeline.train.forecast.storages import storage_key
-from pipeline.train.objective import Objective, Targets, forward
 
 
 @dataclass(frozen=True)
@@ -57,28 +55,21 @@ def count_activations(run: Resolved, micro_batch: int, device: str = "cuda") -> 
     recomputed = config.train.activation_checkpointing
     with ExitStack() as stack:
         # Built before: timm reads rates of its model from tensors, which fake ones can't tell.
-        bare = build_model(config, "meta")
+        bare = run.task.build_model("meta")
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         model = bare.to_empty(device=device)
         # Checkpointed layers would hide from us what they keep while they are recomputed.
-        model.set_grad_checkpointing(False)
+        model.set_grad_checkpointing(False)  # type: ignore[operator]
         group_statistics(model, lane_chunk(config))
         keeper = Keeper(model)
-        size = model.img_size
-        images = torch.empty(micro_batch, model.in_chans, size, size, device=device)
-        set_drop_path_noise(model, torch.empty(micro_batch, run.drop_paths, device=device))
-        objective = Objective(config.objective, run.train.num_classes, run.token_grid)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keeper.keep, lambda tensor: tensor))
-        with _autocast(device, config.train.precision), _GpuAttention():
-            output = forward(model, images, objective.request())
-        classes = torch.empty(micro_batch, run.train.num_classes, device=device)
-        tokens = getattr(output, "tokens", None)
-        targets = Targets(classes, None if tokens is None else torch.empty_like(tokens, dtype=torch.float32))
-        loss, _ = objective.loss(output, targets)
+        stack.enter_context(_GpuAttention())
+        autocast = _autocast(device, config.train.precision)
+        loss = run.task.sample_loss(run, model, micro_batch, torch.device(device), autocast)
         counted = keeper.checkpointed() if recomputed else keeper.bytes()
         del loss
     layers = [(len(list(same)), shape) for shape, same in groupby(keeper.shapes)]
-    return Activations(tuple(images.shape), layers, counted)
+    return Activations(run.task.input_shape(micro_batch), layers, counted)
 
 
 class Keeper:
@@ -94,10 +85,9 @@ class Keeper:
         self._kept: dict[int, tuple[Tensor, int | None]] = {}
         self._inputs: dict[int, Tensor] = {}
         self._layer: int | None = None
-        for module in model.modules():
-            if isinstance(module, EncoderLayer):
-                module.register_forward_pre_hook(self._enter)
-                module.register_forward_hook(self._leave)
+        for layer in encoder_layers(model):
+            layer.register_forward_pre_hook(self._enter)
+            layer.register_forward_hook(self._leave)
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Hook for `saved_tensors_hooks`."""

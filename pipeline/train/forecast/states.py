@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.config import RunConfig
-from pipeline.resolve import build_model
 from pipeline.train.distributed import World
 from pipeline.train.engines.ddp import DdpEngine
 from pipeline.train.engines.deepspeed_setup import BUCKET, SMALL
 from pipeline.train.engines.native import NativeEngine
 from pipeline.train.forecast.storages import storage_bytes
 from pipeline.train.optim import decay_groups
+from pipeline.train.tasks import make_task
 
 _FLOAT = 4
 # ZeRO 1 and 2 pad the flat piece of a group of parameters so that every process's part is a multiple of this.
@@ -67,7 +67,7 @@ def count_states(config: RunConfig, rank: int, world_size: int) -> States:
         config: of a resolved run.
     """
     config = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
-    model = build_model(config, "meta")
+    model = make_task(config).build_model("meta")
     if config.engine.name == "fsdp":
         return _fsdp(model, config, rank, world_size)
     if config.engine.name == "deepspeed" and config.engine.zero_stage:

@@ -1,0 +1,103 @@
+"""`rookery eval` of a run of task=language."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from pipeline.config_load import parse_tree
+from pipeline.config_task import LanguageConfig
+from pipeline.data.text.batches import EvalBatches
+from pipeline.data.text.glue import TASKS
+from pipeline.data.text.rows import read_rows
+from pipeline.data.text.tokens import load_tokenizer, token_cache, tokenize
+from pipeline.errors import UserError
+from pipeline.models.bert import Bert
+from pipeline.models.bert_options import BertOptions
+from pipeline.tracking.run_dir import RunDir
+from pipeline.train.distributed import World
+from pipeline.train.engines import saved_weights
+from pipeline.train.engines.base import PRECISIONS
+from pipeline.train.eval_progress import watched
+from pipeline.train.tasks.language import TOKENIZER, LanguageTask
+from pipeline.train.tasks.language_figures import evaluate_text
+
+if TYPE_CHECKING:
+    from pipeline.train.eval_worker import EvalJob
+
+
+@dataclass(frozen=True)
+class TrainedText:
+    """A model with its weights, on the CPU.
+
+    Attributes:
+        name: of its size.
+        settings: task and length of samples.
+        tokenizer: a `tokenizers.Tokenizer`.
+    """
+
+    model: Bert
+    name: str
+    settings: LanguageConfig
+    tokenizer: Any
+
+    @classmethod
+    def from_export(cls, directory: Path) -> TrainedText:
+        """From `model.safetensors`, `config.json` and `tokenizer.json`.
+
+        Raises:
+            UserError: one of them is missing, damaged, or doesn't fit the others.
+        """
+        try:
+            described = json.loads((directory / "config.json").read_text())
+            model = Bert(BertOptions.of(described["model"], described["overrides"]))
+            model.load_state_dict(load_file(directory / "model.safetensors"))
+            settings = LanguageConfig.model_validate(described["settings"])
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ValidationError) as error:
+            raise UserError(f"{directory}: can't read the exported model: {error}") from error
+        return cls(model, described["model"], settings, load_tokenizer(str(directory / TOKENIZER)))
+
+    @classmethod
+    def from_checkpoint(cls, run: Path, checkpoint: Path) -> TrainedText:
+        """From a checkpoint of a run that has no exported weights yet.
+
+        Raises:
+            UserError: the run's config, its data or the checkpoint can't be used.
+        """
+        config = parse_tree(RunDir.saved_config(run) or {}, str(run / "config.yaml"))
+        task = LanguageTask(config)
+        model = task.build_model("cpu")
+        try:
+            model.load_state_dict(saved_weights(checkpoint, config.eval.weights))
+        except (OSError, RuntimeError, KeyError) as error:
+            raise UserError(f"{checkpoint}: can't be read as a checkpoint of {config.model.name}: {error}") from error
+        return cls(model, config.model.name, task.settings, task.tokenizer)
+
+
+def evaluate_saved(job: EvalJob, world: World) -> dict[str, Any]:
+    """See `LanguageTask.evaluate_saved`."""
+    if job.ratios or job.crop_pct is not None:
+        world.fail("--crop-pct and --calibrate are about pictures; leave them out for a run of task=language")
+    weights = Path(job.weights)
+    if job.step is None:
+        trained = TrainedText.from_export(weights)
+    else:
+        trained = TrainedText.from_checkpoint(Path(job.run), weights)
+    text = TASKS[trained.settings.name]
+    rows = read_rows(job.data, trained.settings.name, text, text.split)
+    cache = token_cache(job.cache.directory)
+    split = tokenize(rows, "val", trained.tokenizer, trained.settings.max_length, cache)
+    batches = EvalBatches(split, job.batch_size, world.rank, world.size)
+    seen = watched(batches, "eval", job.batch_size * world.size, len(split), world.is_main)
+    dtype = PRECISIONS[job.precision]
+    autocast = nullcontext() if dtype is None else torch.autocast(world.device.type, dtype)
+    figures, _ = evaluate_text(trained.model.to(world.device), seen, text, autocast, world)
+    return {**figures, "task": trained.settings.name, "model": trained.name}

@@ -1,0 +1,181 @@
+"""Sentences: reading, tokens, and batches that are the same whoever computes them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.data.order import DataOrder
+from pipeline.data.text.batches import EvalBatches, TextBatch, step_batches
+from pipeline.data.text.glue import TASKS
+from pipeline.data.text.made import made_rows
+from pipeline.data.text.rows import Rows, read_rows
+from pipeline.data.text.tokens import TokenSplit, load_tokenizer, tokenize, words_tokenizer
+from pipeline.errors import UserError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What `datasets` makes of files goes to a folder of the test's."""
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+
+
+PAIRS = [
+    {"sentence1": "A dog runs.", "sentence2": "An animal moves.", "label": 0, "idx": 0},
+    {"sentence1": "It rains.", "sentence2": "The sun shines", "label": 1, "idx": 1},
+    {"sentence1": "Two men, talking", "sentence2": "Two people talk", "label": 0, "idx": 2},
+]
+WANTED = Rows([[p["sentence1"] for p in PAIRS], [p["sentence2"] for p in PAIRS]], [0, 1, 0])  # type: ignore[misc]
+
+
+def write(folder: Path, kind: str) -> str:
+    import datasets
+
+    table = datasets.Dataset.from_list(PAIRS)
+    path = folder / f"validation.{kind}"
+    if kind == "json":
+        path.write_text(json.dumps(PAIRS))
+    elif kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, PAIRS)))
+    elif kind == "parquet":
+        table.to_parquet(path)
+    elif kind == "csv":
+        table.to_csv(path)
+    elif kind == "tsv":
+        table.to_csv(path, sep="\t")
+    elif kind == "saved":
+        table.save_to_disk(path)
+    elif kind == "splits":
+        datasets.DatasetDict({"train": table.select([0]), "validation": table}).save_to_disk(path)
+    elif kind == "names":
+        path = folder / "validation.jsonl"
+        names = [{**pair, "label": TASKS["rte"].classes[int(str(pair["label"]))]} for pair in PAIRS]
+        path.write_text("\n".join(map(json.dumps, names)))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet", "csv", "tsv", "saved", "splits", "names"])
+def test_the_same_rows_from_any_file(kind: str, tmp_path: Path) -> None:
+    assert read_rows(write(tmp_path, kind), "rte", TASKS["rte"], "validation") == WANTED
+
+
+def test_a_folder_holds_a_file_for_each_split(tmp_path: Path) -> None:
+    write(tmp_path, "jsonl")
+    assert read_rows(str(tmp_path), "rte", TASKS["rte"], "validation") == WANTED
+    with pytest.raises(UserError, match=r"no file train\.\(json"):
+        read_rows(str(tmp_path), "rte", TASKS["rte"], "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "told"),
+    [
+        ("cola", PAIRS, "needs the columns sentence, label; sentence is not among"),
+        ("rte", [{**PAIRS[0], "label": -1}], "row 0 has the label -1 .*hidden.*0 or entailment"),
+        ("rte", [{**PAIRS[0], "label": "maybe"}], "label 'maybe'"),
+        ("stsb", [{**PAIRS[0], "label": "high"}], "a label that is no number"),
+    ],
+)
+def test_what_does_not_fit_is_told(name: str, rows: list[Any], told: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=told):
+        read_rows(str(path), name, TASKS[name], "validation")
+
+
+@pytest.mark.parametrize("address", ["made:", "made:0", "made:x", "made:5@-1", "made:5@x"])
+def test_a_bad_made_address_is_told(address: str) -> None:
+    with pytest.raises(UserError, match="write made:COUNT"):
+        read_rows(address, "polarity", TASKS["polarity"], "train")
+
+
+def test_made_sentences_mean_what_their_labels_say() -> None:
+    sentences, labels = made_rows("made:500")
+    for sentence, label in zip(sentences, labels, strict=True):
+        total, sign = 0, 1
+        for word in sentence.split():
+            if word == "not":
+                sign = -1
+            else:
+                total, sign = total + sign * (1 if int(word[1:]) % 2 == 0 else -1), 1
+        assert label == (total > 0)
+    assert 0.4 < np.mean(labels) < 0.6
+    assert len({len(sentence.split()) for sentence in sentences}) > 5
+    assert made_rows("made:100") == (sentences[:100], labels[:100]) != made_rows("made:100@1")
+
+
+def test_tokens_of_words() -> None:
+    tokenizer = words_tokenizer([["The dog sees the cat", "a dog!"]], 8)
+    assert tokenizer.get_vocab() == {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "dog": 4, "the": 5, "!": 6, "a": 7}
+    encoded = tokenizer.encode("THE dog", "a bird")
+    assert encoded.ids == [2, 5, 4, 3, 7, 1, 3] and encoded.type_ids == [0, 0, 0, 0, 1, 1, 1]
+
+
+def made_split(count: int, cache: Path, max_length: int = 32) -> TokenSplit:
+    rows = read_rows(f"made:{count}", "polarity", TASKS["polarity"], "train")
+    return tokenize(rows, "train", words_tokenizer(rows.sentences, 100), max_length, cache)
+
+
+def test_tokens_are_made_once(tmp_path: Path) -> None:
+    first = made_split(50, tmp_path)
+    [file] = tmp_path.glob("*.npz")
+    before = file.stat().st_mtime_ns
+    again = made_split(50, tmp_path)
+    assert file.stat().st_mtime_ns == before
+    assert first.manifest(TASKS["polarity"]).fingerprint() == again.manifest(TASKS["polarity"]).fingerprint()
+    file.write_bytes(b"damaged")
+    assert np.array_equal(made_split(50, tmp_path).ids, first.ids)
+    shorter = made_split(50, tmp_path, max_length=8)
+    assert shorter.lengths.max() == 8 and len(list(tmp_path.glob("*.npz"))) == 2
+    assert shorter.manifest(TASKS["polarity"]).fingerprint() != first.manifest(TASKS["polarity"]).fingerprint()
+
+
+def test_a_tokenizer_is_read_back(tmp_path: Path) -> None:
+    tokenizer = words_tokenizer([["one two"]], 100)
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    assert load_tokenizer(str(tmp_path)).encode("two three").ids == tokenizer.encode("two three").ids
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"task\.tokenizer=.*no tokenizer there"):
+        load_tokenizer(str(tmp_path))
+
+
+def by_sample(batches: list[TextBatch]) -> dict[int, tuple[list[int], int]]:
+    """Tokens without the padding, and label, of each sample that counts."""
+    rows = [zip(b.samples.tolist(), b.ids, b.tokens, b.labels.tolist(), b.real, strict=True) for b in batches]
+    return {s: (ids[tokens].tolist(), y) for of_batch in rows for s, ids, tokens, y, real in of_batch if real}
+
+
+def test_a_step_has_the_same_samples_and_padding_on_any_number_of_processes(tmp_path: Path) -> None:
+    split = made_split(203, tmp_path)
+    order = DataOrder((203,), seed=3, batch=8, lanes=4, shuffle="full")
+    steps = range(5, 45)
+    alone = list(step_batches(split, order, steps, 0, 1))
+    for world in (2, 4):
+        parts = [list(step_batches(split, order, steps, rank, world)) for rank in range(world)]
+        for step, (whole, *its) in zip(steps, zip(alone, *parts, strict=True), strict=True):
+            assert {batch.ids.shape[1] for batch in its} == {whole.ids.shape[1]}
+            assert by_sample(its) == by_sample([whole])
+            for rank, batch in enumerate(its):
+                assert batch.samples.tolist() == order.step(step, rank, world).samples.tolist()
+    assert len({batch.ids.shape[1] for batch in alone}) > 1
+    sample = int(alone[0].samples[3])
+    assert (
+        alone[0].ids[3][alone[0].tokens[3]].tolist()
+        == split.ids[split.starts[sample] :][: split.lengths[sample]].tolist()
+    )
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_an_evaluation_has_every_sample_once(world: int, tmp_path: Path) -> None:
+    split = made_split(50, tmp_path)
+    per_rank = [list(EvalBatches(split, 8, rank, world)) for rank in range(world)]
+    assert len({len(batches) for batches in per_rank}) == 1
+    samples = torch.cat([batch.samples[batch.real] for batches in per_rank for batch in batches])
+    assert sorted(samples.tolist()) == list(range(50))
+    assert all(len(batch.ids) == 8 for batches in per_rank for batch in batches)

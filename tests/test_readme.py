@@ -16,6 +16,8 @@ from tests.tracking.made_runs import write_run
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"^(?:\.venv/bin/)?rookery .*$", re.MULTILINE)
+# In docs/papers.md whole commands stand in tables; elsewhere such words are but names of commands.
+INLINE = re.compile(r"`(rookery \w+ [^`]+)`")
 
 
 def printed() -> list[tuple[str, str]]:
@@ -24,7 +26,8 @@ def printed() -> list[tuple[str, str]]:
         for block in re.findall(r"```(?:bash|sh|console)\n(.*?)```", page.read_text(), re.DOTALL):
             joined = block.replace("\\\n", " ")
             found += [(page.name, line.split("   #")[0].strip()) for line in COMMAND.findall(joined)]
-    return found
+    papers = (ROOT / "docs" / "papers.md").read_text()
+    return found + [("papers.md", line) for line in dict.fromkeys(INLINE.findall(papers))]
 
 
 @pytest.fixture(scope="module")

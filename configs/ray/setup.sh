@@ -40,10 +40,9 @@ build() {
   fi
   [ -x "$env/bin/python" ] || uv venv --python 3.11 "$env"
   echo "installing packages (about 7 GB the first time) ..."
-  # ray[default] has the dashboard, which takes `ray job submit`.
   # shellcheck disable=SC2086
   uv pip install --quiet --compile-bytecode --python "$env/bin/python" --constraint "$checkout/constraints.txt" \
-    --editable "${checkout}[ray,deepspeed,s3]" 'ray[default]' ${ROOKERY_PACKAGES:-}
+    --editable "${checkout}[ray,deepspeed,s3]" ${ROOKERY_PACKAGES:-}
   echo "$wanted" >"$env/.ready"
 }
 if [ -n "${ROOKERY_ENV:-}" ]; then
@@ -59,6 +58,7 @@ fi
 # --- what shells, Ray and its jobs find
 cat >"$HOME/.rookery.sh" <<END
 export PATH="$env/bin:\$PATH" PYTHONPATH="$checkout" RAY_AUTH_MODE=token ROOKERY_SHARED="$ROOKERY_SHARED"
+export RAY_worker_niceness=0  # else 15: trials would get only the cores that nothing else wants
 END
 grep -qsF '. ~/.rookery.sh' "$HOME/.bashrc" || echo '. ~/.rookery.sh' >>"$HOME/.bashrc"
 [ -s "$HOME/.ray/auth_token" ] || fail "no token in ~/.ray/auth_token; run \`ray get-auth-token --generate\` where you run \`ray up\`"

@@ -40,7 +40,7 @@ def ray_on_allocation() -> Iterator[str]:
     allocation = Allocation.here()
     address = allocation.rendezvous()
     host, _, port = address.rpartition(":")
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0"}
     first, *others = slurm("scontrol", "show", "hostnames", allocation.facts["NodeList"]).split()
     head = ["--head", f"--node-ip-address={host}", f"--port={port}", "--include-dashboard=false"]
     steps = [_srun([first], head)]

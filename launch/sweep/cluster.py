@@ -28,7 +28,7 @@ class ClusterFacts:
 
 
 def import_ray() -> Any:
-    """Ray, set up to be quiet and to tell nobody.
+    """Ray, set up to be quiet and to tell nobody; clusters that this process starts are as well.
 
     Raises:
         UserError: it is not installed.
@@ -41,6 +41,8 @@ def import_ray() -> Any:
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
         "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
         "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+        # Else 15: trials would get only the cores that nothing else on the machine wants.
+        "RAY_worker_niceness": "0",
     }
     for name, value in quiet.items():
         os.environ.setdefault(name, value)

@@ -22,6 +22,7 @@ from pipeline.train.tasks import Task, make_task
 
 WEIGHTS = "model.safetensors"
 MODEL_CONFIG = "config.json"
+_NEEDED = ("model", "overrides", "classes", "augment", "eval_transform")
 
 
 def save_weights(directory: Path, engine: Engine, task: Task, classes: list[str], figures: dict[str, Any]) -> None:
@@ -107,8 +108,13 @@ def load_weights(directory: Path) -> tuple[ImageModel, dict[str, Any]]:
         raise UserError(f"{directory}: no exported model here ({name} is missing)") from error
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{directory}: can't read the exported model: {error}") from error
+    if not isinstance(described, dict):
+        raise UserError(f"{directory / MODEL_CONFIG}: not the description of a model; export the model again")
     if (task := described.get("task", "classify")) != "classify":
         raise UserError(f"{directory}: weights of task={task}; this works on picture classifiers (task=classify)")
+    missing = [key for key in _NEEDED if key not in described]
+    if missing:
+        raise UserError(f"{directory / MODEL_CONFIG}: {missing[0]!r} is missing; export the model again")
     try:
         model = create_model(described["model"], **described["overrides"])
         model.load_state_dict(weights)

@@ -49,8 +49,8 @@ class Trained:
         return cls(
             model,
             described["model"],
-            described["overrides"]["img_size"],
-            described["overrides"]["in_chans"],
+            model.img_size,
+            model.in_chans,
             described["classes"],
             AugmentConfig.model_validate(described["augment"]),
             EvalTransformConfig.model_validate(described["eval_transform"]),

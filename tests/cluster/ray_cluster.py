@@ -30,7 +30,7 @@ class RayCluster:
 
     def __enter__(self) -> RayCluster:
         quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
-        os.environ.update(quiet)
+        os.environ.update(quiet | {"RAY_worker_niceness": "0"})
         from ray.cluster_utils import Cluster
 
         self._cluster = Cluster(shutdown_at_exit=True)

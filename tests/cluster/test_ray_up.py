@@ -67,7 +67,7 @@ def filled_in(hosts: Hosts, shared: Path) -> Path:
 
 
 def submit(hosts: Hosts, cluster: Path, shared: Path) -> str:
-    """What a sweep prints that is started on the head: as many trials as nodes, each as large as a node."""
+    """What a sweep prints that is submitted as a job: as many trials as nodes, each as large as a node."""
     from ray._private.utils import get_num_cpus
 
     sweep = {
@@ -78,7 +78,15 @@ def submit(hosts: Hosts, cluster: Path, shared: Path) -> str:
         "resources": {"cpus": get_num_cpus()},
     }
     (shared / "sweep.yaml").write_text(yaml.safe_dump(sweep))
-    return hosts.run("ray", "exec", cluster, f"cd ~/rookery && rookery sweep {shared}/sweep.yaml --address auto")
+    # As docs/clusters.md has it: a tunnel to the dashboard, and a job through it. Ctrl-C ends the tunnel and its ssh.
+    job = f"bash -c '. ~/.rookery.sh; cd ~/rookery; exec rookery sweep {shared}/sweep.yaml --address auto'"
+    script = f"""
+        set -m; ray dashboard {cluster} >{hosts.folder}/dashboard.log 2>&1 & trap "kill -INT -- -$!" EXIT
+        until ray job list >{hosts.folder}/jobs.log 2>&1; do kill -0 $! || exit; sleep 1; done
+        ray job submit -- {job}
+    """
+    address = {"RAY_AUTH_MODE": "token", "RAY_API_SERVER_ADDRESS": "http://localhost:8265"}
+    return hosts.run("bash", "-c", script, env=address)
 
 
 def ray_processes(hosts: Hosts, name: str) -> list[str]:

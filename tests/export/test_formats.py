@@ -17,6 +17,7 @@ from pipeline.export.timm_format import NATIVE_FORMS
 from pipeline.export.write import write
 from pipeline.models import ModelError, create_model, list_models, resize_pos_embed
 from pipeline.train.export import MODEL_CONFIG, WEIGHTS, load_weights, whole_directory
+from pipeline.train.trained import Trained
 from tests.export.sources import CLASSES, full_source, source
 
 every_model = pytest.mark.parametrize("name", list_models())
@@ -161,6 +162,12 @@ def test_whoever_reads_the_config_reads_the_weights(tmp_path: Path) -> None:
     assert weights.stat().st_mode == config.stat().st_mode
 
 
+def described(out: Path, **changes: Any) -> None:
+    """Change the description of exported weights."""
+    old = json.loads((out / MODEL_CONFIG).read_text())
+    (out / MODEL_CONFIG).write_text(json.dumps(old | changes))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -168,7 +175,9 @@ def test_whoever_reads_the_config_reads_the_weights(tmp_path: Path) -> None:
         (lambda out: (out / MODEL_CONFIG).unlink(), "config.json is missing"),
         (lambda out: (out / WEIGHTS).write_bytes(b"short"), "can't read the exported model"),
         (lambda out: (out / MODEL_CONFIG).write_text("{"), "can't read the exported model"),
-        (lambda out: (out / MODEL_CONFIG).write_text("{}"), "don't fit the model"),
+        (lambda out: (out / MODEL_CONFIG).write_text("[]"), "not the description of a model"),
+        (lambda out: (out / MODEL_CONFIG).write_text("{}"), "'model' is missing"),
+        (lambda out: described(out, overrides={"depths": 7}), "don't fit the model"),
     ],
 )
 def test_damaged_exports_are_explained(damage: Any, message: str, tmp_path: Path) -> None:
@@ -176,3 +185,10 @@ def test_damaged_exports_are_explained(damage: Any, message: str, tmp_path: Path
     damage(tmp_path / "out")
     with pytest.raises(UserError, match=message):
         load_weights(tmp_path / "out")
+
+
+def test_what_is_left_out_of_the_overrides_is_the_models_own(tmp_path: Path) -> None:
+    write(full_source("nest_tiny_cifar"), tmp_path / "out", "safetensors")
+    described(tmp_path / "out", overrides={"num_classes": len(CLASSES)})
+    trained = Trained.from_export(tmp_path / "out")
+    assert (trained.img_size, trained.in_chans) == (32, 3)

@@ -425,15 +425,17 @@ def test_taking_over(shards: Path, tmp_path: Path) -> None:
         ("hvt_lr_wd", 12),
         ("hvt_pooling", 13),
         ("nest_aggregation", 11),
+        ("nest_early_layers", 6),
         ("nest_epochs", 6),
         ("nest_lr_wd", 12),
+        ("nest_warmup", 10),
         ("refiner_expansion", 8),
         ("refiner_lr_wd", 9),
     ],
 )
 def test_shipped_sweep(name: str, count: int, shards: Path, tmp_path: Path) -> None:
     path = ROOT / "configs" / "sweep" / f"{name}.yaml"
-    assert path in SWEEPS and len(SWEEPS) == 10
+    assert path in SWEEPS and len(SWEEPS) == 12
     sweep = load_sweep(path)
     config = run_config(sweep, "x", {} if sweep.searcher.kind == "optuna" else drawn_trials(sweep)[0])
     lanes = config.data.lanes or default_lanes(config.train.global_batch_size)

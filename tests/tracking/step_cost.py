@@ -28,14 +28,15 @@ class Mark:
         pid = json.loads((run / ".lock").read_text())["pid"]
         # Nanoseconds on a core, nanoseconds waiting for one, times on one.
         waited = int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[1]) / 1e9
-        return cls(time.monotonic() - waited, _newest_step(run / "metrics.jsonl"))
+        return cls(time.monotonic() - waited, newest_step(run / "metrics.jsonl"))
 
     def step_seconds(self, later: Mark) -> float:
         """Mean length of the steps up to a later moment; what a step waits for, a server say, is in it."""
         return (later.seconds - self.seconds) / (later.step - self.step)
 
 
-def _newest_step(path: Path) -> int:
+def newest_step(path: Path) -> int:
+    """The last step that a metrics file tells of."""
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 4096))
         lines = [parse_line(line) for line in file.readlines()]

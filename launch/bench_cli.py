@@ -137,6 +137,7 @@ def generators(
         int | None, typer.Option(min=8, help="side of the images; default: each generator's own")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
     out: Annotated[Path | None, typer.Option(help="also write the figures to this JSON file")] = None,
 ) -> None:
     """Time generators of images with random weights against the first one, and count their multiply-adds.
@@ -148,35 +149,34 @@ def generators(
     if precision not in ("fp32", "bf16"):
         raise UserError(f"--precision {precision}: there is fp32 and bf16")
     _check_out(out)
+    load = os.getloadavg()[0]  # what else the machine does; before torch and the rounds make some of their own
     import torch
 
+    from launch.bench_report import device_name, print_generators
     from pipeline.generate.bench import bench_generators
+    from pipeline.tracking.environment import key_versions
     from pipeline.tracking.files import write_text
 
     if threads is not None:
         torch.set_num_threads(threads)
     chosen = names or ["nest_gen_64", "plane_gen_64", "conv_gen_64"]
     rows = bench_generators(chosen, batch, rounds, precision, {"img_size": img_size})
-    for row in rows:
-        rate, longer = row["images_per_second"], row["times_as_long"]
-        typer.echo(
-            f"{row['name']:16} {row['params'] / 1e6:6.2f} M parameters {row['macs'] / 1e9:7.3f} GMACs "
-            f"({row['attention_macs'] / row['macs']:4.0%} attention's) {rate['median']:8.2f} img/s "
-            f"({rate['least']:.2f} ... {rate['most']:.2f}); of {chosen[0]}: {row['times_the_macs']:.2f} x the MACs, "
-            f"{longer['median']:.2f} x the time ({longer['least']:.2f} ... {longer['most']:.2f})"
-        )
+    report = {
+        "command": shlex.join(["rookery", *sys.argv[1:]]),
+        "batch": batch,
+        "rounds": rounds,
+        "precision": precision,
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "load_before": load,
+        "versions": key_versions(),
+        "generators": rows,
+    }
+    if as_json:
+        typer.echo(json.dumps(report, indent=1))
+    else:
+        print_generators(report)
     if out is not None:
-        report = {
-            "command": shlex.join(["rookery", *sys.argv[1:]]),
-            "batch": batch,
-            "rounds": rounds,
-            "precision": precision,
-            "device": torch.cuda.get_device_name()
-            if torch.cuda.is_available()
-            else f"{torch.get_num_threads()} threads",
-            "torch": torch.__version__,
-            "generators": rows,
-        }
         write_text(out, json.dumps(report, indent=1) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""What `rookery bench step` tells: the figures as a tree for JSON, and as a table."""
+"""What `rookery bench step` and `generate` tell: the figures as a tree for JSON, and as a table."""
 
 from __future__ import annotations
 
@@ -80,4 +80,36 @@ def print_report(report: dict[str, Any]) -> None:
         f"\nn processes; median of {report['repeats']} blocks of {report['steps']} steps on made batches. comm.: part "
         "of a step that the slowest process does not need by itself, same engine, measured in turn. slowest: by the "
         "steps of each process by itself, against the median. GB: peak of a process before those steps."
+    )
+
+
+def print_generators(report: dict[str, Any]) -> None:
+    """Print the table of `rookery bench generate`."""
+    rows = report["generators"]
+    table = Table(
+        title=f"batch {report['batch']}, {report['precision']}, {report['threads']} threads; {report['device']}",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    for column in ("generator", "M params", "GMACs", "attention's", "images/s", "min..max", "x MACs", "x time", "min..max"):
+        table.add_column(column, justify="left" if column == "generator" else "right")
+    for row in rows:
+        rate, longer = row["images_per_second"], row["times_as_long"]
+        table.add_row(
+            row["name"],
+            f"{row['params'] / 1e6:.2f}",
+            f"{row['macs'] / 1e9:.3f}",
+            f"{row['attention_macs'] / row['macs']:.0%}",
+            f"{rate['median']:.2f}",
+            f"{rate['min']:.2f}..{rate['max']:.2f}",
+            f"{row['times_the_macs']:.2f}",
+            f"{longer['median']:.2f}",
+            f"{longer['min']:.2f}..{longer['max']:.2f}",
+        )
+    console = Console(highlight=False, emoji=False, markup=False)
+    console.print(table)
+    console.print(
+        f"\nMedian of {report['rounds']} rounds in turn. MACs: multiply-adds of an image; attention's: the products of "
+        f"queries, keys and values among them. x: of {rows[0]['name']}; times are compared within a round."
     )

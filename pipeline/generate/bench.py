@@ -83,4 +83,4 @@ def _wait(device: torch.device) -> None:
 
 
 def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}

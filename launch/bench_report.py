@@ -92,8 +92,9 @@ def print_generators(report: dict[str, Any]) -> None:
         box=None,
         pad_edge=False,
     )
-    for column in ("generator", "M params", "GMACs", "attention's", "images/s", "min..max", "x MACs", "x time", "min..max"):
-        table.add_column(column, justify="left" if column == "generator" else "right")
+    table.add_column("generator")
+    for column in ("M params", "GMACs", "attention's", "images/s", "min..max", "x MACs", "x time", "min..max"):
+        table.add_column(column, justify="right")
     for row in rows:
         rate, longer = row["images_per_second"], row["times_as_long"]
         table.add_row(

@@ -10,8 +10,8 @@ import typer
 from launch.export_cli import Weights
 from pipeline.errors import UserError
 
-GRID_NAME, WAYS_NAME = "grid.png", "ways.png"
-_GRID, _WAYS = 256, 8
+GRID_NAME, LINES_NAME = "grid.png", "interpolations.png"
+_GRID, _LINES = 256, 8
 
 
 def generate(
@@ -20,7 +20,7 @@ def generate(
     count: Annotated[int, typer.Option(min=1, help="images")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="of the latents; image i of a seed is always the same")] = 0,
     interpolate: Annotated[
-        int, typer.Option(min=0, help=f"also draw ways between images, of this many steps, as {WAYS_NAME}; 0: none")
+        int, typer.Option(min=0, help=f"also draw images between images, in so many steps, as {LINES_NAME}; 0: none")
     ] = 0,
     weights: Annotated[
         Weights | None, typer.Option(help="of a run; last: its newest checkpoint; default: final, else last")
@@ -33,14 +33,14 @@ def generate(
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: not a folder; choose another place for the images")
     if interpolate == 1:
-        raise UserError("--interpolate 1: a way has two ends; give at least 2 steps")
+        raise UserError("--interpolate 1: it has two ends; give at least 2 steps")
     # torch takes seconds to import.
     import numpy as np
     import torch
 
     from pipeline.generate.latents import fixed_latents
-    from pipeline.generate.pictures import generated, sheet, ways
-    from pipeline.generate.trained import load_generator
+    from pipeline.generate.pictures import generated, interpolations, sheet
+    from pipeline.train.tasks.generate_saved import load_generator
 
     trained = load_generator(run, weights)
     typer.echo(f"loaded {trained.name} from {trained.path}")
@@ -57,7 +57,7 @@ def generate(
             shown = shown or pictures
         sheet(shown, columns).save(out / GRID_NAME)
         if interpolate:
-            sheet(ways(generator, _WAYS, interpolate, seed), interpolate).save(out / WAYS_NAME)
+            sheet(interpolations(generator, _LINES, interpolate, seed), interpolate).save(out / LINES_NAME)
     except OSError as error:
         raise UserError(f"{out}: can't be written ({error.strerror}); choose another folder") from error
-    typer.echo(f"wrote {count} images and {out / GRID_NAME}" + (f", {out / WAYS_NAME}" if interpolate else ""))
+    typer.echo(f"wrote {count} images and {out / GRID_NAME}" + (f", {out / LINES_NAME}" if interpolate else ""))

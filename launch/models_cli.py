@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from launch.facts_cache import FactsCache
+from pipeline.errors import UserError
 
 # Of the columns left of the source, in characters; fixed, so that a family is printed as soon as it is counted.
 _SIZE, _PARAMS, _MACS, _TOP1 = 4, 8, 8, 16
@@ -25,10 +26,16 @@ def models(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     text: Annotated[bool, typer.Option("--text", help="the encoders of task=language instead, at 128 tokens")] = False,
+    generators: Annotated[bool, typer.Option("--generators", help="those of task=generate instead")] = False,
 ) -> None:
     """List the architectures: parameters, multiply-adds per image, the paper's top-1 and where it is reported."""
+    if text and generators:
+        raise UserError("--text and --generators are two tables; give one of them")
     if text:
         _print_encoders(pattern, as_json)
+        return
+    if generators:
+        _print_generators(pattern, img_size, as_json)
         return
     names = _matching(pattern)
     with FactsCache() as cache:
@@ -89,9 +96,6 @@ def _print_families(rows: Iterator[dict[str, Any]], name_width: int) -> None:
 
 def _print_encoders(pattern: str, as_json: bool) -> None:
     """BERT by sizes, plain and with every layer's maps refined."""
-    from rich.console import Console
-    from rich.table import Table
-
     from pipeline.models import ModelError
     from pipeline.models.bert import bert_facts
     from pipeline.models.bert_options import SIZES
@@ -105,12 +109,48 @@ def _print_encoders(pattern: str, as_json: bool) -> None:
         for form, refine in forms.items():
             facts = bert_facts(name, _TOKENS, refine=refine)
             rows.append({"name": name, "attention": form, "params": facts.params, "macs": facts.macs})
+    _print_rows(rows, ("name", "attention"), as_json)
+
+
+def _print_generators(pattern: str, img_size: int | None, as_json: bool) -> None:
+    """Generators of images, without their discriminators."""
+    import torch
+
+    from pipeline.generate.bench import generator_macs
+    from pipeline.models import ModelError
+    from pipeline.models.facts import count_params
+    from pipeline.models.generate import GENERATORS, create_generator
+
+    names = fnmatch.filter(GENERATORS, pattern)
+    if not names:
+        raise ModelError(f"no generator matches {pattern!r}; there are {', '.join(GENERATORS)}")
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        with torch.device("meta"):
+            generator = create_generator(name, img_size=img_size)
+        row = {"name": name, "img_size": generator.img_size, "params": count_params(generator)}
+        rows.append({**row, **generator_macs(generator), "source": GENERATORS[name].source})
+    _print_rows(rows, ("name", "source"), as_json)
+
+
+def _print_rows(rows: list[dict[str, Any]], words: tuple[str, ...], as_json: bool) -> None:
+    """Args: words: the keys whose values are words; those that end in `macs` are shown in billions."""
+    from rich.console import Console
+    from rich.table import Table
+
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("name", "attention", "params", "GMACs"):
-        table.add_column(heading, justify="left" if heading in ("name", "attention") else "right")
+    for key in rows[0]:
+        heading = key.replace("macs", "GMACs").replace("_", " ")
+        table.add_column(heading, justify="left" if key in words else "right", no_wrap=key == "name")
     for row in rows:
-        table.add_row(row["name"], row["attention"], f"{row['params']:,}", f"{row['macs'] / 1e9:.3f}")
+        table.add_row(*(_shown(key, value) for key, value in row.items()))
     Console().print(table)
+
+
+def _shown(key: str, value: Any) -> str:
+    if key.endswith("macs"):
+        return f"{value / 1e9:.3f}"
+    return f"{value:,}" if isinstance(value, int) else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-import time
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -38,11 +38,11 @@ def bench_generators(
         for number in range(rounds + 1):
             for generator, inputs, taken in zip(generators, latents, seconds, strict=True):
                 _wait(device)
-                start = time.perf_counter()
+                start = perf_counter()
                 generator.images(inputs)
                 _wait(device)
                 if number:
-                    taken.append(time.perf_counter() - start)
+                    taken.append(perf_counter() - start)
     rows: list[dict[str, Any]] = []
     for name, generator, taken in zip(names, generators, seconds, strict=True):
         ratios = [other / own for own, other in zip(seconds[0], taken, strict=True)]

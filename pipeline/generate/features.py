@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.error import URLError
 
 import numpy as np
@@ -27,7 +27,9 @@ from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
 from pipeline.hashing import hash64
 from pipeline.tracking.files import write_aside
-from pipeline.train.distributed import World
+
+if TYPE_CHECKING:
+    from pipeline.train.distributed import World
 
 SMALL_FILE = "features_small.safetensors"
 # Samples of the training split that the small network sees, steps and samples of a step, its seed.

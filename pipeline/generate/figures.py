@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,9 @@ from pipeline.errors import UserError
 from pipeline.generate.features import FeatureNet, to_bytes
 from pipeline.generate.latents import fixed_latents
 from pipeline.models.generate import Generator
-from pipeline.train.distributed import World
+
+if TYPE_CHECKING:
+    from pipeline.train.distributed import World
 
 _SPLITS = 10
 

@@ -30,7 +30,7 @@ def fixed_latents(dim: int, seed: int, numbers: np.ndarray) -> torch.Tensor:
 
 
 def interpolated(first: torch.Tensor, last: torch.Tensor, steps: int) -> torch.Tensor:
-    """The way between two latents on the sphere that most latents lie near: (steps, dim), both ends among them.
+    """From one latent to another along the sphere that most latents lie near: (steps, dim), both ends among them.
 
     Straight lines between Gaussian vectors pass nearer to 0 than the generator has ever seen.
     """

@@ -46,7 +46,7 @@ def samples(generator: Generator, count: int, seed: int = 0) -> list[Image.Image
     return generated(generator, fixed_latents(generator.latent_dim, seed, np.arange(count)))
 
 
-def ways(generator: Generator, count: int, steps: int, seed: int = 0) -> list[Image.Image]:
-    """Ways between the images of a seed: from the first to the second, the third to the fourth, `steps` images each."""
+def interpolations(generator: Generator, count: int, steps: int, seed: int = 0) -> list[Image.Image]:
+    """Between the images of a seed: from the first to the second, the third to the fourth, `steps` images each."""
     ends = fixed_latents(generator.latent_dim, seed, np.arange(2 * count))
     return generated(generator, torch.cat([interpolated(ends[2 * i], ends[2 * i + 1], steps) for i in range(count)]))

@@ -10,7 +10,7 @@
         result.json      final figures, once the run is complete
         confusion.npz    confusion matrix of the newest evaluation; confusion_best.npz of the best one
         explain/         paths of GradCAT after every evaluation, when `explain.images` asks for them
-        samples/         images of a generator after every evaluation, and ways between some
+        samples/         images of a generator after every evaluation, and interpolations between some
         checkpoints.json final and best weights by path and sha256
         mlflow.json      what was uploaded where
 

@@ -77,3 +77,11 @@ def test_encoders_of_text() -> None:
     assert rows["bert_base", "plain"]["macs"] == layers + 768**2 + 768 * 2
     refined = 12 * (2 * 12 * 36 + 9 * 36) * 128**2
     assert rows["bert_base", "linear"]["macs"] - rows["bert_base", "plain"]["macs"] == refined
+
+
+def test_generators() -> None:
+    rows = {row["name"]: row for row in json.loads(run("*_gen_64", "--generators", "--json"))}
+    assert list(rows) == ["nest_gen_64", "plane_gen_64", "conv_gen_64"]
+    assert rows["nest_gen_64"]["params"] == rows["plane_gen_64"]["params"] == 11_484_867
+    assert rows["nest_gen_64"]["macs"] == 1_298_202_624
+    assert "nest_gen_micro" in run("nest*", "--generators") and "11,484,867" in run("nest*", "--generators")

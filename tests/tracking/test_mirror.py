@@ -114,11 +114,11 @@ def test_explanations_are_sent_once(tmp_path: Path, sqlite_uri: str, client: Any
 def test_pages_of_generators_are_sent_once(tmp_path: Path, sqlite_uri: str, client: Any) -> None:
     run = make_run(tmp_path / "first", status=None)
     (run / "samples").mkdir()
-    for name in ("samples", "ways"):
+    for name in ("interpolations", "samples"):
         (run / "samples" / f"{name}-00000010.png").write_bytes(b"picture")
     report = Mirror(run, sqlite_uri).push()
     sent = sorted(file.path for file in client.list_artifacts(report.run_id, "samples"))
-    assert sent == ["samples/samples-00000010.png", "samples/ways-00000010.png"]
+    assert sent == ["samples/interpolations-00000010.png", "samples/samples-00000010.png"]
     assert Mirror(run, sqlite_uri).push().artifacts == 0
 
 

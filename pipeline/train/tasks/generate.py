@@ -25,7 +25,7 @@ from pipeline.errors import UserError
 from pipeline.generate.features import FeatureNet, inception, small_net
 from pipeline.generate.figures import Judge
 from pipeline.generate.latents import TRAIN, normal
-from pipeline.generate.pictures import samples, sheet, ways
+from pipeline.generate.pictures import interpolations, samples, sheet
 from pipeline.hashing import seed64
 from pipeline.models.errors import UnknownOption
 from pipeline.models.facts import module_macs
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rookery")
 
-# On a page: samples, and ways with so many images each.
-_SHEET, _COLUMNS, _WAYS, _WAY_STEPS = 64, 8, 6, 10
+# On a page: samples, and interpolations of so many images each.
+_SHEET, _COLUMNS, _LINES, _LINE_STEPS = 64, 8, 6, 10
 
 
 class GanBatch(NamedTuple):
@@ -260,7 +260,7 @@ class GenerateWork(Work):
         generator.eval()
         pages = {
             "samples": sheet(samples(generator, _SHEET), _COLUMNS),
-            "ways": sheet(ways(generator, _WAYS, _WAY_STEPS), _WAY_STEPS),
+            "interpolations": sheet(interpolations(generator, _LINES, _LINE_STEPS), _LINE_STEPS),
         }
         generator.train(was_training)
         folder = self.folder / SAMPLES_NAME

@@ -14,13 +14,13 @@ from pipeline.data.loader import EvalDataset
 from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
 from pipeline.generate.figures import Judge
-from pipeline.generate.trained import load_generator
 from pipeline.resolve import training_shards
 from pipeline.tracking.run_dir import CONFIG_NAME, RunDir
 from pipeline.train.distributed import World
 from pipeline.train.engines.base import PRECISIONS
 from pipeline.train.eval_progress import watched
 from pipeline.train.setup import eval_dataset_batches
+from pipeline.train.tasks.generate_saved import load_generator
 
 if TYPE_CHECKING:
     from pipeline.train.eval_worker import EvalJob

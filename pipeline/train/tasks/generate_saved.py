@@ -1,4 +1,4 @@
-"""A trained generator, from a run, one of its checkpoints or exported weights."""
+"""A trained generator, read from a run, one of its checkpoints or exported weights."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from pipeline.models.bert import Bert
 from pipeline.models.bert_options import BertOptions
 from pipeline.models.facts import count_macs, count_params, model_facts
 from pipeline.resolve import build_model
+from pipeline.train.tasks import make_task
 from tests.test_readme import printed
 from tests.test_recipes import RECIPES
 
@@ -49,10 +50,10 @@ def test_the_table_was_read() -> None:
 def test_models_of_the_commands_can_be_built(line: str) -> None:
     recipe, *words = shlex.split(line)[2:]
     config = load_config(ROOT / recipe, [word for word in words if re.match(r"[a-z_.0-9]+=", word)])
-    if config.task.kind == "language":  # a resolved one would fetch the tokenizer
-        counted_model(recipe, config)
-    else:
+    if config.task.kind == "classify":
         build_model(config, "meta")
+    else:
+        counted_model(recipe, config)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -76,6 +77,8 @@ def test_head_of_a_recipe_counts_its_model(name: str) -> None:
 def counted_model(name: str, config: RunConfig) -> torch.nn.Module:
     data = next((data for data in CLASSES if data in re.split(r"[/_]", name)), None)
     with torch.device("meta"):
-        if config.task.kind == "language":
+        if config.task.kind == "generate":
+            return make_task(config).build_model("meta")
+        if config.task.kind == "language":  # a resolved one would fetch the tokenizer
             return Bert(BertOptions.of(config.model.name, config.model.options))
         return create_model(config.model.name, **config.model.overrides() | {"num_classes": CLASSES.get(data, 1000)})

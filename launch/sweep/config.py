@@ -16,8 +16,22 @@ from pipeline.config_load import default_name, read_tree
 from pipeline.config_section import Section, kind_alone
 from pipeline.durations import Duration, Epochs
 from pipeline.errors import UserError
+from pipeline.tracking.metric_names import lower_is_better
 
-Metric = Literal["top1", "top5", "loss", "accuracy", "f1", "matthews", "spearman", "pearson"]
+Metric = Literal[
+    "top1",
+    "top5",
+    "loss",
+    "accuracy",
+    "f1",
+    "matthews",
+    "spearman",
+    "pearson",
+    "fid_inception",
+    "is_inception",
+    "fid_small",
+    "is_small",
+]
 # Of the keys that a recipe has too, these belong to the sweep: its folder, of which the runs are.
 _BOTH = ("name", "out")
 
@@ -135,7 +149,9 @@ class SweepConfig(Section):
     space: dict[str, Axis] = Field(default_factory=dict, description="keys of the recipe, and how each varies")
     trials: int | None = Field(None, ge=1, description="how many; null: one for each point of the grids")
     metric: Metric = Field("top1", description="figure of an evaluation that judges")
-    goal: Literal["max", "min"] | None = Field(None, description="null: the least loss, the highest of the others")
+    goal: Literal["max", "min"] | None = Field(
+        None, description="null: the least loss or FID, the highest of the others"
+    )
     scheduler: Annotated[Scheduler, BeforeValidator(kind_alone)] = Fifo()
     searcher: Annotated[Searcher, BeforeValidator(kind_alone)] = Searcher()
     resources: Resources = Resources()
@@ -203,7 +219,7 @@ class SweepConfig(Section):
     @property
     def is_max(self) -> bool:
         """Whether a higher metric is better."""
-        return (self.goal or ("min" if self.metric == "loss" else "max")) == "max"
+        return (self.goal or ("min" if lower_is_better(self.metric) else "max")) == "max"
 
     @property
     def folder(self) -> Path:

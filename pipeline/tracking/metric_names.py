@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _TITLES = {"top1": "top-1 %", "top5": "top-5 %", "loss": "eval loss", "accuracy": "accuracy %", "f1": "F1 %"}
+_TITLES |= {"fid_inception": "FID", "is_inception": "IS", "fid_small": "FID, small net", "is_small": "IS, small net"}
 _PERCENT = ("top1", "top5", "accuracy", "f1")
 
 
@@ -23,7 +24,7 @@ def digits(metric: str) -> int:
 
 def lower_is_better(metric: str) -> bool:
     """Whether the best value of a metric is the lowest."""
-    return "loss" in metric or "error" in metric
+    return "loss" in metric or "error" in metric or metric.startswith("fid_")
 
 
 def written(metric: str, value: float | None) -> str | None:

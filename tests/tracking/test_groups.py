@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from scipy import stats
 
+from launch.sweep.config import Metric
 from pipeline.tracking.compare import group_columns
 from pipeline.tracking.groups import Spread, best_group, compare_groups, group_runs, holm, spread, welch
+from pipeline.tracking.metric_names import lower_is_better
 from pipeline.tracking.record import RunSummary, summarize_all
 from tests.tracking.made_runs import IMAGENET, write_run
 
@@ -98,6 +101,8 @@ def test_groups_are_compared_with_the_best_of_several_seeds(runs: list[RunSummar
     assert test.p == test.p_holm == pytest.approx(stats.ttest_ind(A, B, equal_var=False).pvalue)
     # Of losses the lowest is the best: 2 - top-1 here.
     assert best_group(group_runs(runs, "loss"), "loss") == 1
+    low = {name for name in get_args(Metric) if lower_is_better(name)}
+    assert low == {"loss", "fid_inception", "fid_small"}
 
 
 def test_table_over_seeds(runs: list[RunSummary]) -> None:

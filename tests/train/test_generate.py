@@ -228,8 +228,13 @@ def test_generate_and_eval(recipe: Path, rookery: Rookery, tmp_path: Path) -> No
     for key in ("fid_small", "is_small"):
         assert evaluated[key] == pytest.approx(result[key], rel=1e-3) and math.isfinite(result[key])
     assert result["best"]["fid_small"] == min(line["fid_small"] for line in lines(run, "eval"))
+    classifier = tmp_path / "classifier"
+    classifier.mkdir()
+    (classifier / "config.json").write_text('{"model": "nest_tiny"}')
+    (classifier / "model.safetensors").write_bytes(save({"weight": torch.zeros(1)}))
     for arguments, words in (
         (("generate", run, recipe), "not a folder"),
+        (("generate", classifier, "x"), "task=classify"),
         (("generate", tmp_path, "x"), "no model here"),
         (("generate", run, "x", "--interpolate", 1), "two ends"),
         (("export", run, "x"), "task=generate"),

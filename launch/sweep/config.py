@@ -149,9 +149,7 @@ class SweepConfig(Section):
     space: dict[str, Axis] = Field(default_factory=dict, description="keys of the recipe, and how each varies")
     trials: int | None = Field(None, ge=1, description="how many; null: one for each point of the grids")
     metric: Metric = Field("top1", description="figure of an evaluation that judges")
-    goal: Literal["max", "min"] | None = Field(
-        None, description="null: the least loss or FID, the highest of the others"
-    )
+    goal: Literal["max", "min"] | None = Field(None, description="null: the least loss or FID, the most of the others")
     scheduler: Annotated[Scheduler, BeforeValidator(kind_alone)] = Fifo()
     searcher: Annotated[Searcher, BeforeValidator(kind_alone)] = Searcher()
     resources: Resources = Resources()

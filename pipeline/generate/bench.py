@@ -41,8 +41,9 @@ def bench_generators(
                 start = perf_counter()
                 generator.images(inputs)
                 _wait(device)
+                took = perf_counter() - start
                 if number:
-                    taken.append(perf_counter() - start)
+                    taken.append(took)
     rows: list[dict[str, Any]] = []
     for name, generator, taken in zip(names, generators, seconds, strict=True):
         ratios = [other / own for own, other in zip(seconds[0], taken, strict=True)]

@@ -105,6 +105,8 @@ def _serve() -> None:
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # and with it the compiler, at the first start
     import torch
     import torch._dynamo  # which torch's convolutions and optimizers import when they are first used
+    import torchmetrics.image.fid
+    import torchmetrics.image.inception  # noqa: F401
 
     import launch.cli
     import launch.dry_run

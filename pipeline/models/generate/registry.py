@@ -29,9 +29,9 @@ class GeneratorInfo:
     source: str
 
 
-_NEST = "NesT 2105.12723, widths and depths our own"
-_PLANE = "TransGAN 2102.07074: attention over the plane, widths and depths of the one above"
-_CONV = "SAGAN 1805.08318 without self-attention, as many parameters"
+_NEST = "NesT 2105.12723; our sizes"
+_PLANE = "TransGAN 2102.07074; sizes as above"
+_CONV = "SAGAN 1805.08318, no attention"
 _SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 2, "num_levels": 3, "latent_dim": 32}
 _SMALL |= {"embed_dims": (96, 64, 32), "depths": 1, "num_heads": (6, 4, 2)}
 

@@ -131,7 +131,7 @@ def generators(
         list[str] | None, typer.Argument(help="generators; default: the 64 px ones", metavar="[GENERATOR]...")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="images of a forward")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="timed forwards of each, interleaved")] = 15,
+    rounds: Annotated[int, typer.Option(min=1, help="timed forwards of each, interleaved")] = 31,
     precision: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
     img_size: Annotated[
         int | None, typer.Option(min=8, help="side of the images; default: each generator's own")

@@ -91,10 +91,11 @@ def print_generators(report: dict[str, Any]) -> None:
         title_justify="left",
         box=None,
         pad_edge=False,
+        padding=(0, 1, 0, 0),  # so that it fits into 80 columns
     )
-    table.add_column("generator")
-    for column in ("M params", "GMACs", "attention's", "images/s", "min..max", "x MACs", "x time", "min..max"):
-        table.add_column(column, justify="right")
+    table.add_column("generator", no_wrap=True)
+    for column in ("M", "GMACs", "attn.", "img/s", "min..max", "x MACs", "x time", "min..max"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         rate, longer = row["images_per_second"], row["times_as_long"]
         table.add_row(
@@ -102,8 +103,8 @@ def print_generators(report: dict[str, Any]) -> None:
             f"{row['params'] / 1e6:.2f}",
             f"{row['macs'] / 1e9:.3f}",
             f"{row['attention_macs'] / row['macs']:.0%}",
-            f"{rate['median']:.2f}",
-            f"{rate['min']:.2f}..{rate['max']:.2f}",
+            f"{rate['median']:.1f}",
+            f"{rate['min']:.1f}..{rate['max']:.1f}",
             f"{row['times_the_macs']:.2f}",
             f"{longer['median']:.2f}",
             f"{longer['min']:.2f}..{longer['max']:.2f}",
@@ -111,6 +112,6 @@ def print_generators(report: dict[str, Any]) -> None:
     console = Console(highlight=False, emoji=False, markup=False)
     console.print(table)
     console.print(
-        f"\nMedian of {report['rounds']} rounds in turn. MACs: multiply-adds of an image; attention's: the products of "
-        f"queries, keys and values among them. x: of {rows[0]['name']}; times are compared within a round."
+        f"\nMedian of {report['rounds']} rounds in turn. M: million parameters. MACs: multiply-adds of one; attn.: "
+        f"products of queries, keys and values among them. x: of {rows[0]['name']}; times are compared within a round."
     )

@@ -22,7 +22,7 @@ from data_prep.options import PrepOptions
 from data_prep.prepare import prepare_splits
 from launch import cli
 from pipeline.config_load import load_config
-from pipeline.config_task import LanguageConfig
+from pipeline.config_task import GenerateConfig, LanguageConfig
 from pipeline.data.shards import ShardSet
 from pipeline.data.text.glue import TASKS
 from pipeline.models import model_info
@@ -133,7 +133,9 @@ def test_recipe_of_sentences(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", GENERATE)
 def test_recipe_of_generators(name: str, shards: Path, tmp_path: Path) -> None:
     path, own = GENERATE[name], load_config(GENERATE[name])
+    assert isinstance(own.task, GenerateConfig)
     overrides = [f"data.train={shards}/train", f"data.val={shards}/val", f"out={tmp_path}", *SMALL]
+    overrides.append(f"train.global_batch_size={own.task.discriminator.group or 2}")
     said = CliRunner().invoke(cli._commands, ["train", str(path), *overrides, "--dry-run"], env={"COLUMNS": "500"})
     assert said.exit_code == 0, said.output
     assert f"{own.model.name}, " in said.output and "for a generated and a real image" in said.output

@@ -267,14 +267,14 @@ def test_nest_is_faster_than_timms(threads: None) -> None:
     theirs = timm.create_model("nest_tiny_jx").eval()
     ours = create_model("nest_tiny", gelu="erf").eval()
     ours.load_state_dict(from_timm(theirs.state_dict(), ours))
-    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     torch.set_num_threads(2)
     with torch.inference_mode():
         torch.testing.assert_close(ours(images), theirs(images), rtol=0, atol=1e-4)
         ratios: list[float] = []
-        while len(ratios) < 3 and max(ratios, default=0.0) < 1.1:  # another attempt where others took the cores
+        while len(ratios) < 4 and max(ratios, default=0.0) < 1.1:  # another attempt where others took the cores
             seconds: dict[nn.Module, list[float]] = {theirs: [], ours: []}
-            for _ in range(9):
+            for _ in range(7):
                 for model, taken in seconds.items():
                     began = time.perf_counter()
                     model(images)

@@ -87,12 +87,14 @@ class _Counter(TorchDispatchMode):
         self.operations: list[tuple[int, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         if func.is_view or func._schema.name in _NO_TRAFFIC:
             return out
         packet = func._overloadpacket
-        flops = int(flop_registry[packet](*args, **(kwargs or {}), out_val=out)) if packet in flop_registry else 0
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+        flops = int(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else 0
+        given = {name: value for name, value in kwargs.items() if name != "out"}  # that one is written only
+        tensors = [leaf for leaf in tree_leaves((args, given, out)) if isinstance(leaf, Tensor)]
         # A tensor that was expanded is read from the memory of the small one.
         moved = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
         self.operations.append((flops, moved))

@@ -11,6 +11,9 @@ BatchNorm couples the samples, so slices can't be recomputed one by one as layer
 * Those of the convolved maps take a pass over the slices, and so do their sums in the backward pass. All else works on
   maps of one per head.
 
+Every operation goes through memory once: products and sums of tensors of half precision with float32 factors are one
+operation that rounds once (`_linear`), not several on float32 copies.
+
 Shapes: B samples, H heads, H' expanded maps, N tokens. `real` (B, 1, N, N) is 1 where query and key are tokens and 0
 where one is padding, or None. Maps are computed in the type of the input, statistics in float32 at least.
 """
@@ -31,8 +34,8 @@ from pipeline.models.errors import ModelError
 if TYPE_CHECKING:
     from pipeline.models.refine import OfficialRefiner
 
-# Elements of the expanded maps of one slice: 64 MB in half precision.
-SLICE = 2**25
+# Elements of the expanded maps of one slice: 128 MB in half precision, of which up to eight exist at a time.
+SLICE = 2**26
 
 
 def refine_lean(refiner: OfficialRefiner, maps: Tensor, real: Tensor | None) -> Tensor:
@@ -104,25 +107,23 @@ class _Norm(NamedTuple):
 
     @property
     def scale(self) -> Tensor:
-        """Of the whole, (C,)."""
+        """k of x -> k x + shift, (C,)."""
         return self.weight * self.inv
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """(b, C, N, N) -> same shape, at least float32."""
-        return self.affine(self.normal(x))
+    def __call__(self, x: Tensor, times: float = 1.0) -> Tensor:
+        """(b, C, N, N) -> the same shape and type."""
+        return _linear(times * (self.bias - self.scale * self.mean), (x, times * self.scale))
 
-    def normal(self, x: Tensor) -> Tensor:
-        """Without weight and bias."""
-        return (_accurate(x) - _wide(self.mean)) * _wide(self.inv)
+    def sums(self, grad: Tensor, x: Tensor) -> Tensor:
+        """Sums over samples and places of the output's gradient, and of it times the normalised input: (2, C)."""
+        total = _sum(grad)
+        return torch.stack([total, self.inv * (_sum(grad * x) - self.mean * total)])
 
-    def affine(self, normal: Tensor) -> Tensor:
-        """The rest."""
-        return normal * _wide(self.weight) + _wide(self.bias)
-
-    def backward(self, grad: Tensor, normal: Tensor, sums: Tensor, count: Tensor) -> Tensor:
-        """Gradient of x, from that of the output, `normal(x)`, and the sums of `grad` and `grad · normal`, (2, C)."""
+    def backward(self, grad: Tensor, x: Tensor, sums: Tensor, count: Tensor) -> Tensor:
+        """Gradient of x, from that of the output and its sums over all samples; the type of x."""
         means = sums / count
-        return (grad - _wide(means[0]) - normal * _wide(means[1])) * _wide(self.scale)
+        pull = self.inv * means[1]
+        return _linear(self.scale * (self.mean * pull - means[0]), (x, -self.scale * pull), (grad, self.scale))
 
 
 class _Group:
@@ -164,26 +165,29 @@ class _Group:
 
     def moments(self, values: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """Mean and biased variance, (C,) each, of values (b, C, N, N) that come slice by slice."""
-        shares, means, variances = [], [], []
-        for part, x in zip(self.slices, map(_accurate, values), strict=True):
+        means, variances, shares = [], [], []
+        for part, x in zip(self.slices, values, strict=True):
             if self.real is None:
-                share = x[:, 0].numel() / self.count
-                var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+                n: int | Tensor = x[:, 0].numel()
             else:
-                n = self.real[part].sum(dtype=x.dtype)
-                share = n / self.count
-                mean = self.masked(x, part).sum((0, 2, 3)) / n
-                var = self.masked((x - _wide(mean)).square(), part).sum((0, 2, 3)) / n
-            shares.append(share)
+                x, n = self.masked(x, part), self.real[part].sum(dtype=self.count.dtype)
+            mean = _sum(x) / n
+            if x.dtype == self.count.dtype:
+                var = _sum(self.masked((x - _wide(mean)).square(), part)) / n
+            else:  # rounded to half precision: what this cancels is less than what the rounding did
+                squares = torch.linalg.vector_norm(x, dim=(0, 2, 3), dtype=self.count.dtype).square()
+                var = (squares / n - mean.square()).clamp(min=0)
             means.append(mean)
             variances.append(var)
+            shares.append(n / self.count)
         of_all = _total(share * mean for share, mean in zip(shares, means, strict=True))
         spread = (v + (mean - of_all).square() for v, mean in zip(variances, means, strict=True))
         return of_all, _total(share * v for share, v in zip(shares, spread, strict=True))
 
     def centered(self, part: slice) -> Tensor:
         """The maps less their means, (b, H, N, N): half precision has few digits for differences of large numbers."""
-        return self.masked(_accurate(self.maps[part]) - _wide(self.center), part).to(self.maps.dtype)
+        maps = self.maps[part]
+        return self.masked(torch.sub(maps, _wide(self.center), out=torch.empty_like(maps)), part)
 
     def expanded(self, centered: Tensor) -> Tensor:
         """What goes into the first ReLU6, (b, H', N, N)."""
@@ -199,14 +203,14 @@ class _Group:
 
     def summed(self, reduced: Tensor, part: slice) -> Tensor:
         """What goes into the last BatchNorm, (b, H, N, N)."""
-        return self.norms[2](reduced[part]) + self.maps[part]
+        return self.norms[2](reduced[part]).add_(self.maps[part])
 
 
 def _forward(group: _Group) -> tuple[Tensor, Tensor]:
     """Refined and reduced maps; the group learns its statistics."""
     maps, dtype, slices = group.maps, group.maps.dtype, group.slices
-    group.center, _ = group.moments(group.masked(maps[part], part) for part in slices)
-    flat = (group.masked(_accurate(maps[part]) - _wide(group.center), part) for part in slices)
+    group.center = _total(_sum(group.masked(maps[part], part)) for part in slices) / group.count
+    flat = (group.masked(maps[part] - _wide(group.center), part) for part in slices)
     group.covariance = _total(_outer(x, x) for x in flat) / group.count
     matrix = group.expand
     group.learn(matrix @ group.center, ((matrix @ group.covariance) * matrix).sum(1).clamp(min=0))
@@ -214,16 +218,18 @@ def _forward(group: _Group) -> tuple[Tensor, Tensor]:
     def convolved(part: slice) -> Tensor:
         return group.local(group.expanded(group.centered(part)), part)[1]
 
-    group.learn(*group.moments(convolved(part) for part in slices))
+    # A slice that is the whole group is small enough to be kept from one pass to the next.
+    kept = [convolved(slices[0])] if len(slices) == 1 else []
+    group.learn(*group.moments(kept or (convolved(part) for part in slices)))
     reduced = torch.empty_like(maps, memory_format=torch.contiguous_format)
     for part in slices:
-        hidden = F.relu6(group.norms[1](convolved(part))).to(dtype)
+        hidden = F.relu6(group.norms[1](kept.pop() if kept else convolved(part)))
         reduced[part] = F.conv2d(hidden, group.reduce.to(dtype)[..., None, None])
     group.learn(*group.moments(reduced[part] for part in slices))
     group.learn(*group.moments(group.summed(reduced, part) for part in slices))
     out = torch.empty_like(reduced)
     for part in slices:
-        out[part] = group.masked(group.norms[3](group.summed(reduced, part)) * group.scale, part)
+        out[part] = group.masked(group.norms[3](group.summed(reduced, part), group.scale), part)
     return out, reduced
 
 
@@ -232,49 +238,58 @@ def _backward(group: _Group, reduced: Tensor, grad: Tensor) -> tuple[Tensor, lis
     dtype, count, slices = group.maps.dtype, group.count, group.slices
     norm1, norm2, norm3, norm4 = group.norms
 
-    def at_last(part: slice) -> tuple[Tensor, Tensor]:
-        """Gradient of the last BatchNorm's output, and its normalised input."""
-        return group.masked(_accurate(grad[part]) * group.scale, part), norm4.normal(group.summed(reduced, part))
+    # Down to the reduced maps: tensors of one map per head.
+    def behind_last(part: slice) -> Tensor:
+        return group.masked(grad[part] * group.scale, part)
 
-    sums4 = _total(_sums(*at_last(part)) for part in slices)
-
-    def at_sum(part: slice) -> Tensor:
-        """Gradient of the sum of shortcut and third BatchNorm."""
-        return group.masked(norm4.backward(*at_last(part), sums4, count), part)
-
-    sums3 = _total(_sums(at_sum(part), norm3.normal(reduced[part])) for part in slices)
-
-    def at_second(part: slice, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradient of the reduced maps; of the second BatchNorm, its normalised input, output, gradient of this."""
-        grad_reduced = norm3.backward(at_sum(part), norm3.normal(reduced[part]), sums3, count)
-        grad_reduced = group.masked(grad_reduced, part).to(dtype)
-        normal = norm2.normal(convolved)
-        output = norm2.affine(normal)
-        grad_hidden = F.conv2d(grad_reduced, group.reduce.t().to(dtype)[..., None, None])
-        return grad_reduced, normal, output, _accurate(grad_hidden) * _inside(output)
-
-    sums2 = grad_reduce = torch.zeros((), dtype=count.dtype, device=count.device)
-    for part in slices:
-        _, convolved = group.local(group.expanded(group.centered(part)), part)
-        grad_reduced, normal, output, grad_output = at_second(part, convolved)
-        grad_reduce = grad_reduce + _outer(grad_reduced, F.relu6(output).to(dtype))
-        sums2 = sums2 + _sums(grad_output, normal)
-
+    sums4 = _total(norm4.sums(behind_last(part), group.summed(reduced, part)) for part in slices)
     grad_maps = torch.empty_like(reduced)
-    grad_kernel = moments1 = sum1 = torch.zeros((), dtype=count.dtype, device=count.device)
-    kernel, back = group.kernel.to(dtype), (norm1.scale[:, None] * group.expand).t().to(dtype)[..., None, None]
     for part in slices:
+        grad_sum = norm4.backward(behind_last(part), group.summed(reduced, part), sums4, count)
+        grad_maps[part] = group.masked(grad_sum, part)
+    sums3 = _total(norm3.sums(grad_maps[part], reduced[part]) for part in slices)
+    grad_reduced = torch.empty_like(reduced)
+    for part in slices:
+        grad_reduced[part] = group.masked(norm3.backward(grad_maps[part], reduced[part], sums3, count), part)
+
+    # Past the second BatchNorm, whose sums take a pass of their own.
+    back = group.reduce.t().to(dtype)[..., None, None]
+
+    def at_second(part: slice) -> tuple[Tensor, ...]:
+        """What was computed up to the second BatchNorm, its output, and the gradient of this."""
         centered = group.centered(part)
         expanded = group.expanded(centered)
         hidden, convolved = group.local(expanded, part)
-        _, normal, _, grad_output = at_second(part, convolved)
-        grad_convolved = group.masked(norm2.backward(grad_output, normal, sums2, count), part).to(dtype)
-        grad_expanded, grad_part = _convolution_backward(grad_convolved, hidden, kernel)
-        grad_expanded = group.masked(grad_expanded * _inside(expanded), part)
+        output = norm2(convolved)
+        return (
+            centered,
+            expanded,
+            hidden,
+            convolved,
+            output,
+            _relu6_backward(F.conv2d(grad_reduced[part], back), output),
+        )
+
+    kept: list[tuple[Tensor, ...]] = []  # as in the forward pass
+    sums2 = grad_reduce = count.new_zeros(())
+    for part in slices:
+        *before, convolved, output, grad_output = at_second(part)
+        sums2 = sums2 + norm2.sums(grad_output, convolved)
+        grad_reduce = grad_reduce + _outer(grad_reduced[part], F.relu6(output))
+        if len(slices) == 1:
+            kept.append((*before, convolved, output, grad_output))
+
+    grad_kernel = moments1 = sum1 = count.new_zeros(())
+    kernel, back1 = group.kernel.to(dtype), (norm1.scale[:, None] * group.expand).t().to(dtype)[..., None, None]
+    for part in slices:
+        centered, expanded, hidden, convolved, _, grad_output = kept.pop() if kept else at_second(part)
+        grad_convolved = group.masked(norm2.backward(grad_output, convolved, sums2, count), part)
+        grad_hidden, grad_part = _convolution_backward(grad_convolved, hidden, kernel)
+        grad_expanded = group.masked(_relu6_backward(grad_hidden, expanded), part)
         grad_kernel = grad_kernel + _accurate(grad_part)
-        sum1 = sum1 + grad_expanded.sum((0, 2, 3), dtype=count.dtype)
+        sum1 = sum1 + _sum(grad_expanded)
         moments1 = moments1 + _outer(grad_expanded, centered)
-        grad_maps[part] = at_sum(part) + F.conv2d(grad_expanded, back)
+        grad_maps[part] += F.conv2d(grad_expanded, back1)
 
     # What the first BatchNorm's statistics add: its normalised input is inv · W (A - mean), linear in the maps.
     moment1 = norm1.inv * (moments1 * group.expand).sum(1)
@@ -282,8 +297,8 @@ def _backward(group: _Group, reduced: Tensor, grad: Tensor) -> tuple[Tensor, lis
     mixed = group.expand.t() @ (pull[:, None] * group.expand)
     shift = group.expand.t() @ (norm1.scale * sum1 / count)
     for part in slices:
-        linear = F.conv2d(_accurate(group.centered(part)), mixed[..., None, None], shift)
-        grad_maps[part] -= group.masked(linear, part).to(dtype)
+        linear = F.conv2d(group.centered(part), mixed.to(dtype)[..., None, None], shift.to(dtype))
+        grad_maps[part] -= group.masked(linear, part)
     grad_expand = norm1.scale[:, None] * (moments1 - (norm1.inv * moment1)[:, None] * (group.expand @ group.covariance))
     ordered = [grad_expand, moment1, sum1, grad_kernel, sums2[1], sums2[0], grad_reduce, sums3[1], sums3[0]]
     return grad_maps, [*ordered, sums4[1], sums4[0]]
@@ -312,19 +327,27 @@ def _wide(x: Tensor) -> Tensor:
     return x[:, None, None]
 
 
-def _inside(x: Tensor) -> Tensor:
-    """Where a ReLU6 has a slope."""
-    return (x > 0) & (x < 6)
+def _linear(shift: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
+    """shift + sum of k x over the terms (x, k), with (C,) and (b, C, N, N); the type of x, k and shift in their own."""
+    out, first = _wide(shift), terms[0][0]
+    result = torch.empty_like(first)
+    for x, k in terms:
+        out = torch.addcmul(out, x, _wide(k), out=result)
+    return out
+
+
+def _relu6_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.hardtanh_backward(grad, x, 0.0, 6.0)
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Over samples and places, in float32 at least: (b, C, N, N) -> (C,)."""
+    return x.sum((0, 2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
     """Sum over samples and places: (b, C, N, N) and (b, C', N, N) -> (C, C')."""
     return _accurate(a.flatten(2) @ b.flatten(2).transpose(1, 2)).sum(0)
-
-
-def _sums(grad: Tensor, normal: Tensor) -> Tensor:
-    """Sums of a gradient, and of it times normalised values: (2, C)."""
-    return torch.stack([grad.sum((0, 2, 3)), (grad * normal).sum((0, 2, 3))])
 
 
 def _total(values: Iterable[Tensor]) -> Tensor:

@@ -11,18 +11,14 @@ BatchNorm couples the samples, so slices can't be recomputed one by one as layer
 * Those of the convolved maps take a pass over the slices, and so do their sums in the backward pass. All else works on
   maps of one per head.
 
-Every operation goes through memory once: products and sums of tensors of half precision with float32 factors are one
-operation that rounds once (`_linear`), not several on float32 copies.
-
 Shapes: B samples, H heads, H' expanded maps, N tokens. `real` (B, 1, N, N) is 1 where query and key are tokens and 0
 where one is padding, or None. Maps are computed in the type of the input, statistics in float32 at least.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +26,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.models.errors import ModelError
+from pipeline.models.refine_group import Group, accurate, sum_places, total, wide
 
 if TYPE_CHECKING:
     from pipeline.models.refine import OfficialRefiner
-
-# Elements of the expanded maps of one slice: 128 MB in half precision, of which up to eight exist at a time.
-SLICE = 2**26
 
 
 def refine_lean(refiner: OfficialRefiner, maps: Tensor, real: Tensor | None) -> Tensor:
@@ -76,7 +70,7 @@ class LeanRefiner(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, maps: Tensor, real: Tensor | None, eps: float, scale: float, *parameters: Tensor) -> Any:
         with _as_typed(maps):
-            group = _Group(maps, real, eps, scale, parameters)
+            group = Group(maps, real, eps, scale, parameters)
             out, reduced = _forward(group)
         ctx.save_for_backward(maps, real, reduced, group.center, group.covariance, *group.statistics, *parameters)
         ctx.eps, ctx.scale = eps, scale
@@ -89,7 +83,7 @@ class LeanRefiner(torch.autograd.Function):
         maps, real, reduced, center, covariance, *rest = ctx.saved_tensors
         statistics, parameters = rest[:8], rest[8:]
         with _as_typed(maps):
-            group = _Group(maps, real, ctx.eps, ctx.scale, parameters)
+            group = Group(maps, real, ctx.eps, ctx.scale, parameters)
             group.center, group.covariance = center, covariance
             for mean, var in zip(statistics[::2], statistics[1::2], strict=True):
                 group.learn(mean, var)
@@ -97,121 +91,12 @@ class LeanRefiner(torch.autograd.Function):
         return grad_maps, None, None, None, *(g.view_as(p).to(p.dtype) for g, p in zip(grads, parameters, strict=True))
 
 
-class _Norm(NamedTuple):
-    """A BatchNorm with known statistics, all (C,): x -> weight · (x - mean) · inv + bias."""
-
-    weight: Tensor
-    bias: Tensor
-    mean: Tensor
-    inv: Tensor
-
-    @property
-    def scale(self) -> Tensor:
-        """k of x -> k x + shift, (C,)."""
-        return self.weight * self.inv
-
-    def __call__(self, x: Tensor, times: float = 1.0) -> Tensor:
-        """(b, C, N, N) -> the same shape and type."""
-        return _linear(times * (self.bias - self.scale * self.mean), (x, times * self.scale))
-
-    def sums(self, grad: Tensor, x: Tensor) -> Tensor:
-        """Sums over samples and places of the output's gradient, and of it times the normalised input: (2, C)."""
-        total = _sum(grad)
-        return torch.stack([total, self.inv * (_sum(grad * x) - self.mean * total)])
-
-    def backward(self, grad: Tensor, x: Tensor, sums: Tensor, count: Tensor) -> Tensor:
-        """Gradient of x, from that of the output and its sums over all samples; the type of x."""
-        means = sums / count
-        pull = self.inv * means[1]
-        return _linear(self.scale * (self.mean * pull - means[0]), (x, -self.scale * pull), (grad, self.scale))
-
-
-class _Group:
-    """The maps of one group, and what is known of them: statistics are learnt one after the other.
-
-    Attributes:
-        slices: of samples.
-        count: places of the statistics, 0-D.
-        center, covariance: (H,) and (H, H), of the maps.
-        statistics: mean and variance of each BatchNorm, as far as known.
-        norms: the BatchNorms with these.
-    """
-
-    def __init__(
-        self, maps: Tensor, real: Tensor | None, eps: float, scale: float, parameters: Sequence[Tensor]
-    ) -> None:
-        self.maps, self.real, self.eps, self.scale = maps, real, eps, scale
-        expand, weight1, bias1, kernel, weight2, bias2, reduce, weight3, bias3, weight4, bias4 = map(
-            _accurate, parameters
-        )
-        self.expand, self.kernel, self.reduce = expand.flatten(1), kernel, reduce.flatten(1)
-        self._affine = ((weight1, bias1), (weight2, bias2), (weight3, bias3), (weight4, bias4))
-        step = max(1, SLICE // (len(expand) * maps[0, 0].numel()))
-        self.slices = [slice(i, min(i + step, len(maps))) for i in range(0, len(maps), step)]
-        everywhere = expand.new_full((), maps[:, 0].numel())
-        self.count = everywhere if real is None else real.sum(dtype=expand.dtype)
-        self.center = self.covariance = everywhere  # until they are known
-        self.statistics: list[Tensor] = []
-        self.norms: list[_Norm] = []
-
-    def learn(self, mean: Tensor, var: Tensor) -> None:
-        """Take note of the statistics of the next BatchNorm."""
-        self.norms.append(_Norm(*self._affine[len(self.norms)], mean, torch.rsqrt(var + self.eps)))
-        self.statistics += [mean, var]
-
-    def masked(self, x: Tensor, part: slice) -> Tensor:
-        """0 where padding is."""
-        return x if self.real is None else x * self.real[part]
-
-    def moments(self, values: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance, (C,) each, of values (b, C, N, N) that come slice by slice."""
-        means, variances, shares = [], [], []
-        for part, x in zip(self.slices, values, strict=True):
-            if self.real is None:
-                n: int | Tensor = x[:, 0].numel()
-            else:
-                x, n = self.masked(x, part), self.real[part].sum(dtype=self.count.dtype)
-            mean = _sum(x) / n
-            if x.dtype == self.count.dtype:
-                var = _sum(self.masked((x - _wide(mean)).square(), part)) / n
-            else:  # rounded to half precision: what this cancels is less than what the rounding did
-                squares = torch.linalg.vector_norm(x, dim=(0, 2, 3), dtype=self.count.dtype).square()
-                var = (squares / n - mean.square()).clamp(min=0)
-            means.append(mean)
-            variances.append(var)
-            shares.append(n / self.count)
-        of_all = _total(share * mean for share, mean in zip(shares, means, strict=True))
-        spread = (v + (mean - of_all).square() for v, mean in zip(variances, means, strict=True))
-        return of_all, _total(share * v for share, v in zip(shares, spread, strict=True))
-
-    def centered(self, part: slice) -> Tensor:
-        """The maps less their means, (b, H, N, N): half precision has few digits for differences of large numbers."""
-        maps = self.maps[part]
-        return self.masked(torch.sub(maps, _wide(self.center), out=torch.empty_like(maps)), part)
-
-    def expanded(self, centered: Tensor) -> Tensor:
-        """What goes into the first ReLU6, (b, H', N, N)."""
-        first = self.norms[0]
-        kernel = first.scale[:, None] * self.expand
-        return F.conv2d(centered, kernel.to(centered.dtype)[..., None, None], first.bias.to(centered.dtype))
-
-    def local(self, expanded: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        """The first ReLU6, and the local convolution of it: (b, H', N, N) each."""
-        hidden = self.masked(F.relu6(expanded), part)
-        kernel = self.kernel.to(hidden.dtype)
-        return hidden, F.conv2d(hidden, kernel, padding=kernel.shape[-1] // 2, groups=len(kernel))
-
-    def summed(self, reduced: Tensor, part: slice) -> Tensor:
-        """What goes into the last BatchNorm, (b, H, N, N)."""
-        return self.norms[2](reduced[part]).add_(self.maps[part])
-
-
-def _forward(group: _Group) -> tuple[Tensor, Tensor]:
+def _forward(group: Group) -> tuple[Tensor, Tensor]:
     """Refined and reduced maps; the group learns its statistics."""
     maps, dtype, slices = group.maps, group.maps.dtype, group.slices
-    group.center = _total(_sum(group.masked(maps[part], part)) for part in slices) / group.count
-    flat = (group.masked(maps[part] - _wide(group.center), part) for part in slices)
-    group.covariance = _total(_outer(x, x) for x in flat) / group.count
+    group.center = total(sum_places(group.masked(maps[part], part)) for part in slices) / group.count
+    flat = (group.masked(maps[part] - wide(group.center), part) for part in slices)
+    group.covariance = total(_outer(x, x) for x in flat) / group.count
     matrix = group.expand
     group.learn(matrix @ group.center, ((matrix @ group.covariance) * matrix).sum(1).clamp(min=0))
 
@@ -233,7 +118,7 @@ def _forward(group: _Group) -> tuple[Tensor, Tensor]:
     return out, reduced
 
 
-def _backward(group: _Group, reduced: Tensor, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _backward(group: Group, reduced: Tensor, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Gradients of the maps and of the parameters, in the order of `refine_lean`."""
     dtype, count, slices = group.maps.dtype, group.count, group.slices
     norm1, norm2, norm3, norm4 = group.norms
@@ -242,12 +127,12 @@ def _backward(group: _Group, reduced: Tensor, grad: Tensor) -> tuple[Tensor, lis
     def behind_last(part: slice) -> Tensor:
         return group.masked(grad[part] * group.scale, part)
 
-    sums4 = _total(norm4.sums(behind_last(part), group.summed(reduced, part)) for part in slices)
+    sums4 = total(norm4.sums(behind_last(part), group.summed(reduced, part)) for part in slices)
     grad_maps = torch.empty_like(reduced)
     for part in slices:
         grad_sum = norm4.backward(behind_last(part), group.summed(reduced, part), sums4, count)
         grad_maps[part] = group.masked(grad_sum, part)
-    sums3 = _total(norm3.sums(grad_maps[part], reduced[part]) for part in slices)
+    sums3 = total(norm3.sums(grad_maps[part], reduced[part]) for part in slices)
     grad_reduced = torch.empty_like(reduced)
     for part in slices:
         grad_reduced[part] = group.masked(norm3.backward(grad_maps[part], reduced[part], sums3, count), part)
@@ -286,8 +171,8 @@ def _backward(group: _Group, reduced: Tensor, grad: Tensor) -> tuple[Tensor, lis
         grad_convolved = group.masked(norm2.backward(grad_output, convolved, sums2, count), part)
         grad_hidden, grad_part = _convolution_backward(grad_convolved, hidden, kernel)
         grad_expanded = group.masked(_relu6_backward(grad_hidden, expanded), part)
-        grad_kernel = grad_kernel + _accurate(grad_part)
-        sum1 = sum1 + _sum(grad_expanded)
+        grad_kernel = grad_kernel + accurate(grad_part)
+        sum1 = sum1 + sum_places(grad_expanded)
         moments1 = moments1 + _outer(grad_expanded, centered)
         grad_maps[part] += F.conv2d(grad_expanded, back1)
 
@@ -312,44 +197,16 @@ def _convolution_backward(grad: Tensor, x: Tensor, kernel: Tensor) -> tuple[Tens
     return grad_x, grad_kernel
 
 
-def _as_typed(maps: Tensor) -> AbstractContextManager[object]:
-    """Without autocast, which the meta device doesn't know: types are chosen here."""
-    device = maps.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
-
-def _accurate(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _wide(x: Tensor) -> Tensor:
-    """(C,) beside (b, C, N, N)."""
-    return x[:, None, None]
-
-
-def _linear(shift: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
-    """shift + sum of k x over the terms (x, k), with (C,) and (b, C, N, N); the type of x, k and shift in their own."""
-    out, first = _wide(shift), terms[0][0]
-    result = torch.empty_like(first)
-    for x, k in terms:
-        out = torch.addcmul(out, x, _wide(k), out=result)
-    return out
-
-
 def _relu6_backward(grad: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten.hardtanh_backward(grad, x, 0.0, 6.0)
 
 
-def _sum(x: Tensor) -> Tensor:
-    """Over samples and places, in float32 at least: (b, C, N, N) -> (C,)."""
-    return x.sum((0, 2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
-
-
 def _outer(a: Tensor, b: Tensor) -> Tensor:
     """Sum over samples and places: (b, C, N, N) and (b, C', N, N) -> (C, C')."""
-    return _accurate(a.flatten(2) @ b.flatten(2).transpose(1, 2)).sum(0)
+    return accurate(a.flatten(2) @ b.flatten(2).transpose(1, 2)).sum(0)
 
 
-def _total(values: Iterable[Tensor]) -> Tensor:
-    first, *others = values
-    return sum(others, first)
+def _as_typed(maps: Tensor) -> AbstractContextManager[object]:
+    """Without autocast, which the meta device doesn't know: types are chosen here."""
+    device = maps.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

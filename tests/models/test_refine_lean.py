@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.models import ModelError, create_model, refine_lean, set_lean
+from pipeline.models import ModelError, create_model, refine_group, set_lean
 from pipeline.models.batch_norm import group_statistics, update_groups
 from pipeline.models.layers import MapLayer
 from pipeline.models.refine import LinearRefiner, OfficialRefiner
@@ -95,7 +95,7 @@ def test_equals_the_plain_path(form, shape, group, slices, monkeypatch):
     maps = some_maps(4, plain.expand.in_channels, **SHAPES[shape])
     assert maps.is_contiguous() == (shape != "not contiguous")
     whole = plain.expand.out_channels * maps[:, 0].numel()
-    monkeypatch.setattr(refine_lean, "SLICE", -(-whole // slices))
+    monkeypatch.setattr(refine_group, "SLICE", -(-whole // slices))
     assert_same(step(lean, maps, None, group), step(plain, maps, None, group), 1e-9)
 
 
@@ -105,7 +105,7 @@ def test_equals_the_plain_path(form, shape, group, slices, monkeypatch):
 def test_padding_stays_out(form, group, slices, monkeypatch):
     plain, lean = pair(FORMS[form])
     maps = some_maps(4, plain.expand.in_channels, 6, 6)
-    monkeypatch.setattr(refine_lean, "SLICE", plain.expand.out_channels * maps[:, 0].numel() // slices)
+    monkeypatch.setattr(refine_group, "SLICE", plain.expand.out_channels * maps[:, 0].numel() // slices)
     real = some_padding(4, 6)
     got, wanted = step(lean, maps, real, group), step(plain, maps, real, group)
     # The plain BatchNorm computes in float32 where there is padding.

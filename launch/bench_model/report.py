@@ -14,7 +14,7 @@ def print_report(report: dict[str, Any]) -> None:
     table = Table(
         title=f"{report['precision']}, {how}; {report['device']}", title_justify="left", box=None, pad_edge=False
     )
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     table.add_column("")
     for column in ("batch", "images/s", "min..max", "times faster", "MFU", "GB"):
         table.add_column(column, justify="right")
@@ -46,7 +46,7 @@ def print_report(report: dict[str, Any]) -> None:
 def print_counts(report: dict[str, Any]) -> None:
     """Print the table of counts."""
     table = Table(title=f"counted, half precision, batch {report['batch']}", title_justify="left", box=None)
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     table.add_column("")
     for column in ("params", "GFLOP/image", "MB/image", "FLOP/byte", "images/s at most, unfused: A100", "H100", "H200"):
         table.add_column(column, justify="right")

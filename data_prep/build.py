@@ -66,7 +66,7 @@ class ShardBuilder:
             try:
                 store_raw = partial(options.stores_raw, item.key) if options.format == "ffcv" else None
                 image = make_usable(
-                    data, options.resize, options.quality, options.max_resolution, store_raw, options.restart_markers
+                    data, options.resize, options.quality, options.max_resolution, store_raw, options.marks_kept
                 )
                 tokens = None if self.maps is None else self.maps.read(item)
             except UnusableImage as error:

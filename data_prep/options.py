@@ -28,7 +28,8 @@ class PrepOptions:
         shuffle_seed: seed of that shuffle.
         resize: shrink images whose short side is longer than this to this; None keeps the original bytes.
         quality: JPEG quality wherever an image is encoded again.
-        restart_markers: add restart markers to JPEGs that are kept: the same pixels, decoded faster in part.
+        restart_markers: add restart markers to JPEGs that are kept: the same pixels, decoded faster in part. Where
+            images are shrunk, the small ones that are kept get them in any case, as the others have them too.
         max_resolution: ffcv: shrink images whose long side is longer than this to this.
         write_mode: ffcv: `jpg`, `raw`, `proportion` or `smart`; None means `jpg`.
         compress_probability: ffcv, `proportion`: share of the images that is stored as JPEG; None means 0.5.
@@ -105,6 +106,11 @@ class PrepOptions:
         return self.write_mode == "raw"
 
     @property
+    def marks_kept(self) -> bool:
+        """Whether JPEGs that are kept get restart markers."""
+        return self.restart_markers or self.resize is not None or self.max_resolution is not None
+
+    @property
     def _compress_probability(self) -> float:
         return 0.5 if self.compress_probability is None else self.compress_probability
 
@@ -129,7 +135,7 @@ class PrepOptions:
             "shuffle_seed": self.seed_of(split),
             "resize": self.resize,
             "quality": self.quality,
-            **({"restart_markers": True} if self.restart_markers else {}),
+            **({"restart_markers": True} if self.marks_kept else {}),
             **(self._ffcv_content() if self.format == "ffcv" else {}),
         }
 

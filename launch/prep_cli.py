@@ -67,7 +67,10 @@ def prep(
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality where an image is encoded again.")] = 90,
     restart_markers: Annotated[
         bool,
-        typer.Option("--restart-markers", help="Add restart markers to JPEGs: the same pixels, crops decode faster."),
+        typer.Option(
+            "--restart-markers",
+            help="Add restart markers to JPEGs: the same pixels, crops decode faster. With --resize they come anyway.",
+        ),
     ] = False,
     max_resolution: Annotated[
         int | None, typer.Option(min=1, help="With ffcv: shrink images to this long side.")

@@ -221,5 +221,6 @@ def test_the_options_are_in_the_manifest(source: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert Manifest.load(tmp_path / "out" / "train").options == {
         "shard_samples": None, "shard_mb": 128, "shuffle_seed": 0, "resize": None, "quality": 80,
-        "max_resolution": 33, "write_mode": "proportion", "compress_probability": 0.5, "smart_threshold": None,
+        "restart_markers": True, "max_resolution": 33, "write_mode": "proportion", "compress_probability": 0.5,
+        "smart_threshold": None,
     }  # fmt: skip

@@ -57,7 +57,7 @@ def test_every_option_reaches_the_manifest(tmp_path: Path) -> None:
     assert result.exit_code == 0
     content = json.loads((out / "val" / "manifest.json").read_text())
     assert content["options"] == {
-        "shard_samples": None, "shard_mb": 9, "shuffle_seed": 7, "resize": 24, "quality": 80
+        "shard_samples": None, "shard_mb": 9, "shuffle_seed": 7, "resize": 24, "quality": 80, "restart_markers": True
     }  # fmt: skip
 
 

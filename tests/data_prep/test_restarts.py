@@ -125,3 +125,7 @@ def test_prep(tmp_path: Path) -> None:
     assert stored[0] != pictures["0.jpg"] == make_usable(pictures["0.jpg"]).data
     again = subprocess.run([*command, *arguments[:-1]], cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 2 and "restart_markers" in again.stderr.replace("\n", " ")
+
+    # Small enough to be kept among shrunk ones, which have markers.
+    subprocess.run([*command, *arguments[:-1], "--resize", "4000", "--overwrite"], cwd=tmp_path, check=True)
+    assert [sample.data for sample in ShardSet(shards).read(range(3))] == stored

@@ -1,4 +1,4 @@
-"""NesT computes what the papers' released weights expect and what timm computes, and loads their weights."""
+"""NesT computes what timm and a second implementation of the official code compute, and loads their weights."""
 
 from __future__ import annotations
 

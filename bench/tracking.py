@@ -29,8 +29,7 @@ import psutil
 
 from data_prep.options import PrepOptions
 from data_prep.prepare import prepare_splits
-from launch.bench_report import device_name
-from pipeline.tracking.environment import key_versions
+from pipeline.tracking.environment import device_name, key_versions
 from pipeline.tracking.metrics import MetricsLog, read_metrics
 from tests.tracking.conftest import MlflowServer, SlowProxy, wait_for
 from tests.tracking.step_cost import newest_step

@@ -16,6 +16,7 @@ import typer
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
+    from launch.bench_model.runner import Phase
     from pipeline.config import RunConfig
 
 bench = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
@@ -152,9 +153,9 @@ def generators(
     load = os.getloadavg()[0]  # what else the machine does; before torch and the rounds make some of their own
     import torch
 
-    from launch.bench_report import device_name, print_generators
+    from launch.bench_report import print_generators
     from pipeline.generate.bench import bench_generators
-    from pipeline.tracking.environment import key_versions
+    from pipeline.tracking.environment import device_name, key_versions
     from pipeline.tracking.files import write_text
 
     if threads is not None:
@@ -178,6 +179,85 @@ def generators(
         print_generators(report)
     if out is not None:
         write_text(out, json.dumps(report, indent=1) + "\n")
+
+
+@bench.command()
+def model(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            help="such as nest_tiny, timm:nest_tiny_jx, refiner_vit_s, and this with +fold, +maps, +checkpoint"
+        ),
+    ],
+    against: Annotated[str | None, typer.Option(help="one of them, to compare the others with")] = None,
+    phase: Annotated[str, typer.Option(help="train, infer or train,infer")] = "train,infer",
+    batch: Annotated[str, typer.Option(help="images of a step; auto: the most that fit on the GPU, per model")] = "64",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16; weights stay fp32")] = "bf16",
+    compiled: Annotated[bool, typer.Option("--compile", help="through torch.compile")] = False,
+    side: Annotated[int | None, typer.Option(min=4, help="of the pictures, pixels; default: each model's own")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="rounds of each model, interleaved")] = 5,
+    seconds: Annotated[float, typer.Option(min=0, help="of a round of one model, at least one step")] = 1.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own choice")] = None,
+    peak: Annotated[
+        float | None, typer.Option(min=0, help="TFLOP/s of the device for MFU; default: by its name, A100, H100, H200")
+    ] = None,
+    count: Annotated[bool, typer.Option("--count", help="time nothing: count operations and bytes")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    out: Annotated[Path | None, typer.Option(help="also write the figures to this JSON file")] = None,
+) -> None:
+    """Time training and inference of models side by side with timm's, on made pictures: no data set is needed.
+
+    Rounds are interleaved; a ratio compares figures of one round. On a machine with several GPUs the first is used.
+
+    Exit status: 0 measured, 2 a mistake in names or options.
+    """
+    _check_out(out)
+    import torch
+
+    from launch.bench_model.measure import bench_model, count_models
+    from launch.bench_model.report import print_counts, print_report
+    from pipeline.tracking.files import write_text
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    command = shlex.join(["rookery", *sys.argv[1:]])
+    if count:
+        report = count_models(names, _batch(batch) or 1, side, command)
+    else:
+        report = bench_model(
+            names,
+            against=against,
+            phases=_phases(phase),
+            batch=_batch(batch),
+            precision=precision,
+            compiled=compiled,
+            side=side,
+            repeats=repeats,
+            seconds=seconds,
+            peak=peak,
+            command=command,
+        )
+    if as_json:
+        typer.echo(json.dumps(report, indent=1))
+    else:
+        (print_counts if count else print_report)(report)
+    if out is not None:
+        write_text(out, json.dumps(report, indent=1) + "\n")
+
+
+def _phases(text: str) -> list[Phase]:
+    phases = [part for part in ("train", "infer") if part in text.split(",")]
+    if sorted(text.split(",")) != sorted(phases):
+        raise UserError(f"--phase {text}: give train, infer or train,infer")
+    return phases
+
+
+def _batch(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--batch {text}: give a whole number from 1 on, or auto")
+    return int(text)
 
 
 def _check_out(out: Path | None) -> None:

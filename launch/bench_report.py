@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import RunConfig
-from pipeline.tracking.environment import cpu_model, key_versions
+from pipeline.tracking.environment import device_name, key_versions
 from pipeline.train.bench_step import figures
 
 
@@ -39,14 +37,6 @@ def summarise(config: RunConfig, settings: dict[str, Any], measured: dict[int, d
         "versions": key_versions(),
         "counts": rows,
     }
-
-
-def device_name() -> str:
-    """What the processes compute on."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    cores = len(os.sched_getaffinity(0))
-    return f"{cores} CPU cores, {cpu_model()}"
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -169,7 +169,11 @@ class TrainConfig(Section):
     accumulate: int = Field(1, ge=1, description="micro-batches that each process splits its part of a step into")
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="autocast type; weights stay fp32")
     compile: bool = Field(False, description="torch.compile the model")
-    activation_checkpointing: bool = Field(False, description="recompute activations in backward, to save memory")
+    activation_checkpointing: bool | Literal["maps"] = Field(
+        False,
+        description="recompute activations in backward, to save memory: those of whole layers, or `maps`: only what "
+        "refiners make of attention maps",
+    )
     clip_grad_norm: float | None = Field(None, gt=0, description="clip the global gradient norm")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="exponential moving average of the weights, per step")
     max_bad_steps: int = Field(10, ge=0, description="steps in a row skipped for a NaN or Inf before the run stops")

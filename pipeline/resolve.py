@@ -18,7 +18,7 @@ from pipeline.data.cache_room import CacheOptions
 from pipeline.data.order import DataOrder, default_lanes
 from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
-from pipeline.models import ImageModel, create_model
+from pipeline.models import ImageModel, create_model, set_lean
 from pipeline.models.batch_norm import BatchNorm2d
 from pipeline.models.errors import UnknownOption
 from pipeline.train.checkpoint import COMMIT
@@ -153,8 +153,6 @@ def build_model(config: RunConfig, device: str | torch.device) -> ImageModel:
     try:
         with torch.device(device):
             model = create_model(config.model.name, **config.model.overrides())
-        if config.train.activation_checkpointing:
-            model.set_grad_checkpointing(True)
     except UnknownOption as error:
         raise UserError(
             f"model: {error}. To leave out the options of another model that a recipe comes with, "
@@ -162,7 +160,23 @@ def build_model(config: RunConfig, device: str | torch.device) -> ImageModel:
         ) from error
     except (ValueError, TypeError) as error:
         raise UserError(f"model: {error}") from error
+    set_recomputation(model, config)
     return model
+
+
+def set_recomputation(model: Any, config: RunConfig) -> None:
+    """Do what `train.activation_checkpointing` says.
+
+    Raises:
+        UserError: it is about attention maps, and the model refines none.
+    """
+    if config.train.activation_checkpointing is True:
+        model.set_grad_checkpointing()
+    elif config.train.activation_checkpointing == "maps" and not set_lean(model):
+        raise UserError(
+            f"train.activation_checkpointing=maps: {config.model.name} refines no attention maps; set it to true to "
+            "recompute whole layers, or add model.options.refine={}"
+        )
 
 
 def continues(config: RunConfig) -> bool:

@@ -14,9 +14,8 @@ from launch.bench_loader.report import rows
 from launch.bench_loader.rounds import contenders, measure
 from launch.bench_loader.scene import set_up
 from launch.bench_loader.waiting import waiting
-from launch.bench_report import device_name
 from pipeline.errors import UserError
-from pipeline.tracking.environment import key_versions
+from pipeline.tracking.environment import device_name, key_versions
 from pipeline.train.cores import num_cores
 
 

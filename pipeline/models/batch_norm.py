@@ -48,14 +48,26 @@ class BatchNorm2d(nn.BatchNorm2d):
         parts = []
         for part in input.split(self.group):
             out, mean, invstd = torch.native_batch_norm(part, self.weight, self.bias, None, None, True, 0.0, self.eps)
-            n = part.numel() / part.shape[1]
-            with torch.no_grad():
-                # The running variance is the unbiased one, as torch has it.
-                variance = (invstd.detach().float() ** -2 - self.eps) * (n / (n - 1))
-                self.pending += torch.stack([mean.detach().float(), variance])
-                self.groups_seen += 1
+            self._add(mean.detach().float(), invstd.detach().float() ** -2 - self.eps, part.numel() / part.shape[1])
             parts.append(out)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def note(self, mean: Tensor, variance: Tensor, count: float | Tensor) -> None:
+        """Take note of the statistics of a group that were used elsewhere; without groups it is the whole batch.
+
+        Args:
+            mean, variance: (C,), the variance the biased one.
+            count: of the values of each channel.
+        """
+        self._add(mean.detach(), variance.detach(), count)
+        if self.group is None:
+            self.update_running(torch.zeros((), device=mean.device))
+
+    @torch.no_grad()
+    def _add(self, mean: Tensor, variance: Tensor, count: float | Tensor) -> None:
+        # The running variance is the unbiased one, as torch has it.
+        self.pending += torch.stack([mean, variance * (count / (count - 1))])
+        self.groups_seen += 1
 
     def _over_real(self, input: Tensor, real: Tensor) -> Tensor:
         """Training with statistics over a part of the places; without groups the running averages move at once."""

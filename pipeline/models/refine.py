@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pipeline.models.attention import Attention, MapAttention
 from pipeline.models.batch_norm import BatchNorm2d
 from pipeline.models.errors import ModelError, check_bools, check_choice, check_ints, check_keys
+from pipeline.models.refine_lean import refine_lean
 
 Flavour = Literal["official", "linear"]
 Model = TypeVar("Model", bound=nn.Module)
@@ -172,6 +173,9 @@ class LinearRefiner(nn.Module):
     """The paper's form: 1x1 expansion, depthwise k x k, 1x1 reduction, all without bias and with nothing in between.
 
     A product of linear maps is one linear map: `fold` gives it.
+
+    Attributes:
+        lean: compute that one map in training as well, and keep none of the expanded ones; see `set_lean`.
     """
 
     def __init__(self, num_heads: int, expansion: int, kernel: int, reduction: bool) -> None:
@@ -181,6 +185,7 @@ class LinearRefiner(nn.Module):
         self.expand = nn.Conv2d(num_heads, hidden, kernel_size=1, bias=False)
         self.local = nn.Conv2d(hidden, hidden, kernel, padding=kernel // 2, groups=hidden, bias=False)
         self.reduce = nn.Conv2d(hidden, num_heads, kernel_size=1, bias=False) if reduction else nn.Identity()
+        self.lean = False
 
     def forward(self, maps: Tensor, real: Tensor | None = None) -> Tensor:
         """(B, H, N, N) -> (B, out_maps, N, N).
@@ -190,8 +195,21 @@ class LinearRefiner(nn.Module):
                 is not mixed into tokens, and the result is 0 there, as if the map ended before it.
         """
         if real is None:
-            return self.reduce(self.local(self.expand(maps)))
-        return self.reduce(self.local(self.expand(maps * real))) * real
+            return self._refine(maps)
+        return self._refine(maps * real) * real
+
+    def _refine(self, maps: Tensor) -> Tensor:
+        if self.lean and self.training:
+            return F.conv2d(maps, self._kernel(), padding=self.local.padding)
+        return self.reduce(self.local(self.expand(maps)))
+
+    def _kernel(self) -> Tensor:
+        """Of the one convolution that does it all, (out_maps, H, k, k)."""
+        kernel = self.local.weight * self.expand.weight  # (H', 1, k, k) x (H', H, 1, 1)
+        if not isinstance(self.reduce, nn.Conv2d):
+            return kernel
+        # Not a matrix product, which autocast would compute in half precision.
+        return (self.reduce.weight[..., None] * kernel).sum(1)
 
     @torch.no_grad()
     def start_as_identity(self) -> None:
@@ -212,10 +230,7 @@ class LinearRefiner(nn.Module):
     def fold(self) -> FoldedLinear:
         """One dense k x k convolution that computes the same, borders included: zero padding meets no bias."""
         folded = FoldedLinear(self.expand.in_channels, self.out_maps, self.local.kernel_size[0])
-        kernel = self.local.weight * self.expand.weight  # (H', 1, k, k) x (H', H, 1, 1)
-        if isinstance(self.reduce, nn.Conv2d):
-            kernel = torch.einsum("mg,ghab->mhab", self.reduce.weight[:, :, 0, 0], kernel)
-        folded.conv.weight = nn.Parameter(kernel)
+        folded.conv.weight = nn.Parameter(self._kernel())
         return folded.train(self.training)
 
 
@@ -237,6 +252,9 @@ class OfficialRefiner(nn.Module):
 
     Official files: `models/refiner_utils.py`, class DLA, and `adapt_bn` of `models/refined_transformer.py`. The
     released models ignore their own expansion and kernel options; here they act.
+
+    Attributes:
+        lean: in training, keep two maps per head for the backward pass in place of twenty; see `set_lean`.
     """
 
     def __init__(self, num_heads: int, expansion: int, kernel: int, scale: float) -> None:
@@ -251,6 +269,7 @@ class OfficialRefiner(nn.Module):
         self.reduce = nn.Conv2d(hidden, num_heads, kernel_size=1, bias=False)
         self.bn3 = BatchNorm2d(num_heads, eps=BN_EPS)
         self.adapt_bn = BatchNorm2d(num_heads, eps=BN_EPS)
+        self.lean = False
 
     def forward(self, maps: Tensor, real: Tensor | None = None) -> Tensor:
         """(B, H, N, N) -> (B, H, N, N).
@@ -258,6 +277,8 @@ class OfficialRefiner(nn.Module):
         Args:
             real: where tokens meet tokens, as in `LinearRefiner`; statistics are taken over these places alone.
         """
+        if self.lean and self.training and torch.is_grad_enabled():
+            return refine_lean(self, maps, real)
         if real is None:
             x = F.relu6(self.bn1(self.expand(maps)))
             x = F.relu6(self.bn2(self.local(x)))
@@ -312,6 +333,20 @@ def _affine(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 def _scaled(factor: Tensor, conv: nn.Conv2d) -> Tensor:
     return factor[:, None, None, None] * conv.weight
+
+
+def set_lean(model: nn.Module, lean: bool = True) -> int:
+    """Train refiners with little memory: they compute the same, and keep no expanded map for the backward pass.
+
+    An official refiner computes these again there (`refine_lean`); a linear one never makes them.
+
+    Returns:
+        How many refiners the model has.
+    """
+    refiners = [m for m in model.modules() if isinstance(m, LinearRefiner | OfficialRefiner)]
+    for refiner in refiners:
+        refiner.lean = lean
+    return len(refiners)
 
 
 def fold_refiners(model: Model) -> Model:

@@ -11,8 +11,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from pipeline.tracking.redact import is_secret_variable, redact
 
 _VARIABLE_PREFIXES = (
@@ -80,6 +78,7 @@ def git_state(folder: str | Path | None = None) -> tuple[dict[str, Any] | None, 
 
 def environment() -> dict[str, Any]:
     """Python, torch, GPUs, CPU, memory, host, package versions and the variables that steer a run (never secrets)."""
+    import psutil
     import torch
 
     return {
@@ -155,6 +154,16 @@ def _gpus() -> list[dict[str, Any]]:
         return []
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in found]
+
+
+def device_name() -> str:
+    """What a measurement computes on."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} CPU cores, {cpu_model()}"
 
 
 def cpu_model() -> str:

@@ -17,6 +17,10 @@ CASES = {
     "parent of the splits": (["{recipe}", "data.train={digits}"], ["test, train"]),
     "unknown model": (["{recipe}", "model.name=nest_tny"], ["nest_tny", "nest_tiny"]),
     "unknown model option": (["{recipe}", "model.options.depth=3"], ["depth"]),
+    "no maps to recompute": (
+        ["{recipe}", "train.activation_checkpointing=maps"],
+        ["train.activation_checkpointing=maps", "refines no attention maps", "set it to true"],
+    ),
     "image size the model can't take": (["{recipe}", "model.img_size=30"], ["30"]),
     "classes": (["{recipe}", "model.num_classes=7"], ["model.num_classes=7", "10 classes"]),
     "lanes": (["{recipe}", "data.lanes=7"], ["data.lanes=7", "train.global_batch_size=48"]),

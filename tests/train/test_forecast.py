@@ -90,6 +90,20 @@ def test_activations_are_those_of_a_real_forward(model: str, precision: str, rec
     assert count_activations(again, 16, "cpu").bytes <= between + inputs + max(layers)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_refiners_that_keep_few_maps(precision: str, recipe: Path) -> None:
+    options = [*MODELS["refiner"], f"train.precision={precision}", "data.lanes=3", "model.options.patch_size=4"]
+    plain, lean = (
+        resolve(load_config(recipe, [*options, f"train.activation_checkpointing={how}"]), 3)
+        for how in ("false", "maps")
+    )
+    counted = count_activations(lean, 16, "cpu").bytes
+    total, _, _ = really_kept(lean, 16)
+    assert counted == pytest.approx(total, rel=0 if precision == "fp32" else 0.01)
+    assert counted < 0.8 * count_activations(plain, 16, "cpu").bytes
+    assert count_activations(lean, 16).bytes < 0.8 * count_activations(plain, 16).bytes
+
+
 def really_kept(run: Resolved, samples: int) -> tuple[int, list[int], int]:
     """Bytes that autograd keeps of a real forward and loss on the CPU: all, by layer, and of inputs of layers alone."""
     config = run.config

@@ -52,7 +52,7 @@ def count_activations(run: Resolved, micro_batch: int, device: str = "cuda") -> 
         device: `cuda` or `cpu`.
     """
     config = run.config
-    recomputed = config.train.activation_checkpointing
+    recomputed = config.train.activation_checkpointing is True
     with ExitStack() as stack:
         # Built before: timm reads rates of its model from tensors, which fake ones can't tell.
         bare = run.task.build_model("meta")

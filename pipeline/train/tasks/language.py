@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.hashing import seed64
 from pipeline.models.bert import Bert, bert_config, check_pretrained, count_macs, load_pretrained
 from pipeline.models.bert_options import PAPER, REFINER_PAPER, BertOptions
-from pipeline.resolve import Resolved, continues, updated
+from pipeline.resolve import Resolved, continues, set_recomputation, updated
 from pipeline.tracking.confusion import Confusion
 from pipeline.train.distributed import World
 from pipeline.train.setup import INIT_STREAM
@@ -127,8 +127,7 @@ class LanguageTask(Task):
     def build_model(self, device: str | torch.device) -> Bert:
         with torch.device(device):
             model = Bert(self.options)
-        if self.config.train.activation_checkpointing:
-            model.set_grad_checkpointing()
+        set_recomputation(model, self.config)
         return model
 
     def macs(self, model: nn.Module) -> int:

@@ -1,0 +1,171 @@
+"""The parts of bench/gpu.sh: checks of the fast paths, then measurements with `launch.bench_model`."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from launch.bench_model.measure import bench_model, tell
+from pipeline.models import create_model, fold_refiners, num_drop_paths, set_drop_path_noise, set_lean
+from pipeline.models.timm_weights import from_timm
+from pipeline.tracking.environment import device_name, key_versions
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NEST, SWIN, VIT = "timm:nest_tiny_jx", "timm:swin_tiny_patch4_window7_224", "timm:vit_small_patch16_224"
+OTHERS = [SWIN, VIT, "timm:deit_small_patch16_224"]
+REFINERS = ["refiner_vit_s", "refiner_vit_s+maps", "refiner_vit_s+checkpoint"]
+MODELS = ["nest_tiny", NEST, "hvt_s_1", *REFINERS, "refiner_vit_s+fold", *OTHERS]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Arguments of one `bench_model`."""
+
+    names: Sequence[str]
+    against: str
+    batch: int | None
+    compiled: bool = False
+    phases: Sequence[str] = ("train", "infer")
+    side: int | None = None
+    repeats: int = 5
+    seconds: float = 1.0
+
+
+PARTS = {
+    "eager": Part(MODELS, NEST, 128),
+    "compiled": Part(["nest_tiny", NEST, "hvt_s_1", SWIN], NEST, 128, compiled=True, repeats=3, seconds=0.5),
+    "largest": Part(["nest_tiny", NEST, *REFINERS], NEST, None, phases=("train",), repeats=3),
+    "compiled_refiner": Part(REFINERS, REFINERS[0], 128, compiled=True, phases=("train",), repeats=3, seconds=0.5),
+}
+_SMALL = ["deit_tiny", "timm:vit_tiny_patch16_224", "refiner_vit_s+maps"]
+TINY = {
+    "eager": Part(_SMALL, _SMALL[1], 2, side=32, repeats=2, seconds=0.0),
+    "compiled": Part(_SMALL[:2], _SMALL[1], 2, phases=("infer",), side=32, repeats=2, seconds=0.0),
+}
+
+
+def main() -> int:
+    """Run the parts that were asked for while there is time; 1 if a check fails or a part was left out."""
+    parser = argparse.ArgumentParser(description="Measure this package's models on a GPU; see bench/gpu.sh.")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--only", default=",".join(["checks", *PARTS]))
+    parser.add_argument("--minutes", type=float, default=8.5, help="no part is begun after two thirds of them")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    if DEVICE.type == "cpu" and not options.tiny:
+        parser.error("there is no GPU here; --tiny tries the script on a CPU")
+    parts, began, status = TINY if options.tiny else PARTS, time.monotonic(), 0
+    command = shlex.join(["bench/gpu.sh", *sys.argv[1:]])
+    for name in options.only.split(","):
+        if name not in ("checks", *PARTS):
+            parser.error(f"--only {name}: there is checks, {', '.join(PARTS)}")
+        if name != "checks" and name not in parts:
+            continue
+        if time.monotonic() - began > 40 * options.minutes:
+            tell(f"no time left for {name}: run it by --only {name}")
+            status = 1
+            continue
+        tell(name)
+        report = check(command, options.tiny) if name == "checks" else measured(parts[name], command)
+        report["minutes"] = (time.monotonic() - began) / 60
+        (options.out / f"model_{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+        if name == "checks" and not all(row["passed"] for row in report["checks"]):
+            tell(f"the fast paths are wrong, nothing is measured: {report['checks']}")
+            return 1
+    return status
+
+
+def measured(part: Part, command: str) -> dict[str, Any]:
+    """The report of one part."""
+    return bench_model(
+        part.names,
+        against=part.against,
+        phases=part.phases,  # type: ignore[arg-type]
+        batch=part.batch,
+        precision="bf16",
+        compiled=part.compiled,
+        side=part.side,
+        repeats=part.repeats,
+        seconds=part.seconds,
+        peak=None,
+        command=command,
+    )
+
+
+def check(command: str, tiny: bool) -> dict[str, Any]:
+    """Largest differences between fast paths and plain ones, over the largest value, and what is allowed."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    found: list[dict[str, Any]] = []
+
+    def add(name: str, got: Sequence[Tensor], wanted: Sequence[Tensor], allowed: float) -> None:
+        pairs = list(zip(got, wanted, strict=True))
+        error = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+        found.append({"name": name, "error": error, "allowed": allowed, "passed": error <= allowed})
+
+    nest, theirs, side = _nests(tiny)
+    images = torch.randn(4, 3, side, side, device=DEVICE, generator=_seeded())
+    with torch.inference_mode():
+        add("NesT's logits are timm's, fp32", [nest(images)], [theirs(images)], 1e-4)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            add("NesT's logits are timm's, bf16", [nest(images).float()], [theirs(images).float()], 0.05)
+        compiled: Callable[[Tensor], Tensor] = torch.compile(nest, backend="aot_eager" if tiny else "inductor")
+        add("compiled NesT, fp32", [compiled(images)], [nest(images)], 1e-4)
+    for name in ("refiner_vit_s", "refiner_vit_s_linear"):
+        model = _refiner(name, tiny)
+        images = torch.randn(4, 3, model.img_size, model.img_size, device=DEVICE, generator=_seeded()).double()
+        add(f"{name} that keeps few maps, fp64", _step(model, images, True), _step(model, images, False), 1e-6)
+        model.eval()
+        with torch.inference_mode():
+            add(f"{name} folded, fp64", [fold_refiners(model)(images)], [model(images)], 1e-9)
+    return {"command": command, "device": device_name(), "versions": key_versions(), "checks": found}
+
+
+def _nests(tiny: bool) -> tuple[nn.Module, nn.Module, int]:
+    """NesT-T and timm's with the same weights."""
+    import timm
+
+    side = 64 if tiny else 224
+    sizes = {"img_size": side} if tiny else {}
+    theirs = timm.create_model("nest_tiny_jx", **sizes)
+    ours = create_model("nest_tiny", img_size=side, gelu="erf")
+    ours.load_state_dict(from_timm(theirs.state_dict(), ours))
+    return ours.to(DEVICE).eval(), theirs.to(DEVICE).eval(), side
+
+
+def _refiner(name: str, tiny: bool) -> Any:
+    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 48} if tiny else {}
+    torch.manual_seed(0)
+    return create_model(name, drop_path_rate=0.1, **sizes).to(DEVICE, torch.float64)
+
+
+def _step(model: Any, images: Tensor, lean: bool) -> list[Tensor]:
+    """Loss, gradients and running statistics of a training step."""
+    model = copy.deepcopy(model).train()
+    set_lean(model, lean)
+    noise = torch.rand(len(images), num_drop_paths(model), device=DEVICE, generator=_seeded())
+    set_drop_path_noise(model, noise)
+    loss = F.cross_entropy(model(images), torch.arange(len(images), device=DEVICE))
+    loss.backward()
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    running = [b.flatten() for name, b in model.named_buffers() if "running" in name]
+    return [loss[None].detach(), gradients, torch.cat(running) if running else loss[None].detach()]
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator(DEVICE).manual_seed(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

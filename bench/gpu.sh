@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Everything that docs/performance.md needs from a GPU: first that the fast paths compute what the plain ones do, then
+# throughput and memory. A file per part is written as soon as it is measured. A call takes nine minutes at most: a part
+# that it has no time for is named, for another call with --only. Needs torch and timm alone.
+#
+#   bench/gpu.sh [--tiny] [--only checks,eager,compiled,largest,compiled_refiner] [--minutes 8.5] [--out bench/results]
+#
+# --tiny takes small models and pictures, on a CPU too, to try the script itself.
+set -euo pipefail
+root=$(realpath "$(dirname "$0")/..")
+python=$root/.venv/bin/python
+[ -x "$python" ] || python=python3
+PYTHONPATH=$root exec timeout 540 "$python" "$root/bench/gpu.py" "$@"

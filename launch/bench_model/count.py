@@ -1,0 +1,114 @@
+"""Floating-point operations and bytes of every operation of a model, on tensors without memory.
+
+What it counts is a program without fusion: every operation reads its inputs from memory and writes its outputs to it,
+weights included. Fused attention is one operation. A product of matrices counts two operations per multiply-add;
+norms, activations and sums count none, but their bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from launch.bench_model.peaks import Peak
+
+HALF = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of a batch of one model, in half precision.
+
+    Attributes:
+        params: of the model.
+        batch: images that the others are counted for.
+        infer, train: (operations, bytes) of every operation of a forward pass, and of a forward and a backward pass.
+    """
+
+    params: int
+    batch: int
+    infer: list[tuple[int, int]]
+    train: list[tuple[int, int]]
+
+    @property
+    def flops(self) -> float:
+        """Operations of one image's forward pass; a training step counts three times as many, recomputation none."""
+        return sum(flops for flops, _ in self.infer) / self.batch
+
+    def bytes(self, phase: str) -> float:
+        """Of one image, in the phase `infer` or `train`."""
+        return sum(moved for _, moved in getattr(self, phase)) / self.batch
+
+    def bound(self, phase: str, peak: Peak) -> float:
+        """Images per second if every operation took as long as its arithmetic or its memory traffic, the longer."""
+        seconds = sum(
+            max(flops / (1e12 * peak.half), moved / (1e12 * peak.bandwidth)) for flops, moved in getattr(self, phase)
+        )
+        return self.batch / seconds
+
+
+def count(build: Callable[[], nn.Module], side: int, batch: int, train: bool = True) -> Counts:
+    """Count what a model does with a batch of pictures.
+
+    Args:
+        build: makes the model.
+        side: of the pictures, pixels.
+        train: count a training as well.
+    """
+    model = build().to("meta", HALF)
+    images = torch.empty(batch, 3, side, side, device="meta", dtype=HALF)
+    params = sum(p.numel() for p in model.parameters())
+    model.eval()
+    with torch.no_grad(), _Counter() as inference, _FlashAttention():
+        model(images)
+    training = _Counter()
+    if train:
+        model.train()
+        with training, _FlashAttention():
+            logits = model(images)
+            F.cross_entropy(logits, torch.empty(batch, device="meta", dtype=torch.int64)).backward()
+    return Counts(params, batch, inference.operations, training.operations)
+
+
+class _Counter(TorchDispatchMode):
+    """Notes operations and bytes of all that is executed below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func.is_view or func._schema.name in _NO_TRAFFIC:
+            return out
+        packet = func._overloadpacket
+        flops = int(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else 0
+        given = {name: value for name, value in kwargs.items() if name != "out"}  # that one is written only
+        tensors = [leaf for leaf in tree_leaves((args, given, out)) if isinstance(leaf, Tensor)]
+        # A tensor that was expanded is read from the memory of the small one.
+        moved = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
+        self.operations.append((flops, moved))
+        return out
+
+
+_NO_TRAFFIC = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::detach", "aten::_unsafe_view"}
+
+
+class _FlashAttention(TorchFunctionMode):
+    """Takes the fused attention that a GPU has where it takes the input: of four dimensions, as its kernels demand."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or args[0].ndim != 4 or kwargs.get("attn_mask") is not None:
+            return func(*args, **kwargs)
+        return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]

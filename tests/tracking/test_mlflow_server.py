@@ -20,6 +20,7 @@ import torch
 
 from data_prep.options import PrepOptions
 from data_prep.prepare import prepare_splits
+from pipeline.data.augment.settings import AugmentConfig, EvalTransformConfig
 from pipeline.models import create_model
 from pipeline.tracking.confusion import Confusion
 from pipeline.tracking.files import file_reference
@@ -66,7 +67,14 @@ def make_trial(path: Path, seed: int, **tracking: Any) -> Path:
     log.close()
     torch.manual_seed(seed)
     model = create_model("nest_micro", **MODEL, **SMALL)
-    described = {"model": "nest_micro", "overrides": MODEL | SMALL, "figures": {"top1": 0.75}, "classes": CLASSES}
+    described = {
+        "model": "nest_micro",
+        "overrides": MODEL | SMALL,
+        "classes": CLASSES,
+        "augment": AugmentConfig().model_dump(),
+        "eval_transform": EvalTransformConfig().model_dump(),
+        "figures": {"top1": 0.75},
+    }
     (path / "best").mkdir()
     write_weights(path / "best", model.state_dict(), described)
     pairs = np.array([0, 0, 0, 1, 4, 5, 5, 8])  # three: 3 of 4 right, eight: 1 of 3, nine: all

@@ -30,7 +30,7 @@ from pipeline.hashing import seed64
 from pipeline.models.errors import UnknownOption
 from pipeline.models.facts import module_macs
 from pipeline.models.generate import GENERATORS, Gan, make_gan, total
-from pipeline.resolve import Resolved, training_shards, updated
+from pipeline.resolve import Resolved, set_recomputation, training_shards, updated
 from pipeline.tracking.confusion import Confusion
 from pipeline.tracking.files import write_aside
 from pipeline.tracking.run_dir import SAMPLES_NAME
@@ -121,7 +121,7 @@ class GenerateTask(Task):
             ) from error
         except (ValueError, TypeError) as error:
             raise UserError(f"model: {error}") from error
-        model.set_grad_checkpointing(self.config.train.activation_checkpointing)
+        set_recomputation(model, self.config)
         return model
 
     def macs(self, model: nn.Module) -> int:

@@ -169,11 +169,14 @@ def test_batch_norms_do_not_depend_on_the_world_size(
         options = (*engine, "name=many", "train.epochs=8steps", f"train.accumulate={accumulate}")
         fork_server.train(recipe, *options, f"train.stop_after={stop}steps", nproc=nproc)
     fork_server.train(recipe, "name=sharded", "train.epochs=8steps", "engine.name=fsdp", nproc=2)
+    for name, engine in (("lean_zero3", ZERO3), ("lean_sharded", ("engine.name=fsdp",))):
+        lean = "train.activation_checkpointing=maps"
+        fork_server.train(recipe, f"name={name}", "train.epochs=8steps", lean, *engine, nproc=2)
     one = tmp_path / "runs" / "one"
     wanted = load_file(one / "final" / WEIGHTS)
     running = [name for name in wanted if "running_" in name]
     assert len(running) == 2 * (3 + 4)
-    for other in (tmp_path / "runs" / "many", tmp_path / "runs" / "sharded"):
+    for other in (tmp_path / "runs" / name for name in ("many", "sharded", "lean_zero3", "lean_sharded")):
         assert losses(other) == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in losses(one)]
         weights = load_file(other / "final" / WEIGHTS)
         for name in running:

@@ -1,4 +1,5 @@
-"""The deletion test of GradCAT on the validation split of a trained NesT, for both signs, several masks and maps.
+"""The deletion test of GradCAT on the validation split of a trained NesT, for both signs, several masks and
+ways to score.
 
     rookery prep cifar10/ shards/cifar10
     rookery train configs/nest/tiny_cifar10.yaml
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,21 +24,15 @@ from pipeline.config_load import parse_tree
 from pipeline.data.augment.evaluation import EvalTransform
 from pipeline.data.loader import load_sample
 from pipeline.data.shards import ShardSet
+from pipeline.explain.conductance import conduct_tree
 from pipeline.explain.deletion import Deletion, delete_blocks
-from pipeline.explain.gradcat import check_tree
+from pipeline.explain.gradcat import check_tree, grow_tree
 from pipeline.export.source import Preprocessing, load_source
 from pipeline.tracking.run_dir import RunDir
 
 _BATCH = 50
-# sign, before_norm, channel_weights
-KINDS = (
-    (1, False, False),
-    (1, False, True),
-    (1, True, False),
-    (-1, False, False),
-    (-1, False, True),
-    (-1, True, False),
-)
+# before_norm, channel_weights
+WAYS = {"algorithm": (False, False), "channel weights": (False, True), "before the last norm": (True, False)}
 
 
 def main() -> None:
@@ -50,18 +46,19 @@ def main() -> None:
     images = read(options.run, prepare, options.images, model.in_chans)
     black = -torch.tensor(prepare.mean) / torch.tensor(prepare.std)
     fills = {"mean colour": images.mean((0, 2, 3)), "black": black, "zero": torch.zeros(model.in_chans)}
-    for sign, before_norm, channel_weights in KINDS:
+    batches = images.split(_BATCH)
+    for way, sign in product([*WAYS, "conductance"], (1, -1)):
+        trees = [grow_tree(model, some, None, sign, *WAYS[way]) for some in batches if way in WAYS]
         for name, fill in fills.items():
+            if way == "conductance":  # from the colour of the mask
+                trees = [conduct_tree(model, some, None, sign, fill) for some in batches]
             for depth in range(1, len(model.levels)):
                 parts = [
-                    delete_blocks(
-                        model, images[i : i + _BATCH], fill, depth, sign, before_norm, channel_weights, seed=i
-                    )
-                    for i in range(0, len(images), _BATCH)
+                    delete_blocks(model, some, tree, fill, depth, seed=i)
+                    for i, (some, tree) in enumerate(zip(batches, trees, strict=True))
                 ]
                 done = Deletion(*map(torch.cat, zip(*parts, strict=True)))
-                line = {"sign": sign, "before_norm": before_norm, "channel_weights": channel_weights}
-                line |= {"mask": name, "depth": depth}
+                line = {"scores": way, "sign": sign, "mask": name, "depth": depth}
                 line |= {"beats_random": done.beats_random(), "beats_lowest": done.beats_lowest()}
                 line |= {which: float(drops.mean()) for which, drops in done._asdict().items()}
                 print(json.dumps(line), flush=True)

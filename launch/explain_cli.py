@@ -52,6 +52,10 @@ def explain(
     channel_weights: Annotated[
         bool, typer.Option("--channel-weights", help="gradcat: one weight for each channel of a level, as in Grad-CAM")
     ] = False,
+    conductance: Annotated[
+        bool,
+        typer.Option("--conductance", help="gradcat: scores are shares of the logit, which add up; 17 times the work"),
+    ] = False,
     boxes: Annotated[
         Path | None,
         typer.Option(help="cam: JSON file {image: [[left, top, right, bottom], ...]} to compare its boxes with"),
@@ -87,11 +91,12 @@ def explain(
         )
     subject = _subject(run, weights)
     chosen = methods.choose_method(subject, "cam" if boxes is not None or threshold is not None else method)
-    _check_fit(chosen, wanted, sign, channel_weights)
+    _check_fit(chosen, wanted, sign, channel_weights, conductance)
     options = methods.Options(
         None if wanted is None else subject.class_index(wanted),
         sign,
         channel_weights,
+        conductance,
         THRESHOLD if threshold is None else threshold,
         truths,
     )
@@ -120,12 +125,16 @@ def _check(method: str | None, sign: int, boxes: Path | None, threshold: float |
         raise UserError(f"--threshold {threshold:g}: a part of the map's range, from 0 to 1")
 
 
-def _check_fit(method: str, wanted: str | None, sign: int, channel_weights: bool) -> None:
+def _check_fit(method: str, wanted: str | None, sign: int, channel_weights: bool, conductance: bool) -> None:
     """Options that the method has no use for, once it is known."""
     if sign != 1 and method != "gradcat":
         raise UserError(f"--sign belongs to --method gradcat, not to {method}; leave it out")
     if channel_weights and method != "gradcat":
         raise UserError(f"--channel-weights belongs to --method gradcat, not to {method}; leave it out")
+    if conductance and method != "gradcat":
+        raise UserError(f"--conductance belongs to --method gradcat, not to {method}; leave it out")
+    if conductance and channel_weights:
+        raise UserError("--conductance and --channel-weights are two ways to score; leave one of them out")
     if wanted is not None and method not in ("gradcat", "cam"):
         raise UserError(f"--class belongs to --method gradcat and cam; {method} knows no class, leave it out")
 
@@ -221,7 +230,7 @@ def _finish(
 
     result: dict[str, Any] = {"run": run, "model": subject.name, "img_size": subject.model.img_size, "method": method}
     if method == "gradcat":
-        result |= {"sign": options.sign, "channel_weights": options.channel_weights}
+        result |= {"sign": options.sign, "channel_weights": options.channel_weights, "conductance": options.conductance}
     ious = [one.record["iou"] for one in explained if "iou" in one.record]
     if ious:
         found = sum(one.record.get("found", False) for one in explained) / len(ious)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.explain.gradcat import descend, grow_tree
+from pipeline.explain.gradcat import Tree, descend
 from pipeline.models.nest import Nest
 
 
@@ -36,11 +36,9 @@ class Deletion(NamedTuple):
 def delete_blocks(
     model: Nest,
     images: Tensor,
+    tree: Tree,
     fill: Tensor,
     depth: int,
-    sign: int = 1,
-    before_norm: bool = False,
-    channel_weights: bool = False,
     seed: int = 0,
 ) -> Deletion:
     """Mask one of the 2^depth x 2^depth blocks of each image and look at the logit of the predicted class.
@@ -48,12 +46,11 @@ def delete_blocks(
     Args:
         model: in evaluation mode.
         images: (B, C, S, S).
+        tree: of these images and their predicted classes.
         fill: (C,) colour of the mask, normalised as the images are.
         depth: 1 ... levels - 1; the last are the leaves.
-        sign, before_norm, channel_weights: see `grow_tree`.
         seed: of the random blocks.
     """
-    tree = grow_tree(model, images, None, sign, before_norm, channel_weights)
     side = 2**depth
     row, column = descend(tree).blocks[:, depth - 1].unbind(1)
     chosen = row * side + column

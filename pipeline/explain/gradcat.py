@@ -21,7 +21,7 @@ the LayerNorm (`before_norm=True` shows it). After it the scores of the root are
 The same ails the lower levels, if less: inside of a region what enters a convolution and a LayerNorm cancels, but for
 its border and the bias. `channel_weights=True` departs from the algorithm there, to Grad-CAM's weights (Selvaraju et
 al., arXiv 1610.02391): ∂Y_c/∂α is replaced by its mean over all cells of the level, one weight for each channel. At the
-root nothing changes.
+root nothing changes. What does lead to the right block is in `conductance`.
 
 Every α is a part of some A_l, and ∂Y_c/∂α that part of ∂Y_c/∂A_l. So one backward pass gives the scores of all nodes of
 the tree, and the path is a walk down in them.
@@ -135,6 +135,11 @@ def descend(tree: Tree) -> Path:
         row, column = rows[images, children[-1]], columns[images, children[-1]]
         blocks.append(torch.stack([row, column], 1))
     return Path(torch.stack(scores, 1), torch.stack(children, 1), torch.stack(blocks, 1))
+
+
+def sum_cells(plane: Tensor, cells: int) -> Tensor:
+    """Sum over each of cells x cells equal squares: (B, H, W) -> (B, cells, cells)."""
+    return _cells(plane, cells) * (plane.shape[-1] / cells) ** 2
 
 
 def _cells(plane: Tensor, cells: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.data.augment.evaluation import EvalTransform
 from pipeline.errors import UserError
 from pipeline.explain.cam import check_cam, class_activation, enlarged
+from pipeline.explain.conductance import conduct_tree
 from pipeline.explain.gradcat import check_tree, descend, grow_tree
 from pipeline.explain.localize import FOUND, THRESHOLD, Box, best_iou, box_of
 from pipeline.explain.pages import block_box, boxed, gradcat_page, heat_page, heated, nested
@@ -64,6 +65,7 @@ class Options:
         wanted: the class; None: the predicted one of each image.
         sign: of GradCAT's scores.
         channel_weights: GradCAT with the weights of Grad-CAM.
+        conductance: GradCAT with scores that add up to the logit, see `conduct_tree`.
         threshold: of a box from CAM.
         truths: by name of the picture, boxes in its pixels.
     """
@@ -71,6 +73,7 @@ class Options:
     wanted: int | None = None
     sign: int = 1
     channel_weights: bool = False
+    conductance: bool = False
     threshold: float = THRESHOLD
     truths: Mapping[str, Sequence[Box]] = field(default_factory=dict)
 
@@ -96,13 +99,11 @@ class Explained(NamedTuple):
 
 
 def _gradcat(subject: Subject, pictures: Sequence[Picture], images: Tensor, options: Options) -> list[Explained]:
-    tree = grow_tree(
-        check_tree(subject.model),
-        images,
-        _classes(options, images),
-        options.sign,
-        channel_weights=options.channel_weights,
-    )
+    model, classes = check_tree(subject.model), _classes(options, images)
+    if options.conductance:
+        tree = conduct_tree(model, images, classes, options.sign)
+    else:
+        tree = grow_tree(model, images, classes, options.sign, channel_weights=options.channel_weights)
     path = descend(tree)
     explained = []
     for i, (picture, record) in enumerate(_records(subject, pictures, tree.logits, tree.classes)):

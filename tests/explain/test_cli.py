@@ -49,7 +49,7 @@ def test_gradcat(models: Path, pictures: Path, explain: Explain, tmp_path: Path)
     assert sorted(p.name for p in out.iterdir()) == ["0000_a.png", "0001_b.png", "contact_sheet.png", "explain.json"]
     assert f"{pictures / 'a.jpg'}: cat " in printed
     told = result(out)
-    assert told["channel_weights"] is True
+    assert (told["channel_weights"], told["conductance"]) == (True, False)
     assert (told["method"], told["sign"], told["model"]) == ("gradcat", -1, "nest_tiny")
     trained = Trained.from_export(models / "nest")
     model = check_tree(trained.model.eval())  # type: ignore[arg-type]
@@ -73,6 +73,21 @@ def test_gradcat(models: Path, pictures: Path, explain: Explain, tmp_path: Path)
         assert outer[0] <= leaf[0] < leaf[2] <= outer[2] and outer[1] <= leaf[1] < leaf[3] <= outer[3]
         with Image.open(out / record["overlay"]) as drawn:
             assert drawn.width > 3 * 288 and drawn.height > 288
+
+
+def test_conductance(models: Path, pictures: Path, explain: Explain, tmp_path: Path) -> None:
+    status, _, err = explain(models / "nest", pictures, "--out", tmp_path, "--conductance", "--class", "2")
+    assert status == 0, err
+    told = result(tmp_path)
+    assert (told["channel_weights"], told["conductance"]) == (False, True)
+    model = check_tree(Trained.from_export(models / "nest").model.eval())  # type: ignore[arg-type]
+    plain = torch.zeros(1, 3, model.img_size, model.img_size)
+    for record in told["images"]:
+        root, below = record["steps"]
+        with torch.no_grad():
+            gained = record["class"]["logit"] - float(model(plain)[0, 2])
+        assert sum(root["scores"]) == pytest.approx(gained, rel=0.05, abs=1e-3)
+        assert sum(below["scores"]) == pytest.approx(root["scores"][root["child"]], rel=1e-4, abs=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +159,11 @@ CASES = {
         "--sign belongs to --method gradcat, not to rollout",
     ),
     "weights of none": (["{models}/hvt", "{pictures}", "--channel-weights"], "--channel-weights belongs to --method"),
+    "shares of none": (["{models}/hvt", "{pictures}", "--conductance"], "--conductance belongs to --method gradcat"),
+    "two ways to score": (
+        ["{models}/nest", "{pictures}", "--conductance", "--channel-weights"],
+        "--conductance and --channel-weights are two ways",
+    ),
     "class of none": (["{models}/hvt", "{pictures}", "--class", "cat"], "rollout knows no class"),
     "no such image": (["{models}/nest", "{tmp}/x.jpg"], "x.jpg: no such image"),
     "no image": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +39,7 @@ class CompareCommand(TyperCommand):
 def with_files(args: list[str]) -> list[str]:
     """Give `--json` and its like the file `-` where none follows: nothing, another option or a folder of runs."""
     filled: list[str] = []
-    for arg, following in zip(args, [*args[1:], None], strict=True):
+    for arg, following in zip_longest(args, args[1:]):
         filled.append(arg)
         option_follows = following is not None and following.startswith("-") and following != _STDOUT
         if arg in _FILE_OPTIONS and (following is None or option_follows or Path(following).is_dir()):

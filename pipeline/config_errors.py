@@ -125,6 +125,8 @@ def _missing(key: str, model: type[BaseModel]) -> str:
 
 def _no_section(key: str, value: Any, model: type[BaseModel]) -> str:
     names = list(dict.fromkeys(name for section in _sections_of(key, model) for name in section.model_fields))
+    if isinstance(value, dict) and "kind" in names and "kind" not in value:
+        return f"{key}.kind is missing; say which: its other keys belong to one of them"
     if value is None:
         return f"{key} is empty; leave it out or give it some of its keys: {', '.join(names)}"
     if isinstance(value, str) and "name" in names:
@@ -158,7 +160,12 @@ def _sections_of(key: str, model: type[BaseModel]) -> list[Any]:
 
 def _value_at(path: KeyPath, tree: Any) -> Any:
     for part in path:
-        tree = tree.get(part) if isinstance(tree, dict) else tree[part]
+        if isinstance(tree, dict):
+            tree = tree.get(part)
+        elif isinstance(tree, list) and isinstance(part, int) and part < len(tree):
+            tree = tree[part]
+        else:  # of a section that was written as its kind alone
+            return None
     return tree
 
 

@@ -182,6 +182,8 @@ class SweepConfig(Section):
         found = []
         above: dict[str, Axis] = {}
         for key, axis in self.space.items():
+            if key in _BOTH:
+                found.append(f"space.{key}: the runs are named by the sweep; vary another key")
             for other in axis.when:
                 if other not in above:
                     found.append(f"space.{key}.when: {other} is no key of the space above it")
@@ -234,7 +236,8 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
     recipe = [o for o in overrides if o not in own]
     tree, places = read_tree(path, own)
     tree.setdefault("name", default_name(Path(path)))
-    tree["overrides"] = [*(tree.get("overrides") or []), *recipe]
+    if isinstance(written := tree.get("overrides") or [], list):  # anything else is a mistake to be told of
+        tree["overrides"] = [*written, *recipe]
     try:
         config = SweepConfig.model_validate(tree)
     except ValidationError as error:

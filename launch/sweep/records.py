@@ -68,7 +68,13 @@ class Records:
         self._by_name: dict[str, Record] = {}
         saved = read_json(self.folder / FILE)
         if saved is not None:
-            self._take(saved)
+            try:
+                self._take(saved)
+            except (KeyError, TypeError, AttributeError, IndexError) as error:
+                raise UserError(
+                    f"{self.folder / FILE} is not what a sweep wrote ({type(error).__name__}: {error}); restore it, or "
+                    "choose another name=..."
+                ) from error
 
     def _take(self, saved: dict[str, Any]) -> None:
         now = self.config.model_dump(mode="json")
@@ -132,9 +138,13 @@ class Records:
         """Keep other sweeps out of the folder, until the block or this process ends.
 
         Raises:
-            UserError: one is running there.
+            UserError: one is running there, or the folder can't be written to.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / ".lock").touch()
+        except OSError as error:
+            raise UserError(f"{self.folder} can't be written to ({error.strerror}); choose another out=...") from error
         with open(self.folder / ".lock", "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,20 +6,21 @@ directory, on storage that all nodes share: an actor anywhere goes on with it.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import ray
 from ray import tune
 from ray.util import get_current_placement_group, get_node_ip_address
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from launch.sweep.config import Pbt, SweepConfig
+from launch.sweep.config import Metric, Pbt, SweepConfig
 from launch.sweep.milestones import Length, Milestone
 from launch.sweep.processes import LOGS, Evaluations, NodeProcess, end_of
 from launch.sweep.space import TRIALS, Values, arguments_of
@@ -163,15 +164,27 @@ class Trial(tune.Trainable):
         raise RuntimeError(f"exit status {status}; the end of {log}:\n{end_of(log)}")
 
     def _result(self, figures: dict[str, Any]) -> dict[str, Any]:
+        metric = self.job.config.metric
+        if metric not in figures:
+            self.cleanup()
+            self.nodes = None
+            there = ", ".join(name for name in get_args(Metric) if name in figures)
+            return self._last("failed", fault=f"metric={metric}: the evaluations of this run measure {there}")
+        if math.isnan(figures[metric]):  # which Tune would take for better than anything
+            figures = figures | {metric: self._worst}
         done = self.nodes is None and figures["step"] >= self.length.end_step
         self.last = figures | {"time": self._time(figures["step"]), "nodes": self.ids}
         return self.last | {"done": done, "ended": "finished" if done else ""}
 
     def _last(self, ended: str, **more: Any) -> dict[str, Any]:
         """A result that says only how the trial ended."""
-        worst = float("-inf") if self.job.config.is_max else float("inf")
-        nothing = {self.job.config.metric: worst, "time": 0, "step": 0, "nodes": self.ids}
+        nothing = {self.job.config.metric: self._worst, "time": 0, "step": 0, "nodes": self.ids}
         return nothing | self.last | {"done": True, "ended": ended} | more
+
+    @property
+    def _worst(self) -> float:
+        """Of the metric."""
+        return -math.inf if self.job.config.is_max else math.inf
 
     def _time(self, step: int) -> float:
         """How far a step is, as the scheduler counts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ def table_columns(runs: Sequence[RunSummary], metric: str = "top1", price: float
     """
     keys = differing_keys(runs)
     curves = [[value for value in run.evals.get(metric, []) if value is not None] for run in runs]
-    values = [value for curve in curves for value in curve]
+    values = [value for curve in curves for value in curve if math.isfinite(value)]
     low, high = min(values, default=0.0), max(values, default=0.0)
     title = metric_names.title(metric)
 
@@ -140,12 +141,21 @@ def run_labels(runs: Sequence[RunSummary]) -> list[str]:
 
 
 def sparkline(values: Sequence[float], low: float, high: float, width: int = _CURVE_WIDTH) -> str:
-    """A curve of at most `width` characters between `low` and `high`; longer ones are sampled, the last value kept."""
+    """A curve of at most `width` characters between `low` and `high`; longer ones are sampled, the last value kept.
+
+    What is no number, or infinite, is an x.
+    """
     if len(values) > width:
         values = [values[round(i * (len(values) - 1) / (width - 1))] for i in range(width)]
     span = high - low
-    levels = [(value - low) / span if span > 0 else 1.0 for value in values]
-    return "".join(_BARS[round(level * (len(_BARS) - 1))] for level in levels)
+
+    def bar(value: float) -> str:
+        if not math.isfinite(value):
+            return "x"
+        level = (value - low) / span if span > 0 else 1.0
+        return _BARS[round(level * (len(_BARS) - 1))]
+
+    return "".join(map(bar, values))
 
 
 def text(value: Any) -> str | None:

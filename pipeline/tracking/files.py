@@ -31,7 +31,8 @@ def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
         raise UserError(f"{path} can't be written: {error.strerror}; free space or choose another folder") from error
 
 
@@ -53,7 +54,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return decode_floats(json.loads(path.read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read as JSON ({error}); restore it or delete it") from error

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import UserError
 from pipeline.tracking.files import read_json, write_json
 from pipeline.tracking.redact import without_password
 from pipeline.tracking.tail import TailState
@@ -46,14 +47,16 @@ class MirrorState:
     @classmethod
     def load(cls, run: Path, uri: str) -> MirrorState:
         """The state for `uri`, a fresh one where there is none."""
-        saved = (read_json(run / STATE_NAME) or {}).get("targets", {}).get(without_password(uri))
-        return cls(**{**saved, "tail": TailState.of(saved["tail"])}) if saved else cls()
+        saved = _targets(run).get(without_password(uri))
+        try:
+            return cls(**{**saved, "tail": TailState.of(saved["tail"])}) if saved else cls()
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(run) from error
 
     def save(self, run: Path, uri: str) -> None:
         """Replace the entry of `uri`, leave the others, and make it the address that a later `sync` uses."""
-        whole = read_json(run / STATE_NAME) or {}
         key = without_password(uri)
-        targets = {**whole.get("targets", {}), key: asdict(self)}
+        targets = {**_targets(run), key: asdict(self)}
         write_json(run / STATE_NAME, {"current": key, "targets": targets})
 
 
@@ -72,9 +75,31 @@ class PushReport:
     notices: list[str] = field(default_factory=list)
 
 
+def _read(run: Path) -> dict[str, Any]:
+    saved = read_json(run / STATE_NAME)
+    if not isinstance(saved, dict | None):
+        raise _damaged(run)
+    return saved or {}
+
+
+def _targets(run: Path) -> dict[str, Any]:
+    targets = _read(run).get("targets", {})
+    if not isinstance(targets, dict):
+        raise _damaged(run)
+    return targets
+
+
+def _damaged(run: Path) -> UserError:
+    return UserError(
+        f"{run / STATE_NAME} is damaged: restore it, or delete it, after which `rookery sync` uploads the run anew"
+    )
+
+
 def resolve_uri(run: Path, uri: str | None = None) -> str:
     """The MLflow address: `uri`, else MLFLOW_TRACKING_URI, else the one used before, else `mlflow.db` here."""
-    saved = (read_json(run / STATE_NAME) or {}).get("current")
+    saved = _read(run).get("current")
+    if saved is not None and not isinstance(saved, str):
+        raise _damaged(run)
     chosen = uri or os.environ.get("MLFLOW_TRACKING_URI") or saved or "sqlite:///mlflow.db"
     path = sqlite_path(chosen)
     return chosen if path is None else f"sqlite:///{path}"

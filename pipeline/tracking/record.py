@@ -15,7 +15,7 @@ from pipeline.tracking.metric_names import lower_is_better
 from pipeline.tracking.metrics import POSITION, read_metrics
 from pipeline.tracking.published import dataset_name
 from pipeline.tracking.run_dir import FACTS_NAME, RESULT_NAME, SESSIONS_NAME, RunDir
-from pipeline.tracking.runs import RunState, find_runs, run_state
+from pipeline.tracking.runs import RunState, exists, find_runs, run_state
 from pipeline.tracking.work_clock import WorkClock
 from pipeline.trees import flatten
 
@@ -120,19 +120,19 @@ def summarize_all(paths: Sequence[Path]) -> tuple[list[RunSummary], list[str]]:
     Raises:
         UserError: a path doesn't exist, or no run is left.
     """
-    runs: dict[Path, RunSummary] = {}
+    runs: dict[Path, RunSummary] = {}  # by what their paths lead to: one run may be reached on several ways
     left_out: list[str] = []
     for path in paths:
         try:
             found = find_runs([path])
         except UserError as error:
-            if not path.exists():
+            if not exists(path):
                 raise
             left_out.append(str(error))
             continue
         for run in found:
             try:
-                runs.setdefault(run, summarize(run))
+                runs.setdefault(run.resolve(), summarize(run))
             except UserError as error:
                 left_out.append(str(error))
     if not runs:
@@ -162,7 +162,7 @@ def _summarize(path: Path) -> RunSummary:
     ]
     best = result.get("best") or {}
     if not best and curve:
-        step, top1 = max(curve, key=lambda point: point[1])
+        step, top1 = max(curve, key=lambda point: -math.inf if math.isnan(point[1]) else point[1])
         best = {"top1": top1, "step": step}
     macs = facts.get("model_macs")
     datasets = facts.get("datasets", {})
@@ -202,6 +202,10 @@ def _summarize(path: Path) -> RunSummary:
 def _columns(lines: list[dict[str, Any]], clock: WorkClock) -> Columns:
     """Lines of one kind by column: the axes, then every number that one of the lines has."""
     names = dict.fromkeys(name for line in lines for name, value in line.items() if isinstance(value, int | float))
+    for line in lines:
+        wrong = next((name for name in names if not isinstance(line.get(name, 0), int | float | None)), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong}={line[wrong]!r} at step {line['step']}")
     columns: Columns = {axis: [line[axis] for line in lines] for axis in _AXES if axis != "hours"}
     columns["hours"] = [clock.at(line["time"]) for line in lines]
     return columns | {name: [line.get(name) for line in lines] for name in names if name not in _NOT_CURVES}

@@ -28,7 +28,7 @@ def find_runs(paths: list[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for path in paths:
-        if not path.exists():
+        if not exists(path):
             raise UserError(f"{path} doesn't exist; name a run directory (runs/<name>) or a folder of them")
         runs = _search(path, _SEARCH_DEPTH)
         if not runs:
@@ -37,7 +37,15 @@ def find_runs(paths: list[Path]) -> list[Path]:
                 "name one (runs/<name>) or a folder of them"
             )
         found += runs
-    return list(dict.fromkeys(found))
+    return list({run.resolve(): run for run in reversed(found)}.values())[::-1]
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder; a name too long for one, too, says that there is none."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _search(path: Path, depth: int) -> list[Path]:
@@ -49,10 +57,17 @@ def _search(path: Path, depth: int) -> list[Path]:
 
 
 def run_state(path: Path) -> RunState:
-    """What became of a run, from its lock and its last session."""
+    """What became of a run, from its lock and its last session.
+
+    Raises:
+        UserError: the sessions are damaged.
+    """
     if is_locked(path):
         return "running"
     sessions = read_lines(path / SESSIONS_NAME)
     if sessions:
-        return sessions[-1]["status"] if sessions[-1]["event"] == "end" else "killed"
+        try:
+            return sessions[-1]["status"] if sessions[-1]["event"] == "end" else "killed"
+        except KeyError as error:
+            raise UserError(f"{path / SESSIONS_NAME} holds what no run wrote (no {error}); restore it") from error
     return "finished" if (path / RESULT_NAME).exists() else "unknown"

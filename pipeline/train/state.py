@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -13,8 +14,10 @@ class Best(NamedTuple):
     goal: Literal["max", "min"] = "max"
 
     def improves(self, figures: dict[str, float], before: dict[str, float]) -> bool:
-        """Whether figures beat earlier ones; a NaN never does."""
+        """Whether figures beat earlier ones; a NaN never does, and everything else beats a NaN."""
         new, old = figures[self.figure], before[self.figure]
+        if math.isnan(old):
+            return not math.isnan(new)
         return new > old if self.goal == "max" else new < old
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from launch import cli
 from launch.sweep.config import load_sweep
-from launch.sweep.milestones import milestones
+from launch.sweep.milestones import Length, milestones
 from launch.sweep.plan import plan_trial, run_config
 from launch.sweep.processes import Evaluations
 from launch.sweep.records import FILE, Records
@@ -66,6 +67,11 @@ def write(folder: Path, **changes: Any) -> Path:
         ({"overrides": ["optim.lr=3"]}, "space.optim.lr varies this key"),
         ({"overrides": ["name=x"]}, "the runs are named by the sweep"),
         ({"name": "a/b"}, "a name has letters"),
+        ({"overrides": "train.epochs=3"}, "overrides=train.epochs=3: should be a valid list"),
+        ({"overrides": {"train.epochs": 3}}, "overrides: should be a valid list"),
+        ({"scheduler": "pbt"}, "scheduler.every is missing"),
+        ({"scheduler": {"grace": "3ep"}}, "scheduler.kind is missing"),
+        ({"space": {"name": {"grid": ["a", "b"]}}}, "space.name: the runs are named by the sweep"),
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else None,
 )
@@ -80,6 +86,37 @@ def test_overrides_go_to_the_sweep_or_to_its_recipe(tmp_path: Path) -> None:
     assert (sweep.resources.nproc, sweep.name, sweep.concurrent) == (3, "other", 1)
     assert sweep.overrides == ["train.epochs=2"]
     assert load_sweep(write(tmp_path)).name == "sweep"
+
+
+# --- what Tune is told
+
+
+@pytest.mark.parametrize(
+    ("metric", "measured", "expected"),
+    [
+        ("loss", {"loss": 0.5, "top1": 0.1}, {"loss": 0.5, "ended": ""}),
+        ("loss", {"loss": math.nan, "top1": 0.1}, {"loss": math.inf, "ended": ""}),
+        ("top1", {"loss": 0.5, "top1": math.nan}, {"top1": -math.inf, "ended": ""}),
+        (
+            "f1",
+            {"loss": 0.5, "top1": 0.1},
+            {"f1": -math.inf, "ended": "failed", "fault": "metric=f1: the evaluations of this run measure top1, loss"},
+        ),
+    ],
+)
+def test_an_evaluation_is_a_result(
+    metric: str, measured: dict[str, float], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    from launch.sweep.trial import Job, Trial
+
+    MetricsLog(tmp_path).log("eval", 5, **measured)
+    trial = object.__new__(Trial)  # Ray makes the others, in actors
+    trial.job = Job(load_sweep(write(tmp_path, metric=metric)), 0, (), 0, str(tmp_path), {})
+    trial.evaluations, trial.length = Evaluations(tmp_path, seen=0), Length(10, 5.0)
+    trial.nodes, trial.milestones, trial.ids, trial.last = None, [], ["node"], {}
+    result = trial.step()
+    assert {key: result[key] for key in expected} == expected
+    assert result["done"] == (expected["ended"] == "failed")
 
 
 # --- the space
@@ -351,6 +388,33 @@ def test_records_survive_a_restart(tmp_path: Path) -> None:
         pass
     with pytest.raises(UserError, match="holds a sweep with another space"):
         Records(load_sweep(write(tmp_path, metric="loss", space={"optim.lr": {"grid": [5.0]}})))
+
+
+@pytest.mark.parametrize("damage", ["3", "[]", "{}", '{"sweep": {}}', "trial without values", "trial with more"])
+def test_a_damaged_record_is_told(damage: str, tmp_path: Path) -> None:
+    sweep = load_sweep(write(tmp_path))
+    records = Records(sweep)
+    records.add({"optim.lr": 3.0})
+    records.save()
+    path = sweep.folder / FILE
+    saved = json.loads(path.read_text())
+    if damage == "trial without values":
+        del saved["trials"][0]["values"]
+    elif damage == "trial with more":
+        saved["trials"][0]["colour"] = "red"
+    else:
+        saved = json.loads(damage)
+    path.write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=r"sweep\.json is not what a sweep wrote .*; restore it, or"):
+        Records(sweep)
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", Path("/proc")):
+        records = Records(load_sweep(write(tmp_path, out=str(out))))
+        with pytest.raises(UserError, match="choose another out="), records.locked():
+            pass
 
 
 def test_evaluations_come_once_each_though_the_file_is_cut_back(tmp_path: Path) -> None:

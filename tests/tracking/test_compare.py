@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.tracking.compare import Column, short_titles, sparkline, table_columns
 from pipeline.tracking.files import append_line, write_json, write_text
 from pipeline.tracking.groups import differing_keys
-from pipeline.tracking.record import summarize
+from pipeline.tracking.record import summarize, summarize_all
 from pipeline.tracking.runs import find_runs
 from tests.tracking.conftest import CONFIG, make_run
 
@@ -163,7 +164,13 @@ def test_without_unicode_the_curve_is_left_out(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("values", "drawn"),
-    [([], ""), ([0.0, 0.5, 1.0], "▁▅█"), ([0.7], "▆"), ([i / 99 for i in range(100)], "▁▂▂▃▄▄▅▅▆▇▇█")],
+    [
+        ([], ""),
+        ([0.0, 0.5, 1.0], "▁▅█"),
+        ([0.7], "▆"),
+        ([math.nan, 0.0, math.inf, 1.0], "x▁x█"),
+        ([i / 99 for i in range(100)], "▁▂▂▃▄▄▅▅▆▇▇█"),
+    ],
 )
 def test_sparkline(values: list[float], drawn: str) -> None:
     assert sparkline(values, 0.0, 1.0) == drawn
@@ -176,6 +183,28 @@ def test_runs_of_the_same_name_show_their_paths(tmp_path: Path) -> None:
     assert cells == [str(tmp_path / "x" / "same"), str(tmp_path / "y" / "same")]
 
 
+def test_a_run_is_one_however_it_is_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "runs" / "a", [0.5], [])
+    (tmp_path / "link").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    ways = [Path("runs/a"), tmp_path / "runs", Path("link"), Path("runs/../runs/a")]
+    assert find_runs(ways) == [Path("runs/a")]
+    runs, left_out = summarize_all(ways)
+    assert ([run.path for run in runs], left_out) == ([Path("runs/a")], [])
+
+
+def test_a_diverged_run_is_compared(tmp_path: Path) -> None:
+    for name, losses in (("good", [2.0, 1.0]), ("diverged", ["NaN", "Infinity"])):
+        run = write_run(tmp_path / name, [0.5, 0.6], [])
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for line, loss in zip([line for line in lines if line["kind"] == "eval"], losses, strict=True):
+            line["loss"] = loss
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cells = {column.title: column.cells for column in table_columns(summarize_all([tmp_path])[0], "loss")}
+    assert cells["eval curve"] == ["xx", "█▁"]
+    assert [cell.strip() for cell in cells["best"]] == ["inf", "1.0000"]
+
+
 def test_a_run_that_training_wrote_is_read(tmp_path: Path) -> None:
     summary = summarize(make_run(tmp_path / "first", steps=20))
     assert (summary.state, summary.step, summary.epoch, summary.best_top1) == ("finished", 20, 0.5, 0.95)
@@ -186,9 +215,13 @@ def test_a_run_that_training_wrote_is_read(tmp_path: Path) -> None:
 def test_errors_name_the_path_and_the_mend(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere doesn't exist; name a run directory"):
         invoke(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="xxx doesn't exist; name a run directory"):
+        invoke("x" * 300)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty is no run directory"):
         invoke(str(tmp_path / "empty"))
+    with pytest.raises(SystemExit, match="2"):
+        invoke()
     with pytest.raises(UserError, match="--json and --csv exclude each other"):
         invoke(str(runs), "--json", "--csv")
     shutil.copy(runs / "a" / "config.yaml", runs / "a" / "facts.json")

@@ -239,6 +239,17 @@ def test_which_address_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert resolve_uri(tmp_path, "sqlite:///here.db") == f"sqlite:///{tmp_path}/here.db"
 
 
+@pytest.mark.parametrize(
+    "damage", ["[1]", '{"current": 3}', '{"targets": []}', '{"targets": {"TARGET": {"colour": 1}}}']
+)
+def test_a_damaged_state_is_told(damage: str, tmp_path: Path, sqlite_uri: str) -> None:
+    run = make_run(tmp_path / "r", steps=1)
+    (run / "mlflow.json").write_text(damage.replace("TARGET", sqlite_uri))
+    with pytest.raises(UserError, match=r"mlflow\.json is damaged: restore it, or delete it"):
+        resolve_uri(run)
+        Mirror(run, sqlite_uri).push()
+
+
 def test_sync_uploads_a_folder_of_runs_once(tmp_path: Path, sqlite_uri: str, client: Any) -> None:
     runs = [make_run(tmp_path / "runs" / name, steps=3) for name in ("a", "b")]
     first = cli(str(tmp_path / "runs"), "--uri", sqlite_uri)

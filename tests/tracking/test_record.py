@@ -107,13 +107,16 @@ def test_damaged_and_empty_runs_are_named_and_left_out(tmp_path: Path) -> None:
     for name, content in DAMAGE.items():
         (write_run(tmp_path / "runs" / f"bad-{name}", [0.5]) / name).write_bytes(content)
     (write_run(tmp_path / "runs" / "binary", [0.5]) / "config.yaml").write_bytes(b"\xff\xfe\x00")
+    text = write_run(tmp_path / "runs" / "text", [0.5, 0.6]) / "metrics.jsonl"
+    text.write_text(text.read_text().replace('"top1":0.6', '"top1":"high"'))
     (tmp_path / "runs" / "empty").mkdir()
     (tmp_path / "runs" / "empty" / "metrics.jsonl").touch()
     (tmp_path / "nothing").mkdir()
     runs, left_out = summarize_all([tmp_path / "runs", tmp_path / "nothing", tmp_path / "runs" / "good"])
     assert [run.name for run in runs] == ["good"]
-    assert len(left_out) == len(DAMAGE) + 3
-    for part in ("bad-facts.json", "bad-config.yaml", "binary", "empty is empty", "nothing is no run directory"):
+    assert len(left_out) == len(DAMAGE) + 4
+    named = ("bad-facts.json", "bad-config.yaml", "binary", "top1='high' at step", "empty is empty")
+    for part in (*named, "nothing is no run directory"):
         assert sum(part in reason for reason in left_out) == 1, (part, left_out)
 
 

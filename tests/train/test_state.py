@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
-from pipeline.train.state import State
+import math
+from typing import Literal
+
+import pytest
+
+from pipeline.train.state import Best, State
+
+
+@pytest.mark.parametrize(
+    ("goal", "values", "best"),
+    [
+        ("max", [0.5, 0.7, 0.6], 0.7),
+        ("min", [0.5, 0.7, 0.4], 0.4),
+        ("max", [math.nan, 0.1, math.nan, 0.2], 0.2),
+        ("min", [math.nan, 0.2, math.nan], 0.2),
+    ],
+)
+def test_the_best_is_never_a_nan_that_was_beaten(goal: Literal["max", "min"], values: list[float], best: float) -> None:
+    state = State()
+    for value in values:
+        state.note({"loss": value}, Best("loss", goal))
+    assert state.best is not None and state.best["loss"] == best
 
 
 def test_streaks_of_skipped_steps_go_on_over_windows() -> None:

@@ -129,6 +129,8 @@ def _no_section(key: str, value: Any, model: type[BaseModel]) -> str:
         return f"{key}.kind is missing; say which: its other keys belong to one of them"
     if value is None:
         return f"{key} is empty; leave it out or give it some of its keys: {', '.join(names)}"
+    if not names:
+        return f"{key}={_shown(value)}: should have keys of its own, as in {key}: {{...}}"
     if isinstance(value, str) and "name" in names:
         return f"{key}={_shown(value)}: {key} is a section; did you mean {key}.name={_shown(value)}?"
     return f"{key}={_shown(value)}: {key} is a section; its keys are {', '.join(names)}"

@@ -53,11 +53,16 @@ class MirrorState:
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(run) from error
 
-    def save(self, run: Path, uri: str) -> None:
-        """Replace the entry of `uri`, leave the others, and make it the address that a later `sync` uses."""
+    def save(self, run: Path, uri: str, reached: bool = True) -> None:
+        """Replace the entry of `uri`, leave the others, and make it the address that a later `sync` uses.
+
+        Args:
+            reached: whether a server has answered there; if not, an earlier address stays the one to use.
+        """
         key = without_password(uri)
         targets = {**_targets(run), key: asdict(self)}
-        write_json(run / STATE_NAME, {"current": key, "targets": targets})
+        current = key if reached else _read(run).get("current", key)
+        write_json(run / STATE_NAME, {"current": current, "targets": targets})
 
 
 @dataclass

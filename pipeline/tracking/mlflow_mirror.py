@@ -138,7 +138,7 @@ class Mirror:
         params = self._params if self._params is not None else run_params(self.run)
         state.experiment = self._experiment or state.experiment or params.get("tracking.experiment") or "rookery"
         state.run_name = self._run_name or state.run_name or self.run.resolve().name
-        state.save(self.run, self.uri)
+        state.save(self.run, self.uri, reached=False)
         self._experiment_id = self._connect(state.experiment)
         found = self._find(state)
         if found is None and state.run_id is not None:

@@ -67,6 +67,7 @@ def write(folder: Path, **changes: Any) -> Path:
         ({"overrides": ["optim.lr=3"]}, "space.optim.lr varies this key"),
         ({"overrides": ["name=x"]}, "the runs are named by the sweep"),
         ({"name": "a/b"}, "a name has letters"),
+        ({"space": {"optim.lr": [1, 2]}}, "space.optim.lr=[1, 2]: should have keys of its own"),
         ({"overrides": "train.epochs=3"}, "overrides=train.epochs=3: should be a valid list"),
         ({"overrides": {"train.epochs": 3}}, "overrides: should be a valid list"),
         ({"scheduler": "pbt"}, "scheduler.every is missing"),

@@ -261,6 +261,24 @@ def test_sync_uploads_a_folder_of_runs_once(tmp_path: Path, sqlite_uri: str, cli
     assert [line.split(": ")[1].split(" -> ")[0] for line in again.stdout.splitlines()] == ["nothing new"] * 2
 
 
+def test_a_faulty_run_does_not_keep_the_others_from_it(tmp_path: Path, sqlite_uri: str) -> None:
+    runs = [make_run(tmp_path / "runs" / name, steps=1) for name in ("a", "b", "c")]
+    (runs[1] / "sessions.jsonl").write_text('{"time": 1}\n')
+    done = cli(str(tmp_path / "runs"), "--uri", sqlite_uri)
+    assert [line.split(": ")[0] for line in done.stdout.splitlines()] == [str(runs[0]), str(runs[2])]
+    assert isinstance(done.exception, UserError) and "b/sessions.jsonl holds what no run wrote" in str(done.exception)
+
+
+def test_an_address_that_nobody_answered_at_is_not_kept(tmp_path: Path, sqlite_uri: str) -> None:
+    run, nobody = make_run(tmp_path / "r", steps=1), f"http://127.0.0.1:{free_port()}"
+    for reached in (None, sqlite_uri):
+        if reached is not None:
+            Mirror(run, reached).push()
+        with pytest.raises(UserError, match="can't be reached"):
+            Mirror(run, nobody).push()
+        assert resolve_uri(run) == (reached or nobody)
+
+
 def test_sync_says_what_is_wrong(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r")
     nobody = f"http://me:hunter2@127.0.0.1:{free_port()}"

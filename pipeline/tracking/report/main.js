@@ -13,7 +13,7 @@ function facts() {
     tile("runs", String(RUNS.length), [...states].map(([name, n]) => `${n} ${name}`).join(", ")),
     DATA.groups.length < RUNS.length ? tile("settings", String(DATA.groups.length), `${DATA.groups.filter((g) => g.n > 1).length} with several seeds`) : null,
     tile("trained on", [...new Set(RUNS.map((run) => run.dataset ?? "unknown data"))].slice(0, 3).join(", "), `${compact(sum("samples"))} images seen`),
-    sum("gpu_hours") ? tile("GPU-hours", compact(sum("gpu_hours")), DATA.price == null ? compact(sum("train_flops")).replace(/[A-Z]$/i, " $&") + "FLOP of training" : `cost ${fixed(sum("cost"), 2)} at ${DATA.price} each`) : null,
+    sum("gpu_hours") ? tile("GPU-hours", compact(sum("gpu_hours")), DATA.price == null ? (sum("train_flops") ? compact(sum("train_flops")).replace(/[A-Z]$/i, " $&") + "FLOP of training" : "") : `cost ${fixed(sum("cost"), 2)} at ${DATA.price} each`) : null,
   ].filter(Boolean);
 }
 

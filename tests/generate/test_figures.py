@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.request
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -147,6 +148,7 @@ def test_inception_says_what_to_do_without_its_weights(tmp_path: Path, monkeypat
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # made at the first use, with the proxies of that moment
     with pytest.raises(UserError, match=r"put https://\S+ into \S+/hub/checkpoints/\S+\.pth yourself"):
         Inception()
 

@@ -5,7 +5,7 @@
     CACHE/
         <sha256>          a whole file whose hash was verified, under that hash; its mtime says when it was used last
         <sha256>.part     one that is on its way, locked (flock) by the process that fetches it
-        .lock             held for moments, while room is made
+        .lock             held for moments, while room is made or a file gets its name
 
 A file gets its name when its bytes were hashed and flushed to the disk, so that what a kill leaves behind is a `.part`,
 which nobody trusts: the next process that wants the file, or the room, starts it anew. The room of a file is taken
@@ -169,7 +169,8 @@ class NodeCache:
                 write_all(descriptor, data, 0)
             if file_sha256(part) == file.sha256:
                 os.fsync(descriptor)
-                os.replace(part, self.folder / file.sha256)
+                with self._locked():  # who counts what is held would see a file that changes its name twice, or never
+                    os.replace(part, self.folder / file.sha256)
                 return True
             log.warning("%s: arrived damaged (its sha256 is not that of the manifest), fetching it again", file.name)
         raise DamagedFile(

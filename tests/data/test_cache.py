@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -194,6 +195,29 @@ def test_memory_of_this_process(tmp_path: Path) -> None:
         assert read(make(tmp_path / "cache", 2), remote("memory://set", 7)) == content(7)
     finally:
         MemoryFileSystem.store.clear()
+
+
+def test_no_file_changes_its_name_while_room_is_made(server: FaultyServer, tmp_path: Path) -> None:
+    """Between the listing of the folder and the look at a file that file would be missed, and its room taken twice."""
+    cache, file = make(tmp_path / "cache", 3), remote(server, 1)
+    fetched, go_on = threading.Event(), threading.Event()
+    fetch = file.store.fetch
+
+    def slow(*args: Any) -> None:
+        fetch(*args)
+        fetched.set()
+        assert go_on.wait(60)
+
+    file.store.fetch = slow  # type: ignore[method-assign]
+    reader = threading.Thread(target=read, args=(cache, file))
+    reader.start()
+    assert fetched.wait(60)
+    with cache._locked():
+        go_on.set()
+        reader.join(0.5)
+        assert len(parts(tmp_path / "cache")) == 1 and not held(tmp_path / "cache")
+    reader.join(60)
+    assert held(tmp_path / "cache") == {1} and not parts(tmp_path / "cache")
 
 
 # Several processes.

@@ -6,6 +6,7 @@ import io
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -15,8 +16,9 @@ from pipeline.data.augment import color as plain_color
 from pipeline.data.augment.crop import Box
 from pipeline.data.augment.randaugment import POLICIES, draw_ops, fill_color
 from pipeline.data.augment.settings import ColorJitterConfig, RandAugmentConfig
-from pipeline.data.fast import color, kernels
+from pipeline.data.fast import color, jpeg, kernels
 from pipeline.data.fast.decode import decode_array, decode_image, decode_part
+from pipeline.data.fast.jpeg import decode_box
 from pipeline.data.fast.randaugment import apply_op
 from pipeline.errors import UserError
 
@@ -130,38 +132,61 @@ def test_damaged_bytes_are_an_error(data: bytes) -> None:
 
 SMALL = PHOTO.crop((0, 0, 400, 300))  # 25 units of 16 pixels in a row
 ROTATED = SMALL.transpose(Image.Transpose.TRANSPOSE)  # 19 units, a prime number
-# Name: (file, smallest share of the picture that is decoded for a box of a tenth of it, largest).
 PARTS = {
-    "baseline": (ENCODED["baseline"], 0.1, 1.0),
-    "4:4:4": (ENCODED["4:4:4"], 0.1, 1.0),
-    "grey": (ENCODED["grey"], 0.1, 1.0),
-    "odd sides": (ENCODED["odd sides"], 0.1, 1.0),
-    "a marker each row": (encoded(PHOTO, "JPEG", restart_marker_rows=1), 0.1, 0.5),
-    "a marker each unit": (encoded(SMALL, "JPEG", restart_marker_blocks=1), 0.1, 0.25),
-    "a marker each 5 units": (encoded(SMALL, "JPEG", restart_marker_blocks=5), 0.1, 0.35),
-    "a marker each unit, 19 in a row": (encoded(ROTATED, "JPEG", restart_marker_blocks=1), 0.1, 0.25),
-    "a marker each 4 units, 19 in a row": (encoded(ROTATED, "JPEG", restart_marker_blocks=4), 0.1, 1.0),
-    "a marker each 2 rows": (encoded(PHOTO, "JPEG", restart_marker_rows=2), 0.1, 1.0),
-    "markers, 4:4:4": (encoded(SMALL, "JPEG", subsampling=0, restart_marker_blocks=2), 0.1, 0.2),
-    "markers, 4:2:2": (encoded(SMALL, "JPEG", subsampling=1, restart_marker_blocks=1), 0.1, 0.22),
-    "markers, grey": (encoded(SMALL.convert("L"), "JPEG", restart_marker_blocks=2), 0.1, 0.2),
-    "markers, odd sides": (encoded(SMALL.crop((0, 0, 333, 277)), "JPEG", restart_marker_blocks=3), 0.1, 0.35),
-    "markers, optimized": (encoded(SMALL, "JPEG", quality=98, optimize=True, restart_marker_blocks=5), 0.1, 0.35),
-    "prepared": (make_usable(encoded(PHOTO, "JPEG"), resize=300).data, 0.1, 0.25),
-    "prepared, grey": (make_usable(encoded(PHOTO.convert("L"), "JPEG"), resize=300).data, 0.1, 0.2),
-    "progressive": (ENCODED["progressive"], 1.0, 1.0),
-    "cmyk": (ENCODED["cmyk"], 1.0, 1.0),
-    "png": (ENCODED["png"], 1.0, 1.0),
+    "4:2:0": ENCODED["baseline"],
+    "4:2:2": encoded(PHOTO, "JPEG", subsampling=1),
+    "4:4:4": ENCODED["4:4:4"],
+    "grey": ENCODED["grey"],
+    "4:2:0, odd sides": ENCODED["odd sides"],
+    "4:2:2, odd sides": encoded(PHOTO.crop((0, 0, 333, 211)), "JPEG", subsampling=1),
+    "optimized": encoded(PHOTO, "JPEG", optimize=True),
+    "the best quality": encoded(SMALL, "JPEG", quality=100, subsampling=0),
+    "the worst quality": encoded(SMALL, "JPEG", quality=1),
+    "flat": encoded(Image.new("RGB", (97, 61), (200, 30, 90)), "JPEG"),
+    "black beside white": encoded(
+        Image.fromarray(np.kron(np.eye(40, dtype=np.uint8), np.full((8, 8), 255, np.uint8))), "JPEG"
+    ),
+    "noise": encoded(
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 70, 3), np.uint8)), "JPEG", quality=98
+    ),
+    "6 x 40": encoded(PHOTO.crop((300, 200, 306, 240)), "JPEG"),
+    "40 x 1": encoded(PHOTO.crop((300, 200, 340, 201)), "JPEG"),
+    "a marker each row": encoded(PHOTO, "JPEG", restart_marker_rows=1),
+    "a marker each unit": encoded(SMALL, "JPEG", restart_marker_blocks=1),
+    "a marker each 5 units": encoded(SMALL, "JPEG", restart_marker_blocks=5),
+    "a marker each unit, 19 in a row": encoded(ROTATED, "JPEG", restart_marker_blocks=1),
+    "a marker each 4 units, 19 in a row": encoded(ROTATED, "JPEG", restart_marker_blocks=4),
+    "a marker each 2 rows": encoded(PHOTO, "JPEG", restart_marker_rows=2),
+    "markers, 4:4:4": encoded(SMALL, "JPEG", subsampling=0, restart_marker_blocks=2),
+    "markers, 4:2:2": encoded(SMALL, "JPEG", subsampling=1, restart_marker_blocks=1),
+    "markers, grey": encoded(SMALL.convert("L"), "JPEG", restart_marker_blocks=2),
+    "markers, odd sides": encoded(SMALL.crop((0, 0, 333, 277)), "JPEG", restart_marker_blocks=3),
+    "markers, optimized": encoded(SMALL, "JPEG", quality=98, optimize=True, restart_marker_blocks=5),
+    "prepared": make_usable(encoded(PHOTO, "JPEG"), resize=300).data,
+    "prepared, grey": make_usable(encoded(PHOTO.convert("L"), "JPEG"), resize=300).data,
+}
+# Those of which no part is decoded alone.
+WHOLE = {
+    "4:4:0": simplejpeg.encode_jpeg(np.array(SMALL), colorsubsampling="440"),
+    "4:1:1": simplejpeg.encode_jpeg(np.array(SMALL), colorsubsampling="411"),
+    "RGB": encoded(SMALL, "JPEG", keep_rgb=True),
+    "3 x 40": encoded(PHOTO.crop((300, 200, 303, 240)), "JPEG"),
+    "progressive": ENCODED["progressive"],
+    "cmyk": ENCODED["cmyk"],
+    "png": ENCODED["png"],
 }
 
 
-@pytest.mark.parametrize("name", PARTS)
-def test_a_part_is_that_of_the_whole_picture(name: str) -> None:
-    data, least, most = PARTS[name]
+@pytest.mark.parametrize("name", PARTS | WHOLE)
+def test_a_part_is_that_of_the_whole_picture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jpeg, "_DECODED", 0)  # also where that takes longer
+    monkeypatch.setattr(jpeg, "_PASSED", 0)
+    data = (PARTS | WHOLE)[name]
     whole = decode_array(data, 3)
     height, width = whole.shape[:2]
     draw = np.random.default_rng(0)
-    boxes = [Box(0, 0, height, width), Box(0, 0, 1, 1), Box(height - 1, width - 1, 1, 1), Box(15, 15, 18, 2)]
+    boxes = [Box(0, 0, height, width), Box(0, 0, 1, 1), Box(height - 1, width - 1, 1, 1)]
+    boxes += [Box(15, 15, 18, 2)] if height > 32 and width > 16 else []
     for _ in range(60):
         h, w = draw.integers(1, height + 1), draw.integers(1, width + 1)
         boxes.append(Box(*map(int, (draw.integers(0, height - h + 1), draw.integers(0, width - w + 1), h, w))))
@@ -172,15 +197,44 @@ def test_a_part_is_that_of_the_whole_picture(name: str) -> None:
         assert top >= 0 and left >= 0
         got = part.pixels[top : top + box.height, left : left + box.width]
         assert np.array_equal(got, whole[box.top : box.top + box.height, box.left : box.left + box.width]), box
-    middle = Box(height // 3, width // 3, height // 3, width // 3)
-    share = decode_part(data, 3, None, lambda *size: middle).pixels.size / whole.size
-    assert least <= share <= most
+    middle = Box(height // 3, width // 3, height // 3 + 1, width // 3 + 1)
+    part = decode_part(data, 3, None, lambda *size: middle)
+    assert part.pixels.shape[:2] == ((height, width) if name in WHOLE else (middle.height, middle.width))
+
+
+@pytest.mark.parametrize("name", ["4:2:0", "4:4:4", "markers, grey", "prepared"])
+def test_when_nearly_all_is_wanted_all_is_decoded(name: str) -> None:
+    width, height = Image.open(io.BytesIO(PARTS[name])).size
+    assert decode_box(PARTS[name], lambda *size: Box(1, 1, height - 2, width - 2)) is None
+    found = decode_box(PARTS[name], lambda *size: Box(1, 1, height // 2, width // 2))
+    assert found is not None and found[0].shape == (height // 2, width // 2, 3)
+
+
+def test_numbers_beyond_those_of_pictures_are_left_to_the_library() -> None:
+    """Between the passes it keeps 16 bits, here there are 32: where that matters the whole picture is decoded."""
+    draw = np.random.default_rng(0)
+    left = 0
+    for name in ("the best quality", "black beside white", "noise"):
+        data = bytearray(PARTS[name])
+        for _ in range(60):
+            at = data.index(b"\xff\xdb") + 5
+            data[at : at + 64] = draw.integers(1, draw.choice([3, 20, 256]), 64, np.uint8).tobytes()
+            try:
+                whole = decode_array(bytes(data), 3)
+            except UserError:
+                continue
+            box = Box(3, 5, 40, 33)
+            part = decode_part(bytes(data), 3, None, lambda *size, box=box: box)
+            left += part.pixels.shape == whole.shape
+            pixels = part.pixels[box.top - part.top :, box.left - part.left :][: box.height, : box.width]
+            assert np.array_equal(pixels, whole[3:43, 5:38])
+    assert 10 < left < 170
 
 
 @pytest.mark.parametrize("damage", ["gone", "doubled", "renumbered", "noise"])
 def test_markers_out_of_order_are_no_help(damage: str) -> None:
     """The file is decoded as a whole then, and is what the decoder makes of it."""
-    data = bytearray(PARTS["a marker each unit"][0])
+    data = bytearray(PARTS["a marker each unit"])
     at = data.index(b"\xff\xd3")
     if damage == "noise":
         data[at - 40 : at] = bytes(range(40))
@@ -193,10 +247,10 @@ def test_markers_out_of_order_are_no_help(damage: str) -> None:
     assert np.array_equal(part.pixels[40 - part.top :, 40 - part.left :][:30, :30], whole[40:70, 40:70])
 
 
-@pytest.mark.parametrize("name", ["baseline", "a marker each unit", "a marker each row", "markers, grey"])
+@pytest.mark.parametrize("name", ["4:2:0", "a marker each unit", "a marker each row", "markers, grey"])
 def test_damage_is_an_error_or_a_picture(name: str) -> None:
     """Half of it in the header, whose lengths and sizes may then say anything."""
-    data, _, _ = PARTS[name]
+    data = PARTS[name]
     draw = np.random.default_rng(1)
     header = data.index(b"\xff\xda") + 14
     refused = 0
@@ -217,7 +271,7 @@ def test_damage_is_an_error_or_a_picture(name: str) -> None:
 
 @pytest.mark.parametrize("size", [b"\xff\xff", b"\x7f\xff"])
 def test_a_scan_that_begins_behind_the_end_is_decoded_as_a_whole(size: bytes) -> None:
-    data = bytearray(PARTS["a marker each unit"][0])
+    data = bytearray(PARTS["a marker each unit"])
     at = data.index(b"\xff\xda")
     data[at + 2 : at + 4] = size
     with pytest.raises(UserError, match="can't be decoded"):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_prep.manifest import is_absurd
 from pipeline.data.augment.crop import Box
-from pipeline.data.fast.jpeg import MAGIC, cut_out
+from pipeline.data.fast.jpeg import MAGIC, decode_box
 from pipeline.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -38,9 +38,9 @@ class Part(NamedTuple):
 
 
 def decode_part(data: bytes, in_chans: int, shape: tuple[int, int] | None, wanted: Callable[[int, int], Box]) -> Part:
-    """As `decode_array`, but of a JPEG little more than the wanted part, where it can be told apart (see `cut_out`).
+    """As `decode_array`, but of a JPEG only the wanted part, where it can be told apart (see `decode_box`).
 
-    The pixels are those of the whole picture, to the last bit. Damage outside of the part does not show.
+    The pixels are those of the whole picture, to the last bit. Damage outside of the part may not show.
 
     Args:
         wanted: (width, height) of the picture to the part that is needed.
@@ -48,17 +48,10 @@ def decode_part(data: bytes, in_chans: int, shape: tuple[int, int] | None, wante
     Raises:
         UserError: the bytes are no image any more.
     """
-    cut = cut_out(data, wanted) if in_chans == 3 and shape is None else None
-    if cut is not None and not is_absurd(*cut[2:]):
-        import simplejpeg  # only loader processes decode
-
-        smaller, box, width, height = cut
-        try:
-            # strict: no data after the last row
-            pixels = simplejpeg.decode_jpeg(smaller, "RGB", strict=False)
-            return Part(pixels, box.top, box.left, width, height)
-        except ValueError:
-            pass  # decoded as a whole it says more
+    found = decode_box(data, wanted) if in_chans == 3 and shape is None else None
+    if found is not None:
+        pixels, box, width, height = found
+        return Part(pixels, box.top, box.left, width, height)
     return Part.whole(decode_array(data, in_chans, shape))
 
 

@@ -50,9 +50,12 @@ def sweep(
     from launch.sweep.allocation import ray_on_allocation, requeue
     from launch.sweep.cluster import cluster_facts, connected
 
-    before = records.epochs()
     with ExitStack() as stack:
         stack.enter_context(records.locked())
+        if records.is_outdated():  # it was still running when the plan was made
+            records = Records(wanted)
+            calendar = _planned(wanted, records)
+        before = records.epochs()
         if on_allocation:
             address = stack.enter_context(ray_on_allocation())
         ray = stack.enter_context(connected(address))

@@ -67,6 +67,7 @@ class Records:
         self.gpu_hours = 0.0
         self._by_name: dict[str, Record] = {}
         saved = read_json(self.folder / FILE)
+        self._read = repr(saved)
         if saved is not None:
             try:
                 self._take(saved)
@@ -151,6 +152,10 @@ class Records:
             except BlockingIOError as error:
                 raise UserError(f"{self.folder}: this sweep is running already; name=... begins another one") from error
             yield
+
+    def is_outdated(self) -> bool:
+        """Whether another process has written `sweep.json` since it was read here; ask before the first `save`."""
+        return repr(read_json(self.folder / FILE)) != self._read
 
     def save(self) -> None:
         """Write `sweep.json`, in one rename."""

@@ -11,7 +11,7 @@ from pipeline.models.drop_path import num_drop_paths, set_drop_path_noise
 from pipeline.models.errors import ModelError
 from pipeline.models.official import load_official
 from pipeline.models.pos_embed import resize_pos_embed
-from pipeline.models.refine import fold_refiners, set_lean
+from pipeline.models.refine_maps import fold_refiners, set_lean
 from pipeline.models.registry import ModelInfo, create_model, list_models, model_info
 from pipeline.models.timm_registry import register_with_timm
 

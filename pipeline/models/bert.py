@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.models.attention import split_heads
 from pipeline.models.bert_options import BertOptions
 from pipeline.models.facts import ModelFacts, count_params
-from pipeline.models.refine import LinearRefiner
+from pipeline.models.refine_maps import LinearRefiner
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 try:

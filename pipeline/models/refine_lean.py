@@ -29,7 +29,7 @@ from pipeline.models.errors import ModelError
 from pipeline.models.refine_group import Group, accurate, sum_places, total, wide
 
 if TYPE_CHECKING:
-    from pipeline.models.refine import OfficialRefiner
+    from pipeline.models.refine_maps import OfficialRefiner
 
 
 def refine_lean(refiner: OfficialRefiner, maps: Tensor, real: Tensor | None) -> Tensor:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from pipeline.models.dense import DenseOutput, DenseRequest
 from pipeline.models.errors import ModelError, check_bools, check_choice, check_ints, check_positive
 from pipeline.models.pool import Pool
-from pipeline.models.refine import Flavour, Refine, fold_refiners
+from pipeline.models.refine import Flavour, Refine
+from pipeline.models.refine_maps import fold_refiners
 from pipeline.models.registry import ModelInfo, register
 from pipeline.models.stems import ConvStem, PatchStem
 from pipeline.models.tokens import TokenTransformer, cosine, token_side

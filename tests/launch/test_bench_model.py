@@ -29,7 +29,7 @@ from launch.bench_model.runner import Runner
 from pipeline.errors import UserError
 from pipeline.models import create_model
 from pipeline.models.facts import model_facts
-from pipeline.models.refine import FoldedOfficial, OfficialRefiner
+from pipeline.models.refine_maps import FoldedOfficial, OfficialRefiner
 from pipeline.models.timm_weights import from_timm
 
 ROOT = Path(__file__).resolve().parents[2]

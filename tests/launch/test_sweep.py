@@ -387,6 +387,7 @@ def test_records_survive_a_restart(tmp_path: Path) -> None:
     assert json.loads((sweep.folder / FILE).read_text())["best"] == "sweep-000"
     with records.locked(), pytest.raises(UserError, match="this sweep is running already"), again.locked():
         pass
+    assert records.is_outdated() and not again.is_outdated(), "the first has written since it read"
     with pytest.raises(UserError, match="holds a sweep with another space"):
         Records(load_sweep(write(tmp_path, metric="loss", space={"optim.lr": {"grid": [5.0]}})))
 

@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.models.batch_norm import BatchNorm2d, group_statistics
 from pipeline.models.bert import Bert, bert_config, check_pretrained, load_pretrained, refined_attention
 from pipeline.models.bert_options import BertOptions
-from pipeline.models.refine import LinearRefiner, OfficialRefiner
+from pipeline.models.refine_maps import LinearRefiner, OfficialRefiner
 
 SMALL = {"layers": 2, "dim": 32, "heads": 4, "vocab_size": 50, "positions": 24, "dropout": 0.0, "attn_dropout": 0.0}
 REFINERS: list[dict[str, Any]] = [

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.models import ModelError, create_model, refine_group, set_lean
 from pipeline.models.batch_norm import group_statistics, update_groups
 from pipeline.models.layers import MapLayer
-from pipeline.models.refine import LinearRefiner, OfficialRefiner
+from pipeline.models.refine_maps import LinearRefiner, OfficialRefiner
 
 Make = Callable[[], nn.Module]
 FORMS: dict[str, Make] = {

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from pipeline.models import DenseRequest, ModelError, create_model, fold_refiners
 from pipeline.models.facts import count_macs, model_facts
-from pipeline.models.refine import LinearRefiner, OfficialRefiner, Refine, map_uses
+from pipeline.models.refine import Refine, map_uses
+from pipeline.models.refine_maps import LinearRefiner, OfficialRefiner
 
 TINY: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 4, "depth": 4, "num_classes": 5}
 

@@ -28,6 +28,7 @@ upsample = LazyModule("pipeline.data.fast.upsample")
 MAGIC = b"\xff\xd8\xff"
 _END = b"\xff\xd9"
 _QUANTIZATION, _JFIF, _ADOBE = 0xDB, 0xE0, 0xEE
+_READ = OTHER_FRAMES | {BASELINE, HUFFMAN, INTERVAL, SCAN, _QUANTIZATION, _JFIF, _ADOBE}
 # A pixel is made out of the samples of chrominance around it, which lie up to so many pixels away.
 _AROUND = 2
 # Factors of sampling of luminance, where both of chrominance are 1: 4:4:4, 4:2:2 and 4:2:0.
@@ -172,7 +173,7 @@ def _scratch(name: str, size: int) -> np.ndarray:
     return _memory[name]
 
 
-@lru_cache(16)  # nearly all cameras and programs use the same
+@lru_cache(64)  # most cameras and programs use the same
 def _tables(found: tuple[bytes, ...]) -> Any:
     return huffman.read_tables(found)
 
@@ -199,7 +200,10 @@ def _header(data: bytes) -> _Header | None:
     at, frame, interval, jfif, adobe = 2, b"", 0, False, -1
     tables: dict[int, list[bytes]] = {HUFFMAN: [], _QUANTIZATION: []}
     while at + 20 < len(data) and data[at] == 0xFF:
-        marker, size = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        marker, size = data[at + 1], data[at + 2] << 8 | data[at + 3]
+        if marker not in _READ:  # metadata, which may be long
+            at += 2 + size
+            continue
         segment = data[at + 4 : at + 2 + size]
         if marker == SCAN:
             found = units(frame, segment)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from pipeline.data.fast.huffman import BITS, signed, symbol
+from pipeline.data.fast.huffman import BITS, is_ac, signed, symbol
 from pipeline.data.fast.idct import fill, transform
 
 # More bytes than a unit of ten blocks can take, with 31 bits for each of 64 coefficients.
@@ -92,15 +92,15 @@ def _unstuff(data, taken, filled, enough, plain, marks, marked):
 
 _SIGNATURE = (
     "int64(Array(uint8, 1, 'C', readonly=True), int64, int64, int64, int64, int64, int64, int64, int64[:, ::1], "
-    "int32[:, ::1], int32[:, ::1], int32[:, ::1], int32[:, ::1], int64[:, ::1], int64[:, ::1], uint8[:, ::1], "
-    "uint8[::1], uint64[::1])"
+    "int32[:, ::1], int32[:, ::1], int32[:, ::1], int64[:, ::1], int32[:, ::1], int64[:, ::1], int64[:, ::1], "
+    "uint8[:, ::1], uint8[::1], uint64[::1])"
 )
 
 
 @numba.njit(_SIGNATURE, cache=True, nogil=True, boundscheck=False)
 def decode(
     data, scan, across, interval, top, bottom, left, right, blocks,
-    steps, dc, ac, skip, limits, offsets, symbols, plain, planes,
+    steps, dc, ac, pairs, skip, limits, offsets, symbols, plain, planes,
 ):  # fmt: skip
     """Decode the units of rows `top` to `bottom` and columns `left` to `right` of each.
 
@@ -113,7 +113,7 @@ def decode(
             in `planes`, how far from there those of the next unit, those of the next row of units, and
             the next row of pixels.
         steps: (components, 64), of each coefficient in the order of codes: what its value is multiplied with.
-        dc, ac, skip, limits, offsets, symbols: `Tables`.
+        dc, ac, pairs, skip, limits, offsets, symbols: `Tables`.
         plain: 8192 longer than `data`; written over.
         planes: takes the pixels, eight in a number.
 
@@ -164,9 +164,9 @@ def decode(
                             found = symbol(
                                 np.int64(buffer >> _u64(48)), 16, 2 + np.int64(ac_table), limits, offsets, symbols
                             )
-                            run, size = found >> 9, (found >> 5) & 15
-                            if found == 0 or (size == 0 and 0 < run < 15):
+                            if not is_ac(found):
                                 return 0
+                            run, size = found >> 9, (found >> 5) & 15
                             end = 0 if size or run else 1
                             used, passed = (found & 31) + size, 0 if end else run + 1
                         buffer <<= _u64(used)
@@ -174,7 +174,8 @@ def decode(
                         k += passed
                         if end:
                             break
-                        found = np.int64(skip[ac_table, buffer >> _u64(_REST)])  # there are bits for a second look
+                        # Of 56 bits the first took 26 at most, and what a table tells takes 22.
+                        found = np.int64(skip[ac_table, buffer >> _u64(_REST)])
                         used, passed, end = found & 31, (found >> 5) & 127, found >> 12
                         if found != 0 and k + passed + end <= 63:
                             buffer <<= _u64(used)
@@ -192,36 +193,55 @@ def decode(
                 while going and k < 63:
                     buffer |= _eight(plain, at) >> _u64(have)
                     at, have = at + ((63 - have) >> 3), have | 56
-                    found = np.int64(ac[ac_table, buffer >> _u64(_REST)])
-                    if found == 0:
-                        found = symbol(
-                            np.int64(buffer >> _u64(48)), 16, 2 + np.int64(ac_table), limits, offsets, symbols
-                        )
-                        run, size = found >> 9, (found >> 5) & 15
-                        if found == 0 or (size == 0 and 0 < run < 15):
-                            return 0
-                        found = found & 31 | (run + 1 if size or run else 0) << 5 | size << 12
-                    size = (found >> 12) & 15
-                    if size:
-                        length = found & 31
-                        value = signed(np.int64(buffer << _u64(length) >> _u64(64 - size)), size)
-                        found = (length + size) | found & (127 << 5) | value << 16
-                    for _ in range(3):  # there are bits for two more that the table tells in full
-                        used, passed, value = found & 31, (found >> 5) & 127, found >> 16
+                    looks = 0
+                    while looks < 4:  # at 12 bits
+                        found = pairs[ac_table, buffer >> _u64(_REST)]
+                        used, passed, more, end = found & 31, (found >> 5) & 127, (found >> 12) & 127, (found >> 19) & 1
+                        if found == 0 or k + passed + more + end > 63:  # the second may be of another block
+                            break
+                        looks += 1
                         buffer <<= _u64(used)
                         have -= used
                         if passed == 0:
                             going = False
                             break
                         k += passed
-                        if k > 63:
-                            return 0
-                        product = value * steps[component, _u64(k)]
+                        product = ((found << 16) >> 48) * steps[component, _u64(k)]
                         odd |= (product + (1 << 13)) >> 14
                         work[ZIGZAG[_u64(k)]] = product
-                        found = np.int64(ac[ac_table, buffer >> _u64(_REST)])
-                        if k == 63 or found == 0 or found & (15 << 12):
+                        k += more  # without a second one this is the first again
+                        product = (found >> 48) * steps[component, _u64(k)]
+                        odd |= (product + (1 << 13)) >> 14
+                        work[ZIGZAG[_u64(k)]] = product
+                        if end:
+                            going = False
                             break
+                    if looks:
+                        continue
+                    found = np.int64(ac[ac_table, buffer >> _u64(_REST)])
+                    if found == 0:
+                        found = symbol(
+                            np.int64(buffer >> _u64(48)), 16, 2 + np.int64(ac_table), limits, offsets, symbols
+                        )
+                        if not is_ac(found):
+                            return 0
+                        run, size = found >> 9, (found >> 5) & 15
+                        found = found & 31 | (run + 1 if size or run else 0) << 5 | size << 12
+                    used, passed, size, value = found & 31, (found >> 5) & 127, (found >> 12) & 15, found >> 16
+                    buffer <<= _u64(used)
+                    have -= used
+                    if passed == 0:
+                        break
+                    k += passed
+                    if k > 63:
+                        return 0
+                    if size:
+                        value = signed(np.int64(buffer >> _u64(64 - size)), size)
+                        buffer <<= _u64(size)
+                        have -= size
+                    product = value * steps[component, _u64(k)]
+                    odd |= (product + (1 << 13)) >> 14
+                    work[ZIGZAG[_u64(k)]] = product
                 place = blocks[block, 3] + (column - left) * blocks[block, 4] + (row - top) * blocks[block, 5]
                 if k == 0:
                     fill(np.int64(work[0]), planes, place, blocks[block, 6])

@@ -1,5 +1,7 @@
 """Tables that tell of the next bits of a JPEG what a loop over its Huffman codes wants to know.
 
+Most pictures of ImageNet have codes of their own, so the tables are made anew for nearly every one of them.
+
 Codes: ITU-T T.81, annexes C and F.
 """
 
@@ -10,11 +12,9 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from data_prep.jpeg_coding import HuffmanTable, huffman_tables
-
 # Tables are asked by the next so many bits, in which most codes end.
 BITS = 12
-_TABLE = "int64, int64[:, ::1], int64[:, ::1], uint8[:, ::1]"
+_SIZE = 1 << BITS
 _u64 = np.uint64
 
 
@@ -26,9 +26,9 @@ class Tables(NamedTuple):
         ac: (2, 4096) int32: length of the code, with the bits of the value if these are seen in full, + 32 x how many
             coefficients are passed, 0 for the end of the block, + 4096 x bits of a value that is not seen in full
             + 65536 x the value.
-        pairs: (2, 4096) int64: of one or two AC coefficients that are seen in full, or of the end of a
-            block: bits + 32 x how many coefficients the first passes, 0 for the end + 4096 x how many more the
-            second does + 2**19 if the block ends + 2**32 x the first value + 2**48 x the second one, or the first
+        pairs: (2, 4096) int64: of one or two AC coefficients that are seen in full, of a block with them, or of the
+            end of a block: bits + 32 x how many coefficients the first passes, 0 for the end + 4096 x how many more
+            the second does + 2**19 if the block ends + 2**32 x the first value + 2**48 x the second one, or the first
             one again.
         skip: (2, 4096) int32: of as many AC coefficients as are seen: bits of all codes and values + 32 x how many
             coefficients are passed + 4096 if the block ends there.
@@ -52,35 +52,18 @@ def read_tables(segments: tuple[bytes, ...]) -> Tables | None:
     Args:
         segments: that define them, in their order; a later one replaces those of the same numbers.
     """
-    dc, ac, skip = (np.zeros((2, 1 << BITS), np.int32) for _ in range(3))
-    limits, offsets = (np.zeros((4, 17), np.int64) for _ in range(2))
-    pairs = np.zeros((2, 1 << BITS), np.int64)
-    made = Tables(dc, ac, pairs, skip, limits, offsets, np.zeros((4, 256), np.uint8))
+    asked = np.zeros((3, 2, _SIZE), np.int32)
+    limits = np.zeros((2, 4, 17), np.int64)
+    made = Tables(
+        asked[0], asked[1], np.zeros((2, _SIZE), np.int64), asked[2], limits[0], limits[1], np.zeros((4, 256), np.uint8)
+    )
     for segment in segments:
-        tables = huffman_tables(segment)
-        if tables is None:
+        if not _read(np.frombuffer(segment, np.uint8), *made):
             return None
-        for table in tables:
-            _read_table(made, table)
     return made
 
 
-def _read_table(made: Tables, table: HuffmanTable) -> None:
-    at = 2 * table.kind + table.number
-    made.symbols[at] = np.frombuffer(table.symbols.ljust(256, b"\0")[:256], np.uint8)
-    code = place = 0
-    for length, count in enumerate(table.counts, 1):
-        made.offsets[at, length] = place - code
-        place, code = place + count, code + count
-        made.limits[at, length] = code
-        code <<= 1
-    codes = at, made.limits, made.offsets, made.symbols
-    if table.kind == 0:
-        _fill_dc(*codes, made.dc[table.number])
-    else:
-        _fill_ac(*codes, made.ac[table.number])
-        _fill_pairs(made.ac[table.number], made.pairs[table.number])
-        _fill_skip(made.ac[table.number], made.skip[table.number])
+_TABLE = "int64, int64[:, ::1], int64[:, ::1], uint8[:, ::1]"
 
 
 @numba.njit(f"int64(int64, int64, {_TABLE})", cache=True, nogil=True, boundscheck=False)
@@ -108,38 +91,49 @@ def signed(bits, size):
 
 
 @numba.njit(f"void({_TABLE}, int32[::1])", cache=True, nogil=True, boundscheck=False)
-def _fill_dc(number, limits, offsets, symbols, dc):
-    for bits in range(1 << BITS):
-        dc[bits] = symbol(bits, BITS, number, limits, offsets, symbols)
+def _fill_dc(table, limits, offsets, symbols, dc):
+    dc[:] = 0
+    at = 0
+    for length in range(1, BITS + 1):
+        many = 1 << (BITS - length)
+        for code in range(at >> (BITS - length), limits[table, length]):
+            dc[at : at + many] = length | np.int64(symbols[table, offsets[table, length] + code]) << 5
+            at += many
 
 
 @numba.njit(f"void({_TABLE}, int32[::1])", cache=True, nogil=True, boundscheck=False)
-def _fill_ac(number, limits, offsets, symbols, ac):
-    for bits in range(1 << BITS):
-        found = symbol(bits, BITS, number, limits, offsets, symbols)
-        length, run, size = found & 31, found >> 9, (found >> 5) & 15
-        if not is_ac(found):
-            ac[bits] = 0
-        elif size == 0:
-            ac[bits] = length | (run + 1 if run else 0) << 5
-        elif length + size <= BITS:
-            value = signed((bits >> (BITS - length - size)) & ((1 << size) - 1), size)
-            ac[bits] = (length + size) | (run + 1) << 5 | value << 16
-        else:
-            ac[bits] = length | (run + 1) << 5 | size << 12
+def _fill_ac(table, limits, offsets, symbols, ac):
+    ac[:] = 0
+    at = 0
+    for length in range(1, BITS + 1):
+        rest = BITS - length
+        for code in range(at >> rest, limits[table, length]):
+            found = length | np.int64(symbols[table, offsets[table, length] + code]) << 5
+            run, size = found >> 9, (found >> 5) & 15
+            if size == 0 and is_ac(found):
+                ac[at : at + (1 << rest)] = length | (run + 1 if run else 0) << 5
+            elif is_ac(found) and size > rest:
+                ac[at : at + (1 << rest)] = length | (run + 1) << 5 | size << 12
+            elif is_ac(found):
+                many = 1 << (rest - size)
+                for value in range(1 << size):
+                    entry = (length + size) | (run + 1) << 5 | signed(value, size) << 16
+                    for i in range(at + value * many, at + (value + 1) * many):
+                        ac[_u64(i)] = entry
+            at += 1 << rest
 
 
 @numba.njit("void(int32[::1], int64[::1])", cache=True, nogil=True, boundscheck=False)
 def _fill_pairs(ac, pairs):
-    for bits in range(1 << BITS):
-        first = np.int64(ac[bits])
+    for bits in range(_SIZE):
+        first = np.int64(ac[_u64(bits)])
         used, passed, value = first & 31, (first >> 5) & 127, first >> 16
-        if first == 0 or used > BITS or (first >> 12) & 15:
-            pairs[bits] = 0
+        if first == 0 or (first >> 12) & 15:
+            pairs[_u64(bits)] = 0
             continue
         more, end, other = 0, 0 if passed else 1, value
         if passed:
-            second = np.int64(ac[(bits << used) & ((1 << BITS) - 1)])
+            second = np.int64(ac[_u64((bits << used) & (_SIZE - 1))])
             # Behind the bits that are known there are zeros, which must not count.
             if second != 0 and used + (second & 31) <= BITS and (second >> 12) & 15 == 0:
                 used += second & 31
@@ -149,23 +143,57 @@ def _fill_pairs(ac, pairs):
                 else:
                     end = 1
         low = used | passed << 5 | more << 12 | end << 19
-        pairs[bits] = low | (value & 0xFFFF) << 32 | other << 48
+        pairs[_u64(bits)] = low | (value & 0xFFFF) << 32 | other << 48
 
 
-@numba.njit("void(int32[::1], int32[::1])", cache=True, nogil=True, boundscheck=False)
-def _fill_skip(ac, skip):
-    for bits in range(1 << BITS):
-        used, passed, end = 0, 0, 0
-        while used < BITS:
-            found = np.int64(ac[(bits << used) & ((1 << BITS) - 1)])
+@numba.njit("void(int32[::1], int64[::1], int32[::1])", cache=True, nogil=True, boundscheck=False)
+def _fill_skip(ac, pairs, skip):
+    for bits in range(_SIZE):
+        two = pairs[_u64(bits)]
+        used, passed, end = two & 31, ((two >> 5) & 127) + ((two >> 12) & 127), (two >> 19) & 1
+        while used < BITS and not end:
+            found = np.int64(ac[_u64((bits << used) & (_SIZE - 1))])
             length, run, size = found & 31, (found >> 5) & 127, (found >> 12) & 15
-            if found == 0 or used + (length if size else min(length, BITS)) > BITS:
-                break
-            if passed + run > 63:
+            if found == 0 or used + length > BITS or passed + run > 63:
                 break
             used += length + size
             passed += run
-            if run == 0:
-                end = 1
-                break
-        skip[bits] = end << 12 | passed << 5 | used
+            end = 0 if run else 1
+        skip[_u64(bits)] = end << 12 | passed << 5 | used
+
+
+@numba.njit(
+    "boolean(Array(uint8, 1, 'C', readonly=True), int32[:, ::1], int32[:, ::1], int64[:, ::1], int32[:, ::1], "
+    "int64[:, ::1], int64[:, ::1], uint8[:, ::1])",
+    cache=True,
+    nogil=True,
+    boundscheck=False,
+)
+def _read(segment, dc, ac, pairs, skip, limits, offsets, symbols):
+    """Read the tables of a segment: each is a byte, 16 numbers of codes by length, and the symbols (annex B)."""
+    at = 0
+    while at + 17 <= len(segment):
+        kind, number = np.int64(segment[at]) >> 4, np.int64(segment[at]) & 15
+        if kind > 1 or number > 1:
+            return False
+        table, first = 2 * kind + number, at + 17
+        code, place = 0, 0
+        for length in range(1, 17):
+            count = np.int64(segment[at + length])
+            if code + count > 1 << length or place + count > 256 or first + place + count > len(segment):
+                return False
+            offsets[table, length] = place - code
+            limits[table, length] = code + count
+            for i in range(place, place + count):
+                symbols[table, i] = segment[first + i]
+                if kind == 0 and segment[first + i] > 15:
+                    return False
+            place, code = place + count, (code + count) << 1
+        if kind == 0:
+            _fill_dc(number, limits, offsets, symbols, dc[number])
+        else:
+            _fill_ac(table, limits, offsets, symbols, ac[number])
+            _fill_pairs(ac[number], pairs[number])
+            _fill_skip(ac[number], pairs[number], skip[number])
+        at = first + place
+    return at == len(segment)

@@ -1,5 +1,4 @@
-"""The deletion test of GradCAT on the validation split of a trained NesT, for both signs, several masks and
-ways to score.
+"""The deletion test of GradCAT on the validation split of a trained NesT, for both signs, several masks and ways.
 
     rookery prep cifar10/ shards/cifar10
     rookery train configs/nest/tiny_cifar10.yaml
@@ -27,12 +26,14 @@ from pipeline.data.shards import ShardSet
 from pipeline.explain.conductance import conduct_tree
 from pipeline.explain.deletion import Deletion, delete_blocks
 from pipeline.explain.gradcat import check_tree, grow_tree
+from pipeline.explain.occlusion import occlude_tree
 from pipeline.export.source import Preprocessing, load_source
 from pipeline.tracking.run_dir import RunDir
 
 _BATCH = 50
-# before_norm, channel_weights
-WAYS = {"algorithm": (False, False), "channel weights": (False, True), "before the last norm": (True, False)}
+# From the colour of the mask, and before_norm, channel_weights.
+BY_COLOUR = {"conductance": conduct_tree, "occlusion": occlude_tree}
+ALGORITHMS = {"algorithm": (False, False), "channel weights": (False, True), "before the last norm": (True, False)}
 
 
 def main() -> None:
@@ -47,11 +48,11 @@ def main() -> None:
     black = -torch.tensor(prepare.mean) / torch.tensor(prepare.std)
     fills = {"mean colour": images.mean((0, 2, 3)), "black": black, "zero": torch.zeros(model.in_chans)}
     batches = images.split(_BATCH)
-    for way, sign in product([*WAYS, "conductance"], (1, -1)):
-        trees = [grow_tree(model, some, None, sign, *WAYS[way]) for some in batches if way in WAYS]
+    for way, sign in product([*ALGORITHMS, *BY_COLOUR], (1, -1)):
+        trees = [grow_tree(model, some, None, sign, *ALGORITHMS[way]) for some in batches if way in ALGORITHMS]
         for name, fill in fills.items():
-            if way == "conductance":  # from the colour of the mask
-                trees = [conduct_tree(model, some, None, sign, fill) for some in batches]
+            if way in BY_COLOUR:
+                trees = [BY_COLOUR[way](model, some, None, sign, fill) for some in batches]
             for depth in range(1, len(model.levels)):
                 parts = [
                     delete_blocks(model, some, tree, fill, depth, seed=i)

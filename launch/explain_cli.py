@@ -56,6 +56,12 @@ def explain(
         bool,
         typer.Option("--conductance", help="gradcat: scores are shares of the logit, which add up; 17 times the work"),
     ] = False,
+    occlusion: Annotated[
+        bool,
+        typer.Option(
+            "--occlusion", help="gradcat: scores are what the logit loses without a block; a forward pass for each"
+        ),
+    ] = False,
     boxes: Annotated[
         Path | None,
         typer.Option(help="cam: JSON file {image: [[left, top, right, bottom], ...]} to compare its boxes with"),
@@ -91,12 +97,14 @@ def explain(
         )
     subject = _subject(run, weights)
     chosen = methods.choose_method(subject, "cam" if boxes is not None or threshold is not None else method)
-    _check_fit(chosen, wanted, sign, channel_weights, conductance)
+    ways = {"--channel-weights": channel_weights, "--conductance": conductance, "--occlusion": occlusion}
+    _check_fit(chosen, wanted, sign, [option for option, given in ways.items() if given])
     options = methods.Options(
         None if wanted is None else subject.class_index(wanted),
         sign,
         channel_weights,
         conductance,
+        occlusion,
         THRESHOLD if threshold is None else threshold,
         truths,
     )
@@ -125,16 +133,14 @@ def _check(method: str | None, sign: int, boxes: Path | None, threshold: float |
         raise UserError(f"--threshold {threshold:g}: a part of the map's range, from 0 to 1")
 
 
-def _check_fit(method: str, wanted: str | None, sign: int, channel_weights: bool, conductance: bool) -> None:
+def _check_fit(method: str, wanted: str | None, sign: int, ways: list[str]) -> None:
     """Options that the method has no use for, once it is known."""
     if sign != 1 and method != "gradcat":
         raise UserError(f"--sign belongs to --method gradcat, not to {method}; leave it out")
-    if channel_weights and method != "gradcat":
-        raise UserError(f"--channel-weights belongs to --method gradcat, not to {method}; leave it out")
-    if conductance and method != "gradcat":
-        raise UserError(f"--conductance belongs to --method gradcat, not to {method}; leave it out")
-    if conductance and channel_weights:
-        raise UserError("--conductance and --channel-weights are two ways to score; leave one of them out")
+    if ways and method != "gradcat":
+        raise UserError(f"{ways[0]} belongs to --method gradcat, not to {method}; leave it out")
+    if len(ways) > 1:
+        raise UserError(f"{' and '.join(ways)} are different ways to score; choose one")
     if wanted is not None and method not in ("gradcat", "cam"):
         raise UserError(f"--class belongs to --method gradcat and cam; {method} knows no class, leave it out")
 
@@ -231,6 +237,7 @@ def _finish(
     result: dict[str, Any] = {"run": run, "model": subject.name, "img_size": subject.model.img_size, "method": method}
     if method == "gradcat":
         result |= {"sign": options.sign, "channel_weights": options.channel_weights, "conductance": options.conductance}
+        result["occlusion"] = options.occlusion
     ious = [one.record["iou"] for one in explained if "iou" in one.record]
     if ious:
         found = sum(one.record.get("found", False) for one in explained) / len(ious)

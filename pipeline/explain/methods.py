@@ -17,6 +17,7 @@ from pipeline.explain.cam import check_cam, class_activation, enlarged
 from pipeline.explain.conductance import conduct_tree
 from pipeline.explain.gradcat import check_tree, descend, grow_tree
 from pipeline.explain.localize import FOUND, THRESHOLD, Box, best_iou, box_of
+from pipeline.explain.occlusion import occlude_tree
 from pipeline.explain.pages import block_box, boxed, gradcat_page, heat_page, heated, nested
 from pipeline.explain.pictures import Picture, in_original, shown
 from pipeline.explain.rollout import check_rollout, relevance, roll_out
@@ -66,6 +67,7 @@ class Options:
         sign: of GradCAT's scores.
         channel_weights: GradCAT with the weights of Grad-CAM.
         conductance: GradCAT with scores that add up to the logit, see `conduct_tree`.
+        occlusion: GradCAT with what the logit loses without a block, see `occlude_tree`.
         threshold: of a box from CAM.
         truths: by name of the picture, boxes in its pixels.
     """
@@ -74,6 +76,7 @@ class Options:
     sign: int = 1
     channel_weights: bool = False
     conductance: bool = False
+    occlusion: bool = False
     threshold: float = THRESHOLD
     truths: Mapping[str, Sequence[Box]] = field(default_factory=dict)
 
@@ -102,6 +105,8 @@ def _gradcat(subject: Subject, pictures: Sequence[Picture], images: Tensor, opti
     model, classes = check_tree(subject.model), _classes(options, images)
     if options.conductance:
         tree = conduct_tree(model, images, classes, options.sign)
+    elif options.occlusion:
+        tree = occlude_tree(model, images, classes, options.sign)
     else:
         tree = grow_tree(model, images, classes, options.sign, channel_weights=options.channel_weights)
     path = descend(tree)

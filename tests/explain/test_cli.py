@@ -90,6 +90,20 @@ def test_conductance(models: Path, pictures: Path, explain: Explain, tmp_path: P
         assert sum(below["scores"]) == pytest.approx(root["scores"][root["child"]], rel=1e-4, abs=1e-7)
 
 
+def test_occlusion(models: Path, pictures: Path, explain: Explain, tmp_path: Path) -> None:
+    status, _, err = explain(models / "nest", pictures, "--out", tmp_path / "plus", "--occlusion", "--class", "2")
+    assert status == 0, err
+    status, _, err = explain(models / "nest", pictures, "--out", tmp_path / "minus", "--occlusion", "--sign", "-1")
+    assert status == 0, err
+    told, opposite = result(tmp_path / "plus"), result(tmp_path / "minus")
+    assert (told["conductance"], told["occlusion"]) == (False, True)
+    for record, other in zip(told["images"], opposite["images"], strict=True):
+        root, _ = record["steps"]
+        assert root["child"] == max(range(4), key=root["scores"].__getitem__)
+        if other["predicted"]["index"] == 2:
+            assert other["steps"][0]["scores"] == pytest.approx([-score for score in root["scores"]])
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "method", "key", "files"),
     [
@@ -162,7 +176,7 @@ CASES = {
     "shares of none": (["{models}/hvt", "{pictures}", "--conductance"], "--conductance belongs to --method gradcat"),
     "two ways to score": (
         ["{models}/nest", "{pictures}", "--conductance", "--channel-weights"],
-        "--conductance and --channel-weights are two ways",
+        "--channel-weights and --conductance are different ways to score; choose one",
     ),
     "class of none": (["{models}/hvt", "{pictures}", "--class", "cat"], "rollout knows no class"),
     "no such image": (["{models}/nest", "{tmp}/x.jpg"], "x.jpg: no such image"),

@@ -1,7 +1,8 @@
 """GradCAT on models that have learned something: does the path lead to what decides?
 
-With conductance it nearly always does. With the algorithm as it is understood it does far better than chance with the
-sign +, and worse with -; it is far from certain. `pytest -s` prints the figures that docs/explain.md quotes.
+With conductance and occlusion it nearly always does. With the algorithm as it is understood it does far better than
+chance with the sign +, and worse with -; it is far from certain. `pytest -s` prints the figures that docs/explain.md
+quotes.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from torch import Tensor
 from pipeline.explain.conductance import conduct_tree
 from pipeline.explain.deletion import Deletion, delete_blocks, masked
 from pipeline.explain.gradcat import Tree, descend, grow_tree
+from pipeline.explain.occlusion import occlude_tree
 from pipeline.models.nest import Nest
 from tests.explain.learned import digit_batches, digits, mark_batches, marks, trained
 
 PLUS, MINUS, CHANNELS, BEFORE, CONDUCT = "+", "-", "channel weights", "before the last norm", "conductance"
+OCCLUDE = "occlusion"
 # How trees are grown: model, images, colour of the plain picture -> tree.
 KINDS: dict[str, Callable[[Nest, Tensor, Tensor], Tree]] = {
     PLUS: lambda model, images, _: grow_tree(model, images),
@@ -25,6 +28,7 @@ KINDS: dict[str, Callable[[Nest, Tensor, Tensor], Tree]] = {
     CHANNELS: lambda model, images, _: grow_tree(model, images, channel_weights=True),
     BEFORE: lambda model, images, _: grow_tree(model, images, before_norm=True),
     CONDUCT: lambda model, images, plain: conduct_tree(model, images, plain=plain),
+    OCCLUDE: lambda model, images, plain: occlude_tree(model, images, plain=plain),
 }
 
 
@@ -68,7 +72,7 @@ def test_the_path_leads_to_a_planted_mark() -> None:
     assert found[CHANNELS][0] == found[PLUS][0] and found[CHANNELS][1] > 0.25
     assert found[MINUS][0] < 0.3 and found[MINUS][1] < 0.15
     assert found[BEFORE][0] < found[PLUS][0]
-    assert min(found[CONDUCT]) >= 0.95
+    assert min(*found[CONDUCT], *found[OCCLUDE]) >= 0.95
 
 
 def test_what_is_masked_matters() -> None:
@@ -83,7 +87,7 @@ def test_what_is_masked_matters() -> None:
             tree = grow(model, others, fill[None])
             for depth in (1, 2):
                 fallen = delete_blocks(model, others, tree, fill[None], depth)
-                if kind == CONDUCT:
+                if kind in (CONDUCT, OCCLUDE):
                     assert fallen.beats_random() >= 0.8 and fallen.beats_lowest() >= 0.9
                 done.setdefault((kind, depth), fallen)  # of the mean colour
                 means = ", ".join(f"{which} {float(drop.mean()):.2f}" for which, drop in fallen._asdict().items())

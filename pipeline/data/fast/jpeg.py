@@ -110,17 +110,9 @@ def decode_box(data: bytes, wanted: Callable[[int, int], Box]) -> tuple[np.ndarr
         out[:] = plane[y : y + box.height, x : x + box.width, None]
     else:
         starts = np.array([plane[:2] for plane in planes], np.int64)
-        where = (
-            box.top,
-            box.left,
-            top * unit_height,
-            left * unit_width,
-            width,
-            height,
-            unit_width // 8,
-            unit_height // 8,
-        )
-        upsample.to_rgb(memory, starts, np.array(where, np.int64), out)
+        corners = box.top, box.left, top * unit_height, left * unit_width
+        where = np.array([*corners, width, height, unit_width // 8, unit_height // 8], np.int64)
+        upsample.to_rgb(memory, starts, where, out)
     return out, box, width, height
 
 
@@ -173,7 +165,7 @@ def _scratch(name: str, size: int) -> np.ndarray:
     return _memory[name]
 
 
-@lru_cache(64)  # most cameras and programs use the same
+@lru_cache(16)  # of pictures that have the usual codes
 def _tables(found: tuple[bytes, ...]) -> Any:
     return huffman.read_tables(found)
 

@@ -6,6 +6,7 @@ Fields: ITU-T T.81, annex B; codes: annex C. A segment here is what follows its 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -71,12 +72,24 @@ def units(frame: bytes, scan: bytes) -> Units | None:
         frame: segment of the frame header.
         scan: segment of the scan header.
     """
-    components = frame[5] if len(frame) > 5 else 0
-    if components not in (1, 3) or len(frame) != 6 + 3 * components or frame[0] != 8:
+    height, width = (int.from_bytes(frame[i : i + 2], "big") for i in (1, 3))
+    found = _layout(frame[:1] + frame[5:], scan) if height and width else None
+    return None if found is None else Units(width, height, *found)
+
+
+@lru_cache(64)
+def _layout(frame: bytes, scan: bytes) -> tuple[int, int, np.ndarray] | None:
+    """All of `Units` but the size of the picture.
+
+    Args:
+        frame: its segment without the size.
+    """
+    components = frame[1] if len(frame) > 1 else 0
+    if components not in (1, 3) or len(frame) != 2 + 3 * components or frame[0] != 8:
         return None
     if len(scan) != 4 + 2 * components or scan[0] != components or scan[-3:] != b"\x00\x3f\x00":
         return None
-    factors = [(frame[7 + 3 * i] >> 4, frame[7 + 3 * i] & 15) for i in range(components)]
+    factors = [(frame[3 + 3 * i] >> 4, frame[3 + 3 * i] & 15) for i in range(components)]
     if components == 1:  # has blocks of 8 x 8, whatever it says
         factors = [(1, 1)]
     across, down = (max(f[side] for f in factors) for side in (0, 1))
@@ -84,13 +97,10 @@ def units(frame: bytes, scan: bytes) -> Units | None:
         return None
     blocks = []
     for i, (x, y) in enumerate(factors):
-        if scan[1 + 2 * i] != frame[6 + 3 * i] or scan[2 + 2 * i] & 0xEE:
+        if scan[1 + 2 * i] != frame[2 + 3 * i] or scan[2 + 2 * i] & 0xEE:
             return None
         blocks += [(i, scan[2 + 2 * i] >> 4, scan[2 + 2 * i] & 15)] * (x * y)
-    height, width = (int.from_bytes(frame[i : i + 2], "big") for i in (1, 3))
-    if not height or not width:
-        return None
-    return Units(width, height, 8 * across, 8 * down, np.array(blocks, np.int64))
+    return 8 * across, 8 * down, np.array(blocks, np.int64)
 
 
 def huffman_tables(segment: bytes) -> list[HuffmanTable] | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN = 0x9E3779B97F4A7C15
 
 
 def _finalise(x: np.ndarray) -> np.ndarray:
@@ -23,9 +23,10 @@ def _finalise(x: np.ndarray) -> np.ndarray:
 def hash64(*keys: int | np.ndarray) -> np.ndarray:
     """Mix integers, or broadcastable integer arrays, into uint64 of the broadcast shape. The order of keys matters."""
     state: Any = np.uint64(0)
+    golden = np.uint64(GOLDEN)
     with np.errstate(over="ignore"):
         for key in keys:
-            state = _finalise(np.asarray(state + _GOLDEN) ^ _finalise(np.asarray(key).astype(np.uint64) + _GOLDEN))
+            state = _finalise(np.asarray(state + golden) ^ _finalise(np.asarray(key).astype(np.uint64) + golden))
     return np.asarray(state)
 
 

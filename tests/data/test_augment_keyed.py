@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.augment.keyed import Stream, chunk_key, generator, normals, sample_key, uniforms
+from pipeline.data.fast import noise
 
 # Golden values: they may not change between platforms, NumPy versions or releases of this project, because then an
 # old run could not be resumed.
@@ -54,6 +55,13 @@ def test_uniform_over_samples_epochs_and_draws() -> None:
     # Neighbouring samples have nothing in common: the correlation of n pairs has a standard deviation of 1/sqrt(n).
     assert abs(np.corrcoef(over_index[:-1], over_index[1:])[0, 1]) < 4 / np.sqrt(4096)
     assert abs(np.corrcoef(over_index, over_epoch)[0, 1]) < 4 / np.sqrt(4096)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 50_000])
+def test_compiled_normals_are_the_same(n: int) -> None:
+    for key in (0, sample_key(1, 2, 3), 2**64 - 1):
+        for stream in (Stream.ERASING_NOISE, Stream.CROP):
+            assert np.array_equal(noise.normals(key, stream, n), normals(key, stream, n))
 
 
 def test_normals_are_standard_normal() -> None:

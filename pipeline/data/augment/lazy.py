@@ -21,7 +21,9 @@ class LazyModule:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        return getattr(importlib.import_module(self._name), attribute)
+        value = getattr(importlib.import_module(self._name), attribute)
+        setattr(self, attribute, value)  # found without this detour from now on
+        return value
 
 
 def lazy_function(module: str, name: str) -> Callable[..., Any]:

@@ -145,14 +145,14 @@ def _planes(units: Units, rows: int, columns: int) -> list[_Plane]:
 
 def _blocks(units: Units, planes: list[_Plane]) -> np.ndarray:
     """(n, 7): the blocks of a unit as `scan.decode` wants them."""
-    rows = []
+    rows: list[int] = []
     seen = [0, 0, 0]
     for component, dc, ac in units.blocks.tolist():
         start, stride, _, across, down = planes[component]
         y, x = divmod(seen[component], across)
         seen[component] += 1
-        rows.append((component, dc, ac, start // 8 + y * stride + x, across, down * stride, stride // 8))
-    return np.array(rows, np.int64)
+        rows += (component, dc, ac, start // 8 + y * stride + x, across, down * stride, stride // 8)
+    return np.array(rows, np.int64).reshape(-1, 7)
 
 
 _memory: dict[str, np.ndarray] = {}

@@ -17,6 +17,8 @@ from typing import Any
 import numba
 import numpy as np
 
+from pipeline.hashing import GOLDEN
+
 _PICTURE = "uint8[:, :, ::1]"
 _PART = "uint8[:, :, :]"
 _U = np.uint64
@@ -25,6 +27,17 @@ _ONE, _TWO = np.uint64(1), np.uint64(2)
 
 def _compiled(signature: str) -> Any:
     return numba.njit(signature, cache=True, nogil=True, boundscheck=False)
+
+
+_GOLDEN = np.uint64(GOLDEN)
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _finalise(x):
+    """As in `pipeline.hashing`."""
+    x = (x ^ (x >> _U(30))) * _U(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> _U(27))) * _U(0x94D049BB133111EB)
+    return x ^ (x >> _U(31))
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -307,12 +320,36 @@ def sharpen(source, factor, out):
             sharp[i] = _blend(smooth[i], middle[i], factor)
 
 
-@_compiled("void(uint8[:, :, :, ::1], float32[:, ::1], float32[:, :, :, ::1])")
-def look_up(pixels, table, out):
-    """`out[b, c, y, x] = table[c, pixels[b, y, x, c]]`."""
+@_compiled("void(uint8[:, :, :, ::1], float32[::1], float32[::1], float32[:, :, :, ::1])")
+def normalize(pixels, mean, std, out):
+    """`out[b, c, y, x] = (pixels[b, y, x, c] / 255 - mean[c]) / std[c]`, in this order, as torch does it."""
     batch, rows, columns, channels = pixels.shape
+    n, most = _U(rows * columns), np.float32(255)
+    second, third = min(1, channels - 1), channels - 1
     for b in range(batch):
-        for c in range(channels):
-            for y in range(rows):
-                for x in range(columns):
-                    out[b, c, y, x] = table[c, pixels[b, y, x, c]]
+        flat, planes = pixels[b].reshape(rows * columns * channels), out[b].reshape(channels, rows * columns)
+        red, green, blue = planes[0], planes[second], planes[third]
+        if channels == 1:
+            for i in range(n):
+                red[i] = (np.float32(flat[i]) / most - mean[0]) / std[0]
+            continue
+        # A loop for each channel would read every line of the cache three times.
+        for i in range(n):
+            k = _U(3) * i
+            red[i] = (np.float32(flat[k]) / most - mean[0]) / std[0]
+            green[i] = (np.float32(flat[k + _ONE]) / most - mean[second]) / std[second]
+            blue[i] = (np.float32(flat[k + _TWO]) / most - mean[third]) / std[third]
+
+
+@_compiled("void(uint64, float32[::1], float32[::1])")
+def hash_pairs(state, first, second):
+    """From `hash64(..., i)` for each i the upper and the lower 24 bits, as floats.
+
+    Args:
+        state: `hash64(...)` of the keys before i.
+    """
+    state += _GOLDEN
+    for i in range(_U(len(first))):
+        bits = _finalise(state ^ _finalise(i + _GOLDEN))
+        first[i] = np.float32(np.int64(bits >> _U(40)))
+        second[i] = np.float32(np.int64(bits & _U((1 << 24) - 1)))

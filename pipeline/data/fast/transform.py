@@ -19,11 +19,12 @@ from torch.nn import functional as F
 
 from pipeline.data.augment.crop import CROP_DRAWS, Box, draw_resized_crop, pick_resample, require_side
 from pipeline.data.augment.finish import Erased, Finish
-from pipeline.data.augment.keyed import Numbers, Stream, normals
+from pipeline.data.augment.keyed import Numbers, Stream
 from pipeline.data.augment.lazy import LazyModule
 from pipeline.data.augment.settings import AugmentConfig, CenterCrop, PadCrop, RandomResizedCrop
 from pipeline.data.augment.transforms import SampleDraw, TrainTransform
 from pipeline.data.fast.decode import Part
+from pipeline.data.fast.noise import normals
 
 # Loader processes compile or load these; a process that trains only hands the transform on to them.
 kernels = LazyModule("pipeline.data.fast.kernels")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The loader beside others, on a folder of class folders with real pictures: crop and flip, and the recipe of NesT, on
-# pictures of 300 px (short side, quality 90) and on those of the source as they are; crop and flip also on pictures of
-# 400 px and on those of the source with restart markers. Small sets are repeated to 4,000 samples.
+# pictures of 300 and of 400 px (short side, quality 90) and on those of the source as they are; crop and flip also on
+# those of the source with restart markers. Small sets are repeated to 4,000 samples.
 #
 #   bench/loader.sh PICTURES [RESULTS]
 set -euo pipefail
@@ -27,7 +27,7 @@ done
 "$rookery" prep pictures 400 --split train --resize 400 --quality 90
 "$rookery" prep pictures marked --split train --restart-markers
 "$rookery" prep pictures original --split train
-for what in crop_300 nest_300 crop_original nest_original crop_400 crop_marked; do
+for what in crop_300 nest_300 crop_original nest_original crop_400 nest_400 crop_marked; do
   "$rookery" bench loader "${what#*_}/train" --recipe "${what%_*}" --out "loader_$what.json"
   mv "loader_$what.json" "$results"
 done

@@ -54,7 +54,9 @@ def explain(
     ] = False,
     conductance: Annotated[
         bool,
-        typer.Option("--conductance", help="gradcat: scores are shares of the logit, which add up; 17 times the work"),
+        typer.Option(
+            "--conductance", help="gradcat: scores are what the logit loses while a block fades; 17 times the work"
+        ),
     ] = False,
     occlusion: Annotated[
         bool,

@@ -66,7 +66,7 @@ class Options:
         wanted: the class; None: the predicted one of each image.
         sign: of GradCAT's scores.
         channel_weights: GradCAT with the weights of Grad-CAM.
-        conductance: GradCAT with scores that add up to the logit, see `conduct_tree`.
+        conductance: GradCAT with what the logit loses while parts of the picture fade, see `conduct_tree`.
         occlusion: GradCAT with what the logit loses without a block, see `occlude_tree`.
         threshold: of a box from CAM.
         truths: by name of the picture, boxes in its pixels.

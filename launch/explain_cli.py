@@ -54,9 +54,7 @@ def explain(
     ] = False,
     conductance: Annotated[
         bool,
-        typer.Option(
-            "--conductance", help="gradcat: scores are what the logit loses while a block fades; 17 times the work"
-        ),
+        typer.Option("--conductance", help="gradcat: what the logit loses while a block fades; 17 times the work"),
     ] = False,
     occlusion: Annotated[
         bool,

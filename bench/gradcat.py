@@ -2,17 +2,18 @@
 
     rookery prep cifar10/ shards/cifar10
     rookery train configs/nest/tiny_cifar10.yaml
-    python -m bench.gradcat runs/nest_tiny_cifar10 --images 1000
+    python -m bench.gradcat runs/nest_tiny_cifar10 --images 1000 --out gradcat.json
 
-A block is masked in the image, and the logit of the predicted class is read. Per choice one line of JSON: in which part
-of the images the block on GradCAT's path matters more than a random one, and than the one of the lowest score; and by
-how much the logit falls on average for the three.
+A block is masked in the image, and the logit of the predicted class is read. Per choice one line of JSON, and with
+`--out` all of them in a file: in which part of the images the block on GradCAT's path matters more than a random one,
+and than the one of the lowest score; and by how much the logit falls on average for the three.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from pipeline.explain.deletion import Deletion, delete_blocks
 from pipeline.explain.gradcat import check_tree, grow_tree
 from pipeline.explain.occlusion import occlude_tree
 from pipeline.export.source import Preprocessing, load_source
+from pipeline.tracking.environment import device_name, key_versions
 from pipeline.tracking.run_dir import RunDir
 
 _BATCH = 50
@@ -40,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--images", type=int, default=1000, help="spread evenly over the split")
+    parser.add_argument("--out", type=Path, help="a file for all figures, with command, device and versions")
     options = parser.parse_args()
     source = load_source(options.run)
     model = check_tree(source.model)
@@ -47,7 +50,7 @@ def main() -> None:
     images = read(options.run, prepare, options.images, model.in_chans)
     black = -torch.tensor(prepare.mean) / torch.tensor(prepare.std)
     fills = {"mean colour": images.mean((0, 2, 3)), "black": black, "zero": torch.zeros(model.in_chans)}
-    batches = images.split(_BATCH)
+    batches, lines = images.split(_BATCH), []
     for way, sign in product([*ALGORITHMS, *BY_COLOUR], (1, -1)):
         trees = [grow_tree(model, some, None, sign, *ALGORITHMS[way]) for some in batches if way in ALGORITHMS]
         for name, fill in fills.items():
@@ -62,7 +65,12 @@ def main() -> None:
                 line = {"scores": way, "sign": sign, "mask": name, "depth": depth}
                 line |= {"beats_random": done.beats_random(), "beats_lowest": done.beats_lowest()}
                 line |= {which: float(drops.mean()) for which, drops in done._asdict().items()}
+                lines.append(line)
                 print(json.dumps(line), flush=True)
+    if options.out is not None:
+        command = " ".join(["python -m bench.gradcat", *sys.argv[1:]])
+        about = {"command": command, "device": device_name(), "versions": key_versions(), "images": len(images)}
+        options.out.write_text(json.dumps(about | {"figures": lines}, indent=1) + "\n")
 
 
 def read(run: Path, prepare: Preprocessing, count: int, channels: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from launch.cli import app
 from pipeline.data.augment.transforms import build_eval_transform
+from pipeline.explain.conductance import conduct_tree
 from pipeline.explain.gradcat import check_tree, descend, grow_tree
 from pipeline.explain.pictures import read_picture
 from pipeline.train.trained import Trained
@@ -80,13 +81,14 @@ def test_conductance(models: Path, pictures: Path, explain: Explain, tmp_path: P
     assert status == 0, err
     told = result(tmp_path)
     assert (told["channel_weights"], told["conductance"]) == (False, True)
-    model = check_tree(Trained.from_export(models / "nest").model.eval())  # type: ignore[arg-type]
-    plain = torch.zeros(1, 3, model.img_size, model.img_size)
-    for record in told["images"]:
+    trained = Trained.from_export(models / "nest")
+    model = check_tree(trained.model.eval())  # type: ignore[arg-type]
+    transform = build_eval_transform(trained.transform, trained.augment, trained.img_size, trained.in_chans)
+    images = torch.stack([read_picture(pictures / name, transform).pixels for name in ("a.jpg", "b.png")])
+    tree = conduct_tree(model, images, torch.tensor([2, 2]))
+    for i, record in enumerate(told["images"]):
         root, below = record["steps"]
-        with torch.no_grad():
-            gained = record["class"]["logit"] - float(model(plain)[0, 2])
-        assert sum(root["scores"]) == pytest.approx(gained, rel=0.05, abs=1e-3)
+        assert root["scores"] == pytest.approx(tree.scores[0][i].flatten().tolist(), rel=1e-3, abs=1e-5)
         assert sum(below["scores"]) == pytest.approx(root["scores"][root["child"]], rel=1e-4, abs=1e-7)
 
 

@@ -325,20 +325,23 @@ def normalize(pixels, mean, std, out):
     """`out[b, c, y, x] = (pixels[b, y, x, c] / 255 - mean[c]) / std[c]`, in this order, as torch does it."""
     batch, rows, columns, channels = pixels.shape
     n, most = _U(rows * columns), np.float32(255)
-    second, third = min(1, channels - 1), channels - 1
+    # In variables of their own: of the arrays the compiler can't know that `out` is none of them, and reads them anew.
+    mean_1, mean_2, mean_3 = mean[0], mean[min(1, channels - 1)], mean[channels - 1]
+    std_1, std_2, std_3 = std[0], std[min(1, channels - 1)], std[channels - 1]
     for b in range(batch):
-        flat, planes = pixels[b].reshape(rows * columns * channels), out[b].reshape(channels, rows * columns)
-        red, green, blue = planes[0], planes[second], planes[third]
+        flat = pixels[b].reshape(rows * columns * channels)
+        red = out[b, 0].reshape(rows * columns)
         if channels == 1:
             for i in range(n):
-                red[i] = (np.float32(flat[i]) / most - mean[0]) / std[0]
+                red[i] = (np.float32(flat[i]) / most - mean_1) / std_1
             continue
+        green, blue = out[b, 1].reshape(rows * columns), out[b, 2].reshape(rows * columns)
         # A loop for each channel would read every line of the cache three times.
         for i in range(n):
             k = _U(3) * i
-            red[i] = (np.float32(flat[k]) / most - mean[0]) / std[0]
-            green[i] = (np.float32(flat[k + _ONE]) / most - mean[second]) / std[second]
-            blue[i] = (np.float32(flat[k + _TWO]) / most - mean[third]) / std[third]
+            red[i] = (np.float32(flat[k]) / most - mean_1) / std_1
+            green[i] = (np.float32(flat[k + _ONE]) / most - mean_2) / std_2
+            blue[i] = (np.float32(flat[k + _TWO]) / most - mean_3) / std_3
 
 
 @_compiled("void(uint64, float32[::1], float32[::1])")

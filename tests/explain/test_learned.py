@@ -68,8 +68,7 @@ def test_the_path_leads_to_a_planted_mark() -> None:
         found[kind] = quadrant, leaf
         print(f"{kind}: quadrant {quadrant:.3f}, leaf {leaf:.3f}")
     assert (tree.classes == labels).float().mean() > 0.98
-    # How far above chance depends on the last bits of the training, and so on the processor: 0.41 and 0.54 were seen.
-    assert found[PLUS][0] > max(0.3, found[MINUS][0] + 0.1) and found[PLUS][1] > 0.12
+    assert found[PLUS][0] > 0.4 and found[PLUS][1] > 0.15
     assert found[CHANNELS][0] == found[PLUS][0] and found[CHANNELS][1] > 0.25
     assert found[MINUS][0] < 0.3 and found[MINUS][1] < 0.15
     assert found[BEFORE][0] < found[PLUS][0]

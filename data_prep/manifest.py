@@ -11,8 +11,8 @@ One directory per split::
 or `train-000000.beton`, a data set that FFCV opens (`data_prep.beton`), in the place of the tar.
 
 The index gives the byte range and label of every sample, so a reader reaches any sample with one positioned read and
-no scan of the shard. Of `data_prep` training code imports this module, `data_prep.beton` and `data_prep.store` alone;
-they need NumPy, and fsspec where the directory is on a server.
+no scan of the shard. Of `data_prep` training code imports this module, `data_prep.beton`, `data_prep.npy` and
+`data_prep.store` alone; they need NumPy, and fsspec where the directory is on a server.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_prep.errors import UserError
+from data_prep.npy import map_npy
 from data_prep.store import LocalStore, Store, is_remote, local_path, open_store
 
 MANIFEST_NAME = "manifest.json"
@@ -268,13 +269,11 @@ def load_index(directory: str | Path, shard: Shard, file: Path | None = None) ->
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise OSError("not a regular file")
-        index = np.load(path, mmap_mode="r", allow_pickle=False)
+        index = map_npy(path)
     except FileNotFoundError as error:
         raise BadIndex(path, f"the index of {shard.file} is missing") from error
-    except Exception as error:  # NumPy raises nearly every type on a damaged header
-        raise BadIndex(path, f"unreadable index ({error or type(error).__name__})") from error
-    if not isinstance(index, np.ndarray):  # it opens archives as well
-        raise BadIndex(path, "unreadable index (not an array)")
+    except (OSError, ValueError) as error:
+        raise BadIndex(path, f"unreadable index ({error})") from error
     if index.dtype != INDEX_DTYPE or index.shape != (shard.samples,):
         raise BadIndex(
             path,

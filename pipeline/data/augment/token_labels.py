@@ -9,7 +9,6 @@ TokenLabeling and Refiner (`data/mixup.py`). Rotations, shears and shifts move t
 
 from __future__ import annotations
 
-import io
 import math
 from typing import NamedTuple, Self
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from data_prep.manifest import Manifest
+from data_prep.npy import parse_npy
 from pipeline.data.augment.mix_token import MixTokenParams
 from pipeline.errors import UserError
 
@@ -54,14 +54,14 @@ def decode_map(data: bytes, manifest: Manifest) -> torch.Tensor:
     described = manifest.token_labels
     assert described is not None, "callers read maps only where there are any"
     try:
-        values = np.load(io.BytesIO(data), allow_pickle=False)
+        values = parse_npy(data)
         if values.shape != described.shape or values.dtype.name != described.dtype:
             raise ValueError(f"shape {values.shape} and type {values.dtype}")
         classes = values[1]
         # On a GPU a class that does not exist would end the process.
         if not (np.isfinite(values).all() and classes.min() >= 0 and classes.max() < manifest.num_classes):
             raise ValueError("not finite, or of a class that does not exist")
-    except Exception as error:  # NumPy raises nearly every type on a damaged header
+    except ValueError as error:
         raise UserError(f"its label map is damaged ({error})") from error
     return torch.from_numpy(values)
 

@@ -25,8 +25,8 @@ from pipeline.errors import UserError
 
 # What every loader process would import for seconds: the server that they are forked from does it once. The plain
 # path's torchvision and timm are not among it: it is for comparisons, and they would slow the start of every other run.
-_FAST = [f"pipeline.data.fast.{name}" for name in ("randaugment", "color", "segments", "scan", "upsample")]
-_PRELOAD = ["pipeline.data.loader", *_FAST, "simplejpeg"]
+_COMPILED = ("randaugment", "resize", "color", "hashes", "segments", "scan", "upsample")
+_PRELOAD = ["pipeline.data.loader", *(f"pipeline.data.fast.{name}" for name in _COMPILED), "simplejpeg"]
 # Every tensor from a loader process costs a handshake of 0.4 ms here; up to this many bytes, to send it is cheaper.
 _SENT_BYTES = 2**18
 

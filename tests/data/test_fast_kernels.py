@@ -16,7 +16,7 @@ from pipeline.data.augment import color as plain_color
 from pipeline.data.augment.crop import Box
 from pipeline.data.augment.randaugment import POLICIES, draw_ops, fill_color
 from pipeline.data.augment.settings import ColorJitterConfig, RandAugmentConfig
-from pipeline.data.fast import color, jpeg, kernels
+from pipeline.data.fast import color, jpeg, resize
 from pipeline.data.fast.decode import decode_array, decode_image, decode_part
 from pipeline.data.fast.jpeg import decode_box
 from pipeline.data.fast.randaugment import apply_op
@@ -67,8 +67,10 @@ def test_every_operation_equals_pillow(policy: str, name: str) -> None:
 def test_resize_equals_pillow(box: tuple[int, int, int, int], mirror: bool) -> None:
     top, left, height, width = box
     for label, picture in pictures().items():
-        out = np.empty((64, 64, picture.shape[2]), np.uint8)
-        kernels.resize_point(picture, top, left, height, width, mirror, out)
+        memory = np.full((65, 64, picture.shape[2]), 7, np.uint8)
+        out = memory[:64]
+        resize.resize_point(picture, top, left, height, width, mirror, out)
+        assert (memory[64] == 7).all(), "written behind the picture"
         part = image_of(np.ascontiguousarray(picture[top : top + height, left : left + width]))
         whole = part.transform((64, 64), Image.Transform.EXTENT, (0, 0, width, height), Image.Resampling.BILINEAR)
         if mirror:

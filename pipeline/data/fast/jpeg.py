@@ -96,63 +96,23 @@ def decode_box(data: bytes, wanted: Callable[[int, int], Box]) -> tuple[np.ndarr
         row = across // interval, top, bottom, left // interval, right // interval
         coded = copy[: segments.copy(coded, header.scan, *row, copy)]
         across, place = right - left, (0, bottom - top, 0, right - left)
-    planes = _planes(header.units, bottom - top, right - left)
-    memory = _scratch("planes", sum(plane.size for plane in planes))
-    plain = _scratch("plain", len(coded) + _SPARE)
+    found = header.units.blocks
+    blocks, planes = np.empty((len(found), 7), np.int64), np.empty((1 + int(found[-1, 0]), 2), np.int64)
+    size = scan.arrange(found, unit_width // 8, unit_height // 8, bottom - top, right - left, planes, blocks)
+    memory, plain = _scratch("planes", size), _scratch("plain", len(coded) + _SPARE)
     eights = memory[: len(memory) // 8 * 8].view(np.uint64)
-    blocks = _blocks(header.units, planes)
     if not scan.decode(coded, header.scan, across, interval, *place, blocks, steps, *tables, plain, eights):
         return None
     out = np.empty((box.height, box.width, 3), np.uint8)
     if len(planes) == 1:
         y, x = box.top - top * unit_height, box.left - left * unit_width
-        plane = memory[: planes[0].size].reshape(-1, planes[0].stride)
+        plane = memory[:size].reshape(-1, planes[0, 1])
         out[:] = plane[y : y + box.height, x : x + box.width, None]
     else:
-        starts = np.array([plane[:2] for plane in planes], np.int64)
         corners = box.top, box.left, top * unit_height, left * unit_width
         where = np.array([*corners, width, height, unit_width // 8, unit_height // 8], np.int64)
-        upsample.to_rgb(memory, starts, where, out)
+        upsample.to_rgb(memory, planes, where, out)
     return out, box, width, height
-
-
-class _Plane(NamedTuple):
-    """Where the pixels of a component go.
-
-    Attributes:
-        start: of its first pixel.
-        stride: from a row to the next.
-        size: pixels.
-        across, down: blocks of a unit.
-    """
-
-    start: int
-    stride: int
-    size: int
-    across: int
-    down: int
-
-
-def _planes(units: Units, rows: int, columns: int) -> list[_Plane]:
-    planes, start = [], 0
-    sampling = units.block_width // 8, units.block_height // 8
-    for across, down in (sampling, (1, 1), (1, 1))[: 1 + int(units.blocks[-1, 0])]:
-        stride = 8 * across * columns
-        planes.append(_Plane(start, stride, stride * 8 * down * rows, across, down))
-        start += planes[-1].size
-    return planes
-
-
-def _blocks(units: Units, planes: list[_Plane]) -> np.ndarray:
-    """(n, 7): the blocks of a unit as `scan.decode` wants them."""
-    rows: list[int] = []
-    seen = [0, 0, 0]
-    for component, dc, ac in units.blocks.tolist():
-        start, stride, _, across, down = planes[component]
-        y, x = divmod(seen[component], across)
-        seen[component] += 1
-        rows += (component, dc, ac, start // 8 + y * stride + x, across, down * stride, stride // 8)
-    return np.array(rows, np.int64).reshape(-1, 7)
 
 
 _memory: dict[str, np.ndarray] = {}

@@ -17,8 +17,6 @@ from typing import Any
 import numba
 import numpy as np
 
-from pipeline.hashing import GOLDEN
-
 _PICTURE = "uint8[:, :, ::1]"
 _PART = "uint8[:, :, :]"
 _U = np.uint64
@@ -27,62 +25,6 @@ _ONE, _TWO = np.uint64(1), np.uint64(2)
 
 def _compiled(signature: str) -> Any:
     return numba.njit(signature, cache=True, nogil=True, boundscheck=False)
-
-
-_GOLDEN = np.uint64(GOLDEN)
-
-
-@numba.njit(cache=True, nogil=True, inline="always")
-def _finalise(x):
-    """As in `pipeline.hashing`."""
-    x = (x ^ (x >> _U(30))) * _U(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> _U(27))) * _U(0x94D049BB133111EB)
-    return x ^ (x >> _U(31))
-
-
-@numba.njit(cache=True, nogil=True, inline="always")
-def _between(a, b, weight):
-    return np.uint8(np.int32(a + weight * (b - a)))
-
-
-@_compiled(f"void({_PICTURE}, int64, int64, int64, int64, boolean, {_PICTURE})")
-def resize_point(source, top, left, height, width, mirror, out):
-    """Resize a box of `source` to `out`, each pixel interpolated linearly between its four neighbours, cut to integers.
-
-    No antialiasing, the box's edge repeated: Pillow's EXTENT transform of the cropped picture. In single precision, so
-    that a pixel in some ten thousand is one less or more.
-
-    Args:
-        mirror: write the picture from right to left.
-    """
-    rows, columns, channels = out.shape
-    step_y, step_x = height / rows, width / columns
-    n = width * channels
-    line = np.empty(n, np.float32)
-    near, far, part = np.empty(columns, np.uint64), np.empty(columns, np.uint64), np.empty(columns, np.float32)
-    for x in range(columns):
-        place = (x + 0.5) * step_x - 0.5
-        first = math.floor(place)
-        at = columns - 1 - x if mirror else x
-        part[at] = place - first
-        near[at] = min(max(first, 0), width - 1) * channels
-        far[at] = min(max(first + 1, 0), width - 1) * channels
-    for y in range(rows):
-        place = (y + 0.5) * step_y - 0.5
-        first = math.floor(place)
-        weight = np.float32(place - first)
-        above = source[top + min(max(first, 0), height - 1), left : left + width].reshape(n)
-        below = source[top + min(max(first + 1, 0), height - 1), left : left + width].reshape(n)
-        for i in range(n):
-            a = np.float32(above[i])
-            line[i] = a + weight * (np.float32(below[i]) - a)
-        target = out[y].reshape(columns * channels)
-        for x in range(columns):
-            i, j, w, k = near[x], far[x], part[x], _U(channels * x)
-            target[k] = _between(line[i], line[j], w)
-            if channels == 3:
-                target[k + _ONE] = _between(line[i + _ONE], line[j + _ONE], w)
-                target[k + _TWO] = _between(line[i + _TWO], line[j + _TWO], w)
 
 
 @_compiled(f"void({_PART}, boolean, {_PICTURE})")
@@ -219,10 +161,10 @@ def warp_bicubic(source, matrix, fill, out):
 
 @_compiled(f"void({_PICTURE}, uint8[:, ::1])")
 def apply_tables(picture, tables):
-    """Replace every value v of channel c by `tables[c, v]`, in place."""
+    """Replace every value v of channel c by `tables[c, v]`, in place; one table is that of all channels."""
     rows, columns, channels = picture.shape
     flat = picture.reshape(picture.size)
-    first, second, third = tables[0], tables[min(1, channels - 1)], tables[channels - 1]
+    first, second, third = tables[0], tables[min(1, len(tables) - 1)], tables[len(tables) - 1]
     for i in range(rows * columns):
         k = _U(channels * i)
         flat[k] = first[flat[k]]
@@ -342,17 +284,3 @@ def normalize(pixels, mean, std, out):
             red[i] = (np.float32(flat[k]) / most - mean_1) / std_1
             green[i] = (np.float32(flat[k + _ONE]) / most - mean_2) / std_2
             blue[i] = (np.float32(flat[k + _TWO]) / most - mean_3) / std_3
-
-
-@_compiled("void(uint64, float32[::1], float32[::1])")
-def hash_pairs(state, first, second):
-    """From `hash64(..., i)` for each i the upper and the lower 24 bits, as floats.
-
-    Args:
-        state: `hash64(...)` of the keys before i.
-    """
-    state += _GOLDEN
-    for i in range(_U(len(first))):
-        bits = _finalise(state ^ _finalise(i + _GOLDEN))
-        first[i] = np.float32(np.int64(bits >> _U(40)))
-        second[i] = np.float32(np.int64(bits & _U((1 << 24) - 1)))

@@ -16,6 +16,7 @@ from pipeline.data.augment.randaugment import DrawnOp
 from pipeline.data.fast import kernels
 
 _VALUES = np.arange(256)
+_SINGLES = _VALUES.astype(np.float32)
 _WARPS = {
     Image.Resampling.NEAREST: kernels.warp_nearest,
     Image.Resampling.BILINEAR: kernels.warp_bilinear,
@@ -46,8 +47,9 @@ def apply_op(picture: np.ndarray, spare: np.ndarray, op: DrawnOp, fill: np.ndarr
         kernels.sharpen(picture, op.arg, spare)
         return spare, picture
     elif name != "Identity":
-        tables = _TABLES[name](picture, 0.0 if op.arg is None else op.arg)
-        kernels.apply_tables(picture, np.ascontiguousarray(tables.clip(0, 255), np.uint8))
+        table = _TABLES[name](picture, 0.0 if op.arg is None else op.arg)
+        # Values are cut to whole numbers.
+        kernels.apply_tables(picture, np.maximum(np.minimum(table, 255), 0).astype(np.uint8).reshape(-1, 256))
     return picture, spare
 
 
@@ -59,19 +61,13 @@ def _matrix(moves: PixelMap, resample: Image.Resampling) -> np.ndarray:
     return np.array([a, b, c, d, e, f], np.float64)
 
 
-def _same(picture: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """(C, 256) one table for all channels."""
-    return np.broadcast_to(table, (picture.shape[2], 256))
-
-
 def _blended(low: int, factor: float) -> np.ndarray:
-    """(256,) distance of every value from `low`, times `factor`, in single precision, cut."""
-    values = np.float32(low) + np.float32(factor) * (_VALUES - low).astype(np.float32)
-    return np.trunc(values.clip(0, 255))
+    """(256,) distance of every value from `low`, times `factor`, in single precision."""
+    return np.float32(low) + np.float32(factor) * (_SINGLES - np.float32(low))
 
 
 def _auto_contrast(picture: np.ndarray, _arg: float) -> np.ndarray:
-    tables = []
+    tables: list[np.ndarray] = []
     for counts in kernels.histograms(picture):
         [present] = counts.nonzero()
         low, high = int(present[0]), int(present[-1])
@@ -79,7 +75,7 @@ def _auto_contrast(picture: np.ndarray, _arg: float) -> np.ndarray:
             tables.append(_VALUES)
             continue
         scale = 255.0 / (high - low)
-        tables.append(np.trunc(_VALUES * scale + -low * scale))
+        tables.append(_VALUES * scale + -low * scale)
     return np.stack(tables)
 
 
@@ -96,25 +92,26 @@ def _equalize(picture: np.ndarray, _arg: float) -> np.ndarray:
 
 
 def _solarize(picture: np.ndarray, threshold: float) -> np.ndarray:
-    return _same(picture, np.where(threshold > _VALUES, _VALUES, 255 - _VALUES))
+    return np.where(threshold > _VALUES, _VALUES, 255 - _VALUES)
 
 
 def _solarize_add(picture: np.ndarray, added: float) -> np.ndarray:
-    return _same(picture, np.where(_VALUES < 128, np.minimum(255, _VALUES + int(added)), _VALUES))
+    return np.where(_VALUES < 128, np.minimum(255, _VALUES + int(added)), _VALUES)
 
 
 def _contrast(picture: np.ndarray, factor: float) -> np.ndarray:
     pixels = picture.shape[0] * picture.shape[1]
-    return _same(picture, _blended(int(kernels.grey_sum(picture) / pixels + 0.5), factor))
+    return _blended(int(kernels.grey_sum(picture) / pixels + 0.5), factor)
 
 
+# (256,) one table for all channels, or (C, 256).
 _TABLES: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
     "AutoContrast": _auto_contrast,
     "Equalize": _equalize,
-    "Invert": lambda picture, _arg: _same(picture, 255 - _VALUES),
-    "Posterize": lambda picture, bits: _same(picture, _VALUES & (0xFF00 >> int(bits))),
+    "Invert": lambda _picture, _arg: 255 - _VALUES,
+    "Posterize": lambda _picture, bits: _VALUES & (0xFF00 >> int(bits)),
     "Solarize": _solarize,
     "SolarizeAdd": _solarize_add,
     "Contrast": _contrast,
-    "Brightness": lambda picture, factor: _same(picture, _blended(0, factor)),
+    "Brightness": lambda _picture, factor: _blended(0, factor),
 }

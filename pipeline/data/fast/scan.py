@@ -90,6 +90,40 @@ def _unstuff(data, taken, filled, enough, plain, marks, marked):
     return taken, filled, marked
 
 
+@numba.njit(
+    "int64(int64[:, ::1], int64, int64, int64, int64, int64[:, ::1], int64[:, ::1])",
+    cache=True,
+    nogil=True,
+    boundscheck=False,
+)
+def arrange(units, across, down, rows, columns, planes, blocks):
+    """Where the pixels of rows x columns units go: those of each component into a plane of its own.
+
+    Args:
+        units: (n, 3), for each block of a unit: component, DC table, AC table.
+        across, down: blocks of luminance in a unit; of chrominance there is one.
+        planes: (components, 2), takes where each plane starts, and how far it is from a row to the next.
+        blocks: (n, 7), takes what `decode` wants of each block.
+
+    Returns:
+        The pixels of all planes.
+    """
+    start = 0
+    for component in range(len(planes)):
+        wide, high = (across, down) if component == 0 else (1, 1)
+        stride = 8 * wide * columns
+        planes[component, 0], planes[component, 1] = start, stride
+        seen = 0
+        for i in range(len(units)):
+            if units[i, 0] == component:
+                blocks[i, :3] = units[i]
+                blocks[i, 3] = start // 8 + seen // wide * stride + seen % wide
+                blocks[i, 4], blocks[i, 5], blocks[i, 6] = wide, high * stride, stride // 8
+                seen += 1
+        start += stride * 8 * high * rows
+    return start
+
+
 _SIGNATURE = (
     "int64(Array(uint8, 1, 'C', readonly=True), int64, int64, int64, int64, int64, int64, int64, int64[:, ::1], "
     "int32[:, ::1], int32[:, ::1], int32[:, ::1], int64[:, ::1], int32[:, ::1], int64[:, ::1], int64[:, ::1], "

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +26,7 @@ from pipeline.data.fast.noise import normals
 
 # Loader processes compile or load these; a process that trains only hands the transform on to them.
 kernels = LazyModule("pipeline.data.fast.kernels")
+resizing = LazyModule("pipeline.data.fast.resize")
 color = LazyModule("pipeline.data.fast.color")
 randaugment = LazyModule("pipeline.data.fast.randaugment")
 
@@ -108,10 +107,11 @@ class FastTransform:
         for i, numbers in enumerate(self.numbers(seed, epoch, indices)):
             drawn = self.plain.drawn(numbers)
             given = pictures[i]
-            picture = given(partial(self.wanted, numbers)) if callable(given) else given
+            wanted = _Wanted(self, numbers)
+            picture = given(wanted) if callable(given) else given
             part = Part.whole(picture) if isinstance(picture, np.ndarray) else picture
             with naming(i):
-                crop, size = self._sample(part, drawn, numbers, pixels[i], spare)
+                crop, size = self._sample(part, drawn, wanted, pixels[i], spare)
             if drawn.jitter is not None:
                 color.apply_color_jitter(pixels[i], drawn.jitter, self._planes)
             if drawn.erased is not None:
@@ -139,10 +139,10 @@ class FastTransform:
         return draw_resized_crop(self.config.crop, width, height, numbers.of(Stream.CROP, CROP_DRAWS + 1))
 
     def _sample(
-        self, part: Part, drawn: SampleDraw, numbers: Numbers, out: np.ndarray, spare: np.ndarray
+        self, part: Part, drawn: SampleDraw, wanted: _Wanted, out: np.ndarray, spare: np.ndarray
     ) -> tuple[Box, tuple[int, int]]:
         """Write the picture after its 8-bit operations to `out`; returns what `TrainTransform.cropped` says of it."""
-        picture = part.pixels
+        picture, numbers = part.pixels, wanted.numbers
         if self._by_pillow:
             image = Image.fromarray(picture if self.in_chans == 3 else picture[:, :, 0])
             if self.config.crop_last:
@@ -152,7 +152,7 @@ class FastTransform:
                 image = self.plain.distorted(image, drawn)
             out[:] = np.asarray(image).reshape(out.shape)
             return box, size
-        box = self._crop(part, drawn.flip, numbers, out)
+        box = self._crop(part, drawn.flip, wanted, out)
         current, other = out, spare
         for op in drawn.ops:
             current, other = randaugment.apply_op(current, other, op, self._fill)
@@ -160,13 +160,13 @@ class FastTransform:
             out[:] = current
         return box, (part.width, part.height)
 
-    def _crop(self, part: Part, mirror: bool, numbers: Numbers, out: np.ndarray) -> Box:
+    def _crop(self, part: Part, mirror: bool, wanted: _Wanted, out: np.ndarray) -> Box:
         config, side = self.config.crop, self.img_size
         picture, height, width = part.pixels, part.height, part.width
-        u = numbers.of(Stream.CROP, CROP_DRAWS + 1)
+        u = wanted.numbers.of(Stream.CROP, CROP_DRAWS + 1)
         if isinstance(config, RandomResizedCrop):
-            box = draw_resized_crop(config, width, height, u)
-            inside = replace(box, top=box.top - part.top, left=box.left - part.left)
+            box = wanted(width, height)
+            inside = Box(box.top - part.top, box.left - part.left, box.height, box.width)
             self._resize(picture, inside, pick_resample(self.config.interpolation, u[CROP_DRAWS]), mirror, out)
             return box
         if isinstance(config, PadCrop):
@@ -191,7 +191,7 @@ class FastTransform:
         if (height, width) == out.shape[:2]:
             kernels.copy(part, mirror, out)
         elif not self.config.antialias and resample == Image.Resampling.BILINEAR:
-            kernels.resize_point(picture, top, left, height, width, mirror, out)
+            resizing.resize_point(picture, top, left, height, width, mirror, out)
         elif self.config.antialias:
             # torch's own kernel for 8-bit pictures: within one of Pillow's, but for 1 value in 10,000 of bicubic ones.
             mode = "bilinear" if resample == Image.Resampling.BILINEAR else "bicubic"
@@ -203,6 +203,21 @@ class FastTransform:
             image = Image.fromarray(part if self.in_chans == 3 else part[:, :, 0])
             point = image.transform(out.shape[1::-1], Image.Transform.EXTENT, (0, 0, width, height), resample)
             kernels.copy(np.asarray(point).reshape(out.shape), mirror, out)
+
+
+class _Wanted:
+    """`FastTransform.wanted` of a sample, drawn once for the decoder and for the crop."""
+
+    __slots__ = ("_box", "_size", "_transform", "numbers")
+
+    def __init__(self, transform: FastTransform, numbers: Numbers) -> None:
+        self._transform, self.numbers = transform, numbers
+        self._size: tuple[int, int] | None = None
+
+    def __call__(self, width: int, height: int) -> Box:
+        if self._size != (width, height):
+            self._size, self._box = (width, height), self._transform.wanted(self.numbers, width, height)
+        return self._box
 
 
 class _Sized(NamedTuple):

@@ -22,15 +22,15 @@ class Tables(NamedTuple):
     """The Huffman tables of a scan. What is asked by the next 12 bits has 0 where no code ends within these.
 
     Attributes:
-        dc: (2, 4096) int32, by table and bits: length of the code + 32 x category of the difference.
+        dc: (2, 4096) uint16, by table and bits: length of the code + 32 x category of the difference.
         ac: (2, 4096) int32: length of the code, with the bits of the value if these are seen in full, + 32 x how many
             coefficients are passed, 0 for the end of the block, + 4096 x bits of a value that is not seen in full
             + 65536 x the value.
-        pairs: (2, 4096) int64: of one or two AC coefficients that are seen in full, of a block with them, or of the
-            end of a block: bits + 32 x how many coefficients the first passes, 0 for the end + 4096 x how many more
-            the second does + 2**19 if the block ends + 2**32 x the first value + 2**48 x the second one, or the first
-            one again.
-        skip: (2, 4096) int32: of as many AC coefficients as are seen: bits of all codes and values + 32 x how many
+        pairs: (2, 4096) int32: of one or two AC coefficients that are seen in full and have up to 8 bits, of a block
+            with them, or of the end of a block: bits + 32 x how many coefficients the first passes, 0 for the end
+            + 1024 x how many more the second does + 2**15 if the block ends + 2**16 x the first value + 2**24 x the
+            second one, or the first one again.
+        skip: (2, 4096) uint16: of as many AC coefficients as are seen: bits of all codes and values + 32 x how many
             coefficients are passed + 4096 if the block ends there.
         limits: (4, 17) int64, DC tables then AC tables, of each length of codes: one more than the last code.
         offsets: (4, 17) int64: what is to be added to a code to get the place of its symbol.
@@ -52,11 +52,9 @@ def read_tables(segments: tuple[bytes, ...]) -> Tables | None:
     Args:
         segments: that define them, in their order; a later one replaces those of the same numbers.
     """
-    asked = np.zeros((3, 2, _SIZE), np.int32)
+    short, long = np.zeros((2, 2, _SIZE), np.uint16), np.zeros((2, 2, _SIZE), np.int32)
     limits = np.zeros((2, 4, 17), np.int64)
-    made = Tables(
-        asked[0], asked[1], np.zeros((2, _SIZE), np.int64), asked[2], limits[0], limits[1], np.zeros((4, 256), np.uint8)
-    )
+    made = Tables(short[0], long[0], long[1], short[1], limits[0], limits[1], np.zeros((4, 256), np.uint8))
     for segment in segments:
         if not _read(np.frombuffer(segment, np.uint8), *made):
             return None
@@ -90,7 +88,7 @@ def signed(bits, size):
     return bits - (1 << size) + 1 if size and bits >> (size - 1) == 0 else bits
 
 
-@numba.njit(f"void({_TABLE}, int32[::1])", cache=True, nogil=True, boundscheck=False)
+@numba.njit(f"void({_TABLE}, uint16[::1])", cache=True, nogil=True, boundscheck=False)
 def _fill_dc(table, limits, offsets, symbols, dc):
     dc[:] = 0
     at = 0
@@ -123,34 +121,33 @@ def _fill_ac(table, limits, offsets, symbols, ac):
             at += 1 << rest
 
 
-@numba.njit("void(int32[::1], int64[::1])", cache=True, nogil=True, boundscheck=False)
+@numba.njit("void(int32[::1], int32[::1])", cache=True, nogil=True, boundscheck=False)
 def _fill_pairs(ac, pairs):
     for bits in range(_SIZE):
         first = np.int64(ac[_u64(bits)])
         used, passed, value = first & 31, (first >> 5) & 127, first >> 16
-        if first == 0 or (first >> 12) & 15:
+        if first == 0 or (first >> 12) & 15 or not -128 <= value < 128:
             pairs[_u64(bits)] = 0
             continue
         more, end, other = 0, 0 if passed else 1, value
         if passed:
             second = np.int64(ac[_u64((bits << used) & (_SIZE - 1))])
             # Behind the bits that are known there are zeros, which must not count.
-            if second != 0 and used + (second & 31) <= BITS and (second >> 12) & 15 == 0:
+            if second != 0 and used + (second & 31) <= BITS and (second >> 12) & 15 == 0 and -128 <= second >> 16 < 128:
                 used += second & 31
                 more = (second >> 5) & 127
                 if more:
                     other = second >> 16
                 else:
                     end = 1
-        low = used | passed << 5 | more << 12 | end << 19
-        pairs[_u64(bits)] = low | (value & 0xFFFF) << 32 | other << 48
+        pairs[_u64(bits)] = used | passed << 5 | more << 10 | end << 15 | (value & 0xFF) << 16 | other << 24
 
 
-@numba.njit("void(int32[::1], int64[::1], int32[::1])", cache=True, nogil=True, boundscheck=False)
+@numba.njit("void(int32[::1], int32[::1], uint16[::1])", cache=True, nogil=True, boundscheck=False)
 def _fill_skip(ac, pairs, skip):
     for bits in range(_SIZE):
-        two = pairs[_u64(bits)]
-        used, passed, end = two & 31, ((two >> 5) & 127) + ((two >> 12) & 127), (two >> 19) & 1
+        two = np.int64(pairs[_u64(bits)])
+        used, passed, end = two & 31, ((two >> 5) & 31) + ((two >> 10) & 31), (two >> 15) & 1
         while used < BITS and not end:
             found = np.int64(ac[_u64((bits << used) & (_SIZE - 1))])
             length, run, size = found & 31, (found >> 5) & 127, (found >> 12) & 15
@@ -163,7 +160,7 @@ def _fill_skip(ac, pairs, skip):
 
 
 @numba.njit(
-    "boolean(Array(uint8, 1, 'C', readonly=True), int32[:, ::1], int32[:, ::1], int64[:, ::1], int32[:, ::1], "
+    "boolean(Array(uint8, 1, 'C', readonly=True), uint16[:, ::1], int32[:, ::1], int32[:, ::1], uint16[:, ::1], "
     "int64[:, ::1], int64[:, ::1], uint8[:, ::1])",
     cache=True,
     nogil=True,

@@ -3,44 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba.extending import intrinsic
+
+from pipeline.data.fast.instructions import blend_four
 
 _PICTURE = "uint8[:, :, ::1]"
 _U = np.uint64
 _THREE = np.uint64(3)
-
-
-@intrinsic
-def _blend_four(typing: Any, line: Any, i: Any, j: Any, weight: Any, out: Any, k: Any) -> Any:
-    """`out[k + n] = uint8(a + weight * (b - a))`, cut, with `a = line[i + n]` and `b = line[j + n]`, n from 0 to 3.
-
-    Four values by one instruction each. The compiler does not find these by itself: for all that it knows, what is
-    written may be read for the next value.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        line, i, j, weight, out, k = arguments
-        floats, bytes_, places = (ir.VectorType(of, 4) for of in (ir.FloatType(), ir.IntType(8), ir.IntType(32)))
-
-        def address(array: Any, kind: Any, at: Any, vector: Any) -> Any:
-            data = context.make_array(kind)(context, builder, array).data
-            return builder.bitcast(builder.gep(data, [at]), vector.as_pointer())
-
-        a, b = (builder.load(address(line, signature.args[0], at, floats), align=4) for at in (i, j))
-        nothing = ir.Constant(floats, ir.Undefined)
-        first = builder.insert_element(nothing, weight, ir.Constant(ir.IntType(32), 0))
-        weights = builder.shuffle_vector(first, nothing, ir.Constant(places, [0] * 4))
-        values = builder.fadd(a, builder.fmul(weights, builder.fsub(b, a)))
-        cut = builder.trunc(builder.fptosi(values, places), bytes_)
-        builder.store(cut, address(out, signature.args[4], k, bytes_), align=1)
-        return context.get_dummy_value()
-
-    return numba.types.void(line, i, j, weight, out, k), generate
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -86,7 +57,7 @@ def resize_point(source, top, left, height, width, mirror, out):
         # The fourth value of a pixel is the place of the next pixel. Behind the last one there is none.
         fours = columns - (y == rows - 1) if channels == 3 else 0
         for x in range(fours):
-            _blend_four(line, near[_U(x)], far[_U(x)], part[_U(x)], flat, start + _THREE * _U(x))  # type: ignore[call-arg]
+            blend_four(line, near[_U(x)], far[_U(x)], part[_U(x)], flat, start + _THREE * _U(x))  # type: ignore[call-arg]
         for x in range(fours, columns):
             for c in range(channels):
                 i, j = near[_U(x)] + _U(c), far[_U(x)] + _U(c)

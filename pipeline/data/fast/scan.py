@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.data.fast.huffman import BITS, is_ac, signed, symbol
 from pipeline.data.fast.idct import fill, transform
+from pipeline.data.fast.instructions import copy_eight
 
 # More bytes than a unit of ten blocks can take, with 31 bits for each of 64 coefficients.
 _UNIT = 4096
@@ -64,16 +65,13 @@ def _unstuff(data, taken, filled, enough, plain, marks, marked):
     """
     end = len(data) - 1
     while filled < enough:
-        while taken + 4 <= end and filled < enough:
-            word = _four(data, taken)
-            inverse = ~word & _u64(0xFFFFFFFF)
-            if (inverse - _u64(0x01010101)) & word & _u64(0x80808080) != 0:  # one of the bytes is 255
+        while taken + 8 <= end and filled < enough:
+            word = copy_eight(data, taken, plain, filled)  # type: ignore[call-arg,var-annotated]
+            if (~word - _u64(0x0101010101010101)) & word & _u64(0x8080808080808080) != 0:  # one of the bytes is 255
                 break
-            for i in range(4):
-                plain[_u64(filled + i)] = data[_u64(taken + i)]
-            taken += 4
-            filled += 4
-        for _ in range(4):
+            taken += 8
+            filled += 8
+        for _ in range(8):
             if taken >= end:
                 return end + 2, filled, marked
             value = data[_u64(taken)]
@@ -126,7 +124,7 @@ def arrange(units, across, down, rows, columns, planes, blocks):
 
 _SIGNATURE = (
     "int64(Array(uint8, 1, 'C', readonly=True), int64, int64, int64, int64, int64, int64, int64, int64[:, ::1], "
-    "int32[:, ::1], int32[:, ::1], int32[:, ::1], int64[:, ::1], int32[:, ::1], int64[:, ::1], int64[:, ::1], "
+    "int32[:, ::1], uint16[:, ::1], int32[:, ::1], int32[:, ::1], uint16[:, ::1], int64[:, ::1], int64[:, ::1], "
     "uint8[:, ::1], uint8[::1], uint64[::1])"
 )
 
@@ -229,8 +227,8 @@ def decode(
                     at, have = at + ((63 - have) >> 3), have | 56
                     looks = 0
                     while looks < 4:  # at 12 bits
-                        found = pairs[ac_table, buffer >> _u64(_REST)]
-                        used, passed, more, end = found & 31, (found >> 5) & 127, (found >> 12) & 127, (found >> 19) & 1
+                        found = np.int64(pairs[ac_table, buffer >> _u64(_REST)])
+                        used, passed, more, end = found & 31, (found >> 5) & 31, (found >> 10) & 31, (found >> 15) & 1
                         if found == 0 or k + passed + more + end > 63:  # the second may be of another block
                             break
                         looks += 1
@@ -240,11 +238,11 @@ def decode(
                             going = False
                             break
                         k += passed
-                        product = ((found << 16) >> 48) * steps[component, _u64(k)]
+                        product = ((found << 40) >> 56) * steps[component, _u64(k)]
                         odd |= (product + (1 << 13)) >> 14
                         work[ZIGZAG[_u64(k)]] = product
                         k += more  # without a second one this is the first again
-                        product = (found >> 48) * steps[component, _u64(k)]
+                        product = (found >> 24) * steps[component, _u64(k)]
                         odd |= (product + (1 << 13)) >> 14
                         work[ZIGZAG[_u64(k)]] = product
                         if end:

@@ -27,7 +27,7 @@ setup: .venv/.ready  ## create .venv with everything the project needs
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[ffcv]' || \
 	  echo "left out: ffcv could not be compiled (see above); .beton shards are made and read without it"
 	@# So are the loader's own loops: the first run would wait for it.
-	@$(BIN)/python -c "import pipeline.data.fast.color, pipeline.data.fast.randaugment, data_prep.restarts_loop"
+	@$(BIN)/python -c 'import importlib as i, pipeline.data.fast as f; [*map(i.import_module, (*f.COMPILED, "data_prep.restarts_loop"))]'
 	@touch $@
 
 demo: setup  ## shard the digits, train a small NesT with two processes, evaluate and track it (SEED=n)

@@ -69,7 +69,7 @@ def prep(
         bool,
         typer.Option(
             "--restart-markers",
-            help="Add restart markers to JPEGs: the same pixels, crops decode faster. With --resize they come anyway.",
+            help="Add restart markers to JPEGs: same pixels, crops decode a little faster; --resize adds them anyway.",
         ),
     ] = False,
     max_resolution: Annotated[

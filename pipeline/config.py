@@ -7,32 +7,17 @@ is filled in by `pipeline.resolve`; the filled-in config is saved with the run a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from pipeline.config_section import Section
+from pipeline.config_section import Directory, PlainName, Section
 from pipeline.config_task import ClassifyConfig, TaskConfig
 from pipeline.data.augment.settings import AugmentConfig, EvalTransformConfig, MixConfig
 from pipeline.data.cache_room import CacheOptions
 from pipeline.durations import Duration, Epochs, Interval
 from pipeline.errors import UserError
-
-_RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-
-
-def _home(path: str) -> str:
-    # The shell leaves the ~ of `data.train=~/shards` alone.
-    return str(Path(path).expanduser()) if path.startswith("~/") else path
-
-
-def _plain_name(name: str) -> str:
-    if not re.fullmatch(_RUN_NAME, name):
-        raise ValueError("a name has letters, digits, '.', '_' and '-', and starts with a letter or digit")
-    return name
 
 
 def _empty_for_null(value: Any) -> Any:
@@ -40,8 +25,6 @@ def _empty_for_null(value: Any) -> Any:
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
-PlainName = Annotated[str, Field(max_length=200, json_schema_extra={"pattern": _RUN_NAME}), AfterValidator(_plain_name)]
-Directory = Annotated[str, Field(min_length=1), AfterValidator(_home)]
 
 
 class ModelConfig(Section):

@@ -62,7 +62,7 @@ def advice(report: dict[str, Any]) -> Iterator[str]:
     yield {
         "read": f"reading takes {share:.0%}: a slow disk or network; keep shards on local storage",
         "decode": f"decoding takes {share:.0%} at {pixels:.0f} KB an image: store smaller ones, "
-        "`rookery prep --resize 400 --quality 90`, or the same pixels with --restart-markers",
+        "`rookery prep --resize 400 --quality 90`",
         "crop": f"resizing takes {share:.0%}: augment.antialias=false and augment.interpolation=bilinear are the "
         "cheapest, where the recipe allows it",
         "augment": f"RandAugment and colour jitter take {share:.0%}: part of the recipe; more data.workers",

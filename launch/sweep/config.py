@@ -10,10 +10,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from pipeline.config import Directory
 from pipeline.config_errors import explain
 from pipeline.config_load import default_name, read_tree
-from pipeline.config_section import Section, kind_alone
+from pipeline.config_section import Directory, Section, kind_alone
 from pipeline.durations import Duration, Epochs
 from pipeline.errors import UserError
 from pipeline.tracking.metric_names import lower_is_better

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from pipeline.data.fast import COMPILED
 from pipeline.data.ring import InSlot, Receiver, Sender
 from pipeline.data.take_ahead import take_ahead
 from pipeline.errors import UserError
 
 # What every loader process would import for seconds: the server that they are forked from does it once. The plain
 # path's torchvision and timm are not among it: it is for comparisons, and they would slow the start of every other run.
-_COMPILED = ("randaugment", "resize", "color", "hashes", "segments", "scan", "upsample")
-_PRELOAD = ["pipeline.data.loader", *(f"pipeline.data.fast.{name}" for name in _COMPILED), "simplejpeg"]
+_PRELOAD = ["pipeline.data.loader", *COMPILED, "simplejpeg"]
 # Every tensor from a loader process costs a handshake of 0.4 ms here; up to this many bytes, to send it is cheaper.
 _SENT_BYTES = 2**18
 

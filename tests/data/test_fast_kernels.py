@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from data_prep.images import make_usable
+from pipeline.data import fast
 from pipeline.data.augment import color as plain_color
 from pipeline.data.augment.crop import Box
 from pipeline.data.augment.randaugment import POLICIES, draw_ops, fill_color
@@ -23,6 +27,14 @@ from pipeline.data.fast.randaugment import apply_op
 from pipeline.errors import UserError
 
 SIDE = 96
+
+
+def test_all_that_is_compiled_is_known() -> None:
+    folder = Path(fast.__path__[0])
+    compiled = {f"{fast.__name__}.{file.stem}" for file in folder.glob("*.py") if "njit" in file.read_text()}
+    code = f"import importlib, sys; [*map(importlib.import_module, {fast.COMPILED})]; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert len(compiled) > 6 and compiled <= set(modules.split())
 
 
 def pictures(side: int = SIDE) -> dict[str, np.ndarray]:

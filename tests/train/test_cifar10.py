@@ -20,7 +20,7 @@ from pipeline.train.export import WEIGHTS
 from pipeline.train.trace import read_trace
 from tests.train.commands import ROOT, command, environment, run_command
 
-STEPS, BATCH, KILLED_AFTER = 60, 16, 33
+STEPS, BATCH, KILLED_AFTER = 60, 8, 33
 
 
 @pytest.mark.chaos

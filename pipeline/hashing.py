@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 
 GOLDEN = 0x9E3779B97F4A7C15
-
-
 _ALL = 2**64 - 1
 
 

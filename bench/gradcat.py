@@ -1,4 +1,4 @@
-"""The deletion test of GradCAT on the validation split of a trained NesT, for both signs, several masks and ways.
+"""The deletion test of GradCAT on the validation split of a trained NesT, for all scores, both signs and several masks.
 
     rookery prep cifar10/ shards/cifar10
     rookery train configs/nest/tiny_cifar10.yaml
@@ -24,18 +24,16 @@ from pipeline.config_load import parse_tree
 from pipeline.data.augment.evaluation import EvalTransform
 from pipeline.data.loader import load_sample
 from pipeline.data.shards import ShardSet
-from pipeline.explain.conductance import conduct_tree
 from pipeline.explain.deletion import Deletion, delete_blocks
 from pipeline.explain.gradcat import check_tree, grow_tree
-from pipeline.explain.occlusion import occlude_tree
+from pipeline.explain.names import Scores
+from pipeline.explain.scores import score_tree
 from pipeline.export.source import Preprocessing, load_source
 from pipeline.tracking.environment import device_name, key_versions
 from pipeline.tracking.run_dir import RunDir
 
 _BATCH = 50
-# From the colour of the mask, and before_norm, channel_weights.
-BY_COLOUR = {"conductance": conduct_tree, "occlusion": occlude_tree}
-ALGORITHMS = {"algorithm": (False, False), "channel weights": (False, True), "before the last norm": (True, False)}
+_BEFORE = "gradient, before the last norm"
 
 
 def main() -> None:
@@ -51,22 +49,23 @@ def main() -> None:
     black = -torch.tensor(prepare.mean) / torch.tensor(prepare.std)
     fills = {"mean colour": images.mean((0, 2, 3)), "black": black, "zero": torch.zeros(model.in_chans)}
     batches, lines = images.split(_BATCH), []
-    for way, sign in product([*ALGORITHMS, *BY_COLOUR], (1, -1)):
-        trees = [grow_tree(model, some, None, sign, *ALGORITHMS[way]) for some in batches if way in ALGORITHMS]
-        for name, fill in fills.items():
-            if way in BY_COLOUR:
-                trees = [BY_COLOUR[way](model, some, None, sign, fill) for some in batches]
-            for depth in range(1, len(model.levels)):
-                parts = [
-                    delete_blocks(model, some, tree, fill, depth, seed=i)
-                    for i, (some, tree) in enumerate(zip(batches, trees, strict=True))
-                ]
-                done = Deletion(*map(torch.cat, zip(*parts, strict=True)))
-                line = {"scores": way, "sign": sign, "mask": name, "depth": depth}
-                line |= {"beats_random": done.beats_random(), "beats_lowest": done.beats_lowest()}
-                line |= {which: float(drops.mean()) for which, drops in done._asdict().items()}
-                lines.append(line)
-                print(json.dumps(line), flush=True)
+    for way, sign, name in product([*Scores, _BEFORE], (1, -1), fills):
+        fill = fills[name]
+        if way == _BEFORE:
+            trees = [grow_tree(model, some, None, sign, before_norm=True) for some in batches]
+        else:
+            trees = [score_tree(Scores(way), model, some, None, sign, fill) for some in batches]
+        for depth in range(1, len(model.levels)):
+            parts = [
+                delete_blocks(model, some, tree, fill, depth, seed=i)
+                for i, (some, tree) in enumerate(zip(batches, trees, strict=True))
+            ]
+            done = Deletion(*map(torch.cat, zip(*parts, strict=True)))
+            line = {"scores": way, "sign": sign, "mask": name, "depth": depth}
+            line |= {"beats_random": done.beats_random(), "beats_lowest": done.beats_lowest()}
+            line |= {which: float(drops.mean()) for which, drops in done._asdict().items()}
+            lines.append(line)
+            print(json.dumps(line), flush=True)
     if options.out is not None:
         command = " ".join(["python -m bench.gradcat", *sys.argv[1:]])
         about = {"command": command, "device": device_name(), "versions": key_versions(), "images": len(images)}

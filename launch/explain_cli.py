@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +11,7 @@ import typer
 
 from launch.export_cli import Weights
 from pipeline.errors import UserError
+from pipeline.explain.names import Method, Scores
 
 if TYPE_CHECKING:
     from pipeline.explain.localize import Box
@@ -20,15 +20,6 @@ if TYPE_CHECKING:
 # Pictures on the contact sheet, and side by side there.
 _SHEET, _COLUMNS = 48, 4
 JSON_NAME, SHEET_NAME, CHART_NAME = "explain.json", "contact_sheet.png", "similarity.png"
-
-
-class Method(StrEnum):
-    """How to explain."""
-
-    gradcat = "gradcat"
-    cam = "cam"
-    rollout = "rollout"
-    similarity = "similarity"
 
 
 def explain(
@@ -46,22 +37,17 @@ def explain(
     wanted: Annotated[
         str | None, typer.Option("--class", help="name or number of the class to explain; default: the predicted one")
     ] = None,
+    scores: Annotated[
+        Scores | None,
+        typer.Option(
+            help="gradcat: conductance (the default), what the logit loses while blocks fade, 17 forward and backward "
+            "passes; occlusion, what it loses without a block, a forward pass for each; gradient, map times gradient, "
+            "the paper's algorithm; channel-weights, the same with one weight per channel, as in Grad-CAM"
+        ),
+    ] = None,
     sign: Annotated[
         int, typer.Option(help="gradcat: +1, high scores raise the logit; -1, the sign that the paper prints")
     ] = 1,
-    channel_weights: Annotated[
-        bool, typer.Option("--channel-weights", help="gradcat: one weight for each channel of a level, as in Grad-CAM")
-    ] = False,
-    conductance: Annotated[
-        bool,
-        typer.Option("--conductance", help="gradcat: what the logit loses while a block fades; 17 times the work"),
-    ] = False,
-    occlusion: Annotated[
-        bool,
-        typer.Option(
-            "--occlusion", help="gradcat: scores are what the logit loses without a block; a forward pass for each"
-        ),
-    ] = False,
     boxes: Annotated[
         Path | None,
         typer.Option(help="cam: JSON file {image: [[left, top, right, bottom], ...]} to compare its boxes with"),
@@ -97,14 +83,11 @@ def explain(
         )
     subject = _subject(run, weights)
     chosen = methods.choose_method(subject, "cam" if boxes is not None or threshold is not None else method)
-    ways = {"--channel-weights": channel_weights, "--conductance": conductance, "--occlusion": occlusion}
-    _check_fit(chosen, wanted, sign, [option for option, given in ways.items() if given])
+    _check_fit(chosen, wanted, sign, scores)
     options = methods.Options(
         None if wanted is None else subject.class_index(wanted),
+        scores or Scores.conductance,
         sign,
-        channel_weights,
-        conductance,
-        occlusion,
         THRESHOLD if threshold is None else threshold,
         truths,
     )
@@ -133,14 +116,11 @@ def _check(method: str | None, sign: int, boxes: Path | None, threshold: float |
         raise UserError(f"--threshold {threshold:g}: a part of the map's range, from 0 to 1")
 
 
-def _check_fit(method: str, wanted: str | None, sign: int, ways: list[str]) -> None:
+def _check_fit(method: str, wanted: str | None, sign: int, scores: Scores | None) -> None:
     """Options that the method has no use for, once it is known."""
-    if sign != 1 and method != "gradcat":
-        raise UserError(f"--sign belongs to --method gradcat, not to {method}; leave it out")
-    if ways and method != "gradcat":
-        raise UserError(f"{ways[0]} belongs to --method gradcat, not to {method}; leave it out")
-    if len(ways) > 1:
-        raise UserError(f"{' and '.join(ways)} are different ways to score; choose one")
+    for option, given in (("--sign", sign != 1), ("--scores", scores is not None)):
+        if given and method != "gradcat":
+            raise UserError(f"{option} belongs to --method gradcat, not to {method}; leave it out")
     if wanted is not None and method not in ("gradcat", "cam"):
         raise UserError(f"--class belongs to --method gradcat and cam; {method} knows no class, leave it out")
 
@@ -236,8 +216,7 @@ def _finish(
 
     result: dict[str, Any] = {"run": run, "model": subject.name, "img_size": subject.model.img_size, "method": method}
     if method == "gradcat":
-        result |= {"sign": options.sign, "channel_weights": options.channel_weights, "conductance": options.conductance}
-        result["occlusion"] = options.occlusion
+        result |= {"scores": options.scores, "sign": options.sign}
     ious = [one.record["iou"] for one in explained if "iou" in one.record]
     if ious:
         found = sum(one.record.get("found", False) for one in explained) / len(ious)

@@ -21,7 +21,8 @@ the LayerNorm (`before_norm=True` shows it). After it the scores of the root are
 The same ails the lower levels, if less: inside of a region what enters a convolution and a LayerNorm cancels, but for
 its border and the bias. `channel_weights=True` departs from the algorithm there, to Grad-CAM's weights (Selvaraju et
 al., arXiv 1610.02391): ∂Y_c/∂α is replaced by its mean over all cells of the level, one weight for each channel. At the
-root nothing changes. What does lead to the right block is in `conductance` and `occlusion`.
+root nothing changes. What does lead to the right block is in `conductance`, the default of `rookery explain`, and in
+`occlusion`: the same tree and the same walk with other scores.
 
 Every α is a part of some A_l, and ∂Y_c/∂α that part of ∂Y_c/∂A_l. So one backward pass gives the scores of all nodes of
 the tree, and the path is a walk down in them.

@@ -14,13 +14,13 @@ from torch import Tensor
 from pipeline.data.augment.evaluation import EvalTransform
 from pipeline.errors import UserError
 from pipeline.explain.cam import check_cam, class_activation, enlarged
-from pipeline.explain.conductance import conduct_tree
-from pipeline.explain.gradcat import check_tree, descend, grow_tree
+from pipeline.explain.gradcat import check_tree, descend
 from pipeline.explain.localize import FOUND, THRESHOLD, Box, best_iou, box_of
-from pipeline.explain.occlusion import occlude_tree
+from pipeline.explain.names import Scores
 from pipeline.explain.pages import block_box, boxed, gradcat_page, heat_page, heated, nested
 from pipeline.explain.pictures import Picture, in_original, shown
 from pipeline.explain.rollout import check_rollout, relevance, roll_out
+from pipeline.explain.scores import score_tree
 from pipeline.explain.similarity import token_similarity
 from pipeline.models import ImageModel
 
@@ -64,19 +64,15 @@ class Options:
 
     Attributes:
         wanted: the class; None: the predicted one of each image.
-        sign: of GradCAT's scores.
-        channel_weights: GradCAT with the weights of Grad-CAM.
-        conductance: GradCAT with what the logit loses while parts of the picture fade, see `conduct_tree`.
-        occlusion: GradCAT with what the logit loses without a block, see `occlude_tree`.
+        scores: of GradCAT's tree.
+        sign: of these scores.
         threshold: of a box from CAM.
         truths: by name of the picture, boxes in its pixels.
     """
 
     wanted: int | None = None
+    scores: Scores = Scores.conductance
     sign: int = 1
-    channel_weights: bool = False
-    conductance: bool = False
-    occlusion: bool = False
     threshold: float = THRESHOLD
     truths: Mapping[str, Sequence[Box]] = field(default_factory=dict)
 
@@ -103,12 +99,7 @@ class Explained(NamedTuple):
 
 def _gradcat(subject: Subject, pictures: Sequence[Picture], images: Tensor, options: Options) -> list[Explained]:
     model, classes = check_tree(subject.model), _classes(options, images)
-    if options.conductance:
-        tree = conduct_tree(model, images, classes, options.sign)
-    elif options.occlusion:
-        tree = occlude_tree(model, images, classes, options.sign)
-    else:
-        tree = grow_tree(model, images, classes, options.sign, channel_weights=options.channel_weights)
+    tree = score_tree(options.scores, model, images, classes, options.sign)
     path = descend(tree)
     explained = []
     for i, (picture, record) in enumerate(_records(subject, pictures, tree.logits, tree.classes)):
@@ -125,7 +116,7 @@ def _gradcat(subject: Subject, pictures: Sequence[Picture], images: Tensor, opti
         ]
         image = shown(picture.pixels, subject.transform)
         text = Explained(record, None, None).lines()
-        drawn = gradcat_page(image, text, path.scores[i].cpu().numpy(), blocks)
+        drawn = gradcat_page(image, text, options.scores, path.scores[i].cpu().numpy(), blocks)
         explained.append(Explained(record, drawn, nested(image, blocks)))
     return explained
 

@@ -34,13 +34,14 @@ def nested(image: Image.Image, blocks: Sequence[Sequence[int]]) -> Image.Image:
 
 
 def gradcat_page(
-    image: Image.Image, title: Sequence[str], scores: np.ndarray, blocks: Sequence[Sequence[int]]
+    image: Image.Image, title: Sequence[str], kind: str, scores: np.ndarray, blocks: Sequence[Sequence[int]]
 ) -> Image.Image:
     """The path, and for every step the part that it divides, large, with the score of each quadrant.
 
     Args:
         image: the model's input.
         title: lines of text.
+        kind: what the scores are.
         scores: (D, 4).
         blocks: row and column at the depths 1 ... D.
     """
@@ -54,7 +55,7 @@ def gradcat_page(
         for i, score in enumerate(four):
             mark(drawn, 0.25 + 0.5 * (i % 2), 0.25 + 0.5 * (i // 2), f"{score:+.2g}")
         outline(drawn, block_box(row % 2, column % 2, 1), STEP_COLORS[(depth - 1) % len(STEP_COLORS)], 1 + depth)
-        panels.append((f"step {depth}: level {levels - depth + 1} to {levels - depth}", drawn))
+        panels.append((f"step {depth}: level {levels - depth + 1} to {levels - depth}, {kind}", drawn))
         part = block_box(row, column, depth)
     return page(title, panels)
 

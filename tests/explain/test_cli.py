@@ -12,15 +12,27 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from launch.cli import app
+from pipeline.data.augment.evaluation import EvalTransform
 from pipeline.data.augment.transforms import build_eval_transform
 from pipeline.explain.conductance import conduct_tree
-from pipeline.explain.gradcat import check_tree, descend, grow_tree
+from pipeline.explain.gradcat import Tree, check_tree, descend, grow_tree
+from pipeline.explain.names import Scores
+from pipeline.explain.occlusion import occlude_tree
 from pipeline.explain.pictures import read_picture
+from pipeline.models.nest import Nest
 from pipeline.train.trained import Trained
 
 Explain = Callable[..., tuple[int, str, str]]
+
+TREES: dict[Scores, Callable[[Nest, Tensor, Tensor, int], Tree]] = {
+    Scores.conductance: conduct_tree,
+    Scores.occlusion: occlude_tree,
+    Scores.gradient: grow_tree,
+    Scores.channel_weights: lambda *arguments: grow_tree(*arguments, channel_weights=True),
+}
 
 
 @pytest.fixture
@@ -37,38 +49,45 @@ def explain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return call
 
 
+def nest(models: Path) -> tuple[Nest, EvalTransform]:
+    """The exported NesT and how it takes its pictures."""
+    trained = Trained.from_export(models / "nest")
+    transform = build_eval_transform(trained.transform, trained.augment, trained.img_size, trained.in_chans)
+    return check_tree(trained.model.eval()), transform  # type: ignore[arg-type]
+
+
 def result(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "explain.json").read_text())
 
 
-def test_gradcat(models: Path, pictures: Path, explain: Explain, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scores", Scores)
+def test_gradcat(scores: Scores, models: Path, pictures: Path, explain: Explain, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     status, printed, err = explain(
-        models / "nest", pictures, "--out", out, "--class", "cat", "--sign", "-1", "--channel-weights"
+        models / "nest", pictures, "--out", out, "--class", "cat", "--sign", "-1", "--scores", scores
     )
     assert status == 0, err
     assert sorted(p.name for p in out.iterdir()) == ["0000_a.png", "0001_b.png", "contact_sheet.png", "explain.json"]
     assert f"{pictures / 'a.jpg'}: cat " in printed
     told = result(out)
-    assert (told["channel_weights"], told["conductance"]) == (True, False)
-    assert (told["method"], told["sign"], told["model"]) == ("gradcat", -1, "nest_tiny")
-    trained = Trained.from_export(models / "nest")
-    model = check_tree(trained.model.eval())  # type: ignore[arg-type]
-    transform = build_eval_transform(trained.transform, trained.augment, trained.img_size, trained.in_chans)
+    assert (told["method"], told["scores"], told["sign"], told["model"]) == ("gradcat", scores, -1, "nest_tiny")
+    model, transform = nest(models)
     for record in told["images"]:
         picture = read_picture(Path(record["path"]), transform)
-        tree = grow_tree(model, picture.pixels[None], torch.tensor([2]), -1, channel_weights=True)
+        tree = TREES[scores](model, picture.pixels[None], torch.tensor([2]), -1)
         path = descend(tree)
         assert record["class"]["name"] == "cat" and record["class"]["index"] == 2
         assert record["class"]["logit"] == pytest.approx(float(tree.logits[0, 2]), rel=1e-4, abs=1e-6)
         assert record["predicted"]["index"] == int(tree.logits.argmax())
         assert [step["level"] for step in record["steps"]] == [3, 2]
         assert [step["block"] for step in record["steps"]] == path.blocks[0].tolist()
-        for step, scores in zip(record["steps"], path.scores[0], strict=True):
-            assert step["scores"] == pytest.approx(scores.tolist(), rel=1e-3, abs=1e-9)
+        # One gradient is exact to its last digits; the others are differences of logits.
+        accuracy = 1e-9 if scores in ("gradient", "channel-weights") else 1e-5
+        for step, four in zip(record["steps"], path.scores[0], strict=True):
+            assert step["scores"] == pytest.approx(four.tolist(), rel=1e-3, abs=accuracy)
             assert step["child"] == int(np.argmax(step["scores"]))
         outer, leaf = (step["box"] for step in record["steps"])
-        side = trained.img_size / 4
+        side = model.img_size / 4
         row, column = record["steps"][1]["block"]
         assert leaf == pytest.approx([column * side, row * side, (column + 1) * side, (row + 1) * side])
         assert outer[0] <= leaf[0] < leaf[2] <= outer[2] and outer[1] <= leaf[1] < leaf[3] <= outer[3]
@@ -76,34 +95,20 @@ def test_gradcat(models: Path, pictures: Path, explain: Explain, tmp_path: Path)
             assert drawn.width > 3 * 288 and drawn.height > 288
 
 
-def test_conductance(models: Path, pictures: Path, explain: Explain, tmp_path: Path) -> None:
-    status, _, err = explain(models / "nest", pictures, "--out", tmp_path, "--conductance", "--class", "2")
+def test_the_default(models: Path, pictures: Path, explain: Explain, tmp_path: Path) -> None:
+    """Conductance of the predicted class, at +: children add up to their parent."""
+    status, _, err = explain(models / "nest", pictures, "--out", tmp_path)
     assert status == 0, err
     told = result(tmp_path)
-    assert (told["channel_weights"], told["conductance"]) == (False, True)
-    trained = Trained.from_export(models / "nest")
-    model = check_tree(trained.model.eval())  # type: ignore[arg-type]
-    transform = build_eval_transform(trained.transform, trained.augment, trained.img_size, trained.in_chans)
+    assert (told["scores"], told["sign"]) == ("conductance", 1)
+    model, transform = nest(models)
     images = torch.stack([read_picture(pictures / name, transform).pixels for name in ("a.jpg", "b.png")])
-    tree = conduct_tree(model, images, torch.tensor([2, 2]))
+    tree = conduct_tree(model, images)
     for i, record in enumerate(told["images"]):
         root, below = record["steps"]
+        assert record["class"] == record["predicted"]
         assert root["scores"] == pytest.approx(tree.scores[0][i].flatten().tolist(), rel=1e-3, abs=1e-5)
         assert sum(below["scores"]) == pytest.approx(root["scores"][root["child"]], rel=1e-4, abs=1e-7)
-
-
-def test_occlusion(models: Path, pictures: Path, explain: Explain, tmp_path: Path) -> None:
-    status, _, err = explain(models / "nest", pictures, "--out", tmp_path / "plus", "--occlusion", "--class", "2")
-    assert status == 0, err
-    status, _, err = explain(models / "nest", pictures, "--out", tmp_path / "minus", "--occlusion", "--sign", "-1")
-    assert status == 0, err
-    told, opposite = result(tmp_path / "plus"), result(tmp_path / "minus")
-    assert (told["conductance"], told["occlusion"]) == (False, True)
-    for record, other in zip(told["images"], opposite["images"], strict=True):
-        root, _ = record["steps"]
-        assert root["child"] == max(range(4), key=root["scores"].__getitem__)
-        if other["predicted"]["index"] == 2:
-            assert other["steps"][0]["scores"] == pytest.approx([-score for score in root["scores"]])
 
 
 @pytest.mark.parametrize(
@@ -174,11 +179,14 @@ CASES = {
         ["{models}/hvt", "{pictures}", "--sign", "-1"],
         "--sign belongs to --method gradcat, not to rollout",
     ),
-    "weights of none": (["{models}/hvt", "{pictures}", "--channel-weights"], "--channel-weights belongs to --method"),
-    "shares of none": (["{models}/hvt", "{pictures}", "--conductance"], "--conductance belongs to --method gradcat"),
-    "two ways to score": (
-        ["{models}/nest", "{pictures}", "--conductance", "--channel-weights"],
-        "--channel-weights and --conductance are different ways to score; choose one",
+    "scores of none": (["{models}/hvt", "{pictures}", "--scores", "gradient"], "--scores belongs to --method gradcat"),
+    "default scores of none": (
+        ["{models}/nest", "{pictures}", "--scores", "conductance", "--method", "cam"],
+        "--scores belongs to --method gradcat, not to cam",
+    ),
+    "no such scores": (
+        ["{models}/nest", "{pictures}", "--scores", "weights"],
+        "'conductance', 'occlusion', 'gradient', 'channel-weights'.",
     ),
     "class of none": (["{models}/hvt", "{pictures}", "--class", "cat"], "rollout knows no class"),
     "no such image": (["{models}/nest", "{tmp}/x.jpg"], "x.jpg: no such image"),

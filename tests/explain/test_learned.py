@@ -1,8 +1,8 @@
 """GradCAT on models that have learned something: does the path lead to what decides?
 
-With conductance and occlusion it nearly always does. With the algorithm as it is understood it does far better than
-chance with the sign +, and worse with -; it is far from certain. `pytest -s` prints the figures that docs/explain.md
-quotes.
+With conductance, the default, and with occlusion it nearly always does. With the algorithm as it is understood it does
+far better than chance with the sign +, and worse with -; it is far from certain. `pytest -s` prints the figures that
+docs/explain.md quotes.
 """
 
 from __future__ import annotations
@@ -12,24 +12,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pipeline.explain.conductance import conduct_tree
 from pipeline.explain.deletion import Deletion, delete_blocks, masked
 from pipeline.explain.gradcat import Tree, descend, grow_tree
-from pipeline.explain.occlusion import occlude_tree
+from pipeline.explain.methods import Options
+from pipeline.explain.names import Scores
+from pipeline.explain.scores import score_tree
 from pipeline.models.nest import Nest
 from tests.explain.learned import digit_batches, digits, mark_batches, marks, trained
 
-PLUS, MINUS, CHANNELS, BEFORE, CONDUCT = "+", "-", "channel weights", "before the last norm", "conductance"
-OCCLUDE = "occlusion"
+PLUS, CHANNELS, OCCLUDE = Scores.gradient, Scores.channel_weights, Scores.occlusion
+MINUS, BEFORE = "gradient, sign -1", "gradient, before the last norm"
 # How trees are grown: model, images, colour of the plain picture -> tree.
 KINDS: dict[str, Callable[[Nest, Tensor, Tensor], Tree]] = {
-    PLUS: lambda model, images, _: grow_tree(model, images),
+    **{kind: lambda model, images, plain, kind=kind: score_tree(kind, model, images, plain=plain) for kind in Scores},
     MINUS: lambda model, images, _: grow_tree(model, images, sign=-1),
-    CHANNELS: lambda model, images, _: grow_tree(model, images, channel_weights=True),
     BEFORE: lambda model, images, _: grow_tree(model, images, before_norm=True),
-    CONDUCT: lambda model, images, plain: conduct_tree(model, images, plain=plain),
-    OCCLUDE: lambda model, images, plain: occlude_tree(model, images, plain=plain),
 }
+DEFAULT = Options().scores
 
 
 def test_masks_cover_one_block() -> None:
@@ -47,12 +46,12 @@ def test_the_leaf_of_two_levels_holds_the_mark() -> None:
     model = trained(mark_batches(1), 250, 4e-3, num_classes=4, **shape)
     images, labels, blocks = marks(400, torch.Generator().manual_seed(2))
     found = {}
-    for sign in (1, -1):
-        tree = grow_tree(model, images, None, sign)
-        found[sign] = float((descend(tree).blocks[:, -1] == blocks // 2).all(1).float().mean())
-        print(f"two levels, sign {sign:+d}: leaf {found[sign]:.3f}")
+    for kind, grow in KINDS.items():
+        tree = grow(model, images, torch.zeros(1))
+        found[kind] = float((descend(tree).blocks[:, -1] == blocks // 2).all(1).float().mean())
+        print(f"two levels, {kind}: leaf {found[kind]:.3f}")
     assert (tree.classes == labels).float().mean() > 0.98
-    assert found[1] >= 0.95 and found[-1] < 0.05
+    assert min(found[DEFAULT], found[PLUS], found[OCCLUDE]) >= 0.95 and found[MINUS] < 0.05
 
 
 def test_the_path_leads_to_a_planted_mark() -> None:
@@ -72,7 +71,7 @@ def test_the_path_leads_to_a_planted_mark() -> None:
     assert found[CHANNELS][0] == found[PLUS][0] and found[CHANNELS][1] > 0.25
     assert found[MINUS][0] < 0.3 and found[MINUS][1] < 0.15
     assert found[BEFORE][0] < found[PLUS][0]
-    assert min(*found[CONDUCT], *found[OCCLUDE]) >= 0.95
+    assert min(*found[DEFAULT], *found[OCCLUDE]) >= 0.95
 
 
 def test_what_is_masked_matters() -> None:
@@ -87,7 +86,7 @@ def test_what_is_masked_matters() -> None:
             tree = grow(model, others, fill[None])
             for depth in (1, 2):
                 fallen = delete_blocks(model, others, tree, fill[None], depth)
-                if kind in (CONDUCT, OCCLUDE):
+                if kind in (DEFAULT, OCCLUDE):
                     assert fallen.beats_random() >= 0.8 and fallen.beats_lowest() >= 0.9
                 done.setdefault((kind, depth), fallen)  # of the mean colour
                 means = ", ".join(f"{which} {float(drop.mean()):.2f}" for which, drop in fallen._asdict().items())

@@ -49,7 +49,7 @@ def start(
     )
     started.append(process)
     deadline = time.monotonic() + 120
-    while not list((folder / "runs" / "run").glob("checkpoints/*/commit.json")):
+    while not list((folder / "runs" / "run").glob("checkpoints/step-*/commit.json")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.05)
     return process

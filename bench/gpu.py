@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from launch.bench_model.measure import bench_model, tell
 from pipeline.models import create_model, fold_refiners, num_drop_paths, set_drop_path_noise, set_lean
+from pipeline.models.block_attention import block_attention
 from pipeline.models.timm_weights import from_timm
 from pipeline.tracking.environment import device_name, key_versions
 
@@ -26,6 +27,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NEST, SWIN, VIT = "timm:nest_tiny_jx", "timm:swin_tiny_patch4_window7_224", "timm:vit_small_patch16_224"
 OTHERS = [SWIN, VIT, "timm:deit_small_patch16_224"]
 REFINERS = ["refiner_vit_s", "refiner_vit_s+maps", "refiner_vit_s+checkpoint"]
+# Pictures of 32 px, blocks of 16 tokens: PyTorch's attention and ours.
+CIFAR = ["nest_tiny_cifar", "nest_tiny_cifar+triton"]
 MODELS = ["nest_tiny", NEST, "hvt_s_1", *REFINERS, "refiner_vit_s+fold", *OTHERS]
 
 
@@ -47,6 +50,8 @@ PARTS = {
     "eager": Part(MODELS, NEST, 128),
     "compiled": Part(["nest_tiny", NEST, "hvt_s_1", SWIN], NEST, 128, compiled=True, repeats=3, seconds=0.5),
     "largest": Part(["nest_tiny", NEST, *REFINERS], NEST, None, phases=("train",), repeats=3),
+    "cifar": Part(CIFAR, CIFAR[0], 512),
+    "cifar_compiled": Part(CIFAR, CIFAR[0], 512, compiled=True, repeats=3, seconds=0.5),
     "compiled_refiner": Part(REFINERS, REFINERS[0], 128, compiled=True, phases=("train",), repeats=3, seconds=0.5),
 }
 _SMALL = ["deit_tiny", "timm:vit_tiny_patch16_224", "refiner_vit_s+maps"]
@@ -129,7 +134,29 @@ def check(command: str, tiny: bool) -> dict[str, Any]:
         model.eval()
         with torch.inference_mode():
             add(f"{name} folded, fp64", [fold_refiners(model)(images)], [model(images)], 1e-9)
+    if DEVICE.type == "cuda":
+        for dtype, allowed in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+            for shape in ((37, 16, 3, 1, 64), (5, 64, 4, 4, 32)):
+                add(f"attention in blocks {shape}, {dtype}", *_block_attention(shape, dtype), allowed)
     return {"command": command, "device": device_name(), "versions": key_versions(), "checks": found}
+
+
+def _block_attention(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Output and gradient of the kernels for (blocks, tokens, heads, keys, channels), and of PyTorch in float64."""
+    blocks, tokens, heads, kv_heads, dim = shape
+    qkv = torch.randn(blocks, tokens, (heads + 2 * kv_heads) * dim, device=DEVICE, generator=_seeded()).to(dtype)
+    above = torch.randn(blocks, tokens, heads * dim, device=DEVICE, generator=_seeded()).to(dtype)
+    ours, plain = qkv.requires_grad_(), qkv.detach().double().requires_grad_()
+    out = block_attention(ours, heads, kv_heads)
+    widths = [heads * dim, kv_heads * dim, kv_heads * dim]
+    q, k, v = (part.unflatten(-1, (-1, dim)).transpose(1, 2) for part in plain.split(widths, -1))
+    maps = torch.softmax(q @ k.transpose(-2, -1) * dim**-0.5, -1)
+    expected = (maps @ v).transpose(1, 2).flatten(2)
+    got = [out, *torch.autograd.grad(out, ours, above)]
+    return [t.detach().double() for t in got], [
+        expected.detach(),
+        *torch.autograd.grad(expected, plain, above.double()),
+    ]
 
 
 def _nests(tiny: bool) -> tuple[nn.Module, nn.Module, int]:

@@ -19,6 +19,7 @@ _WAYS = {
     "fold": "refiners folded into fewer operations; inference only",
     "checkpoint": "encoder layers recomputed in the backward pass",
     "maps": "no expanded attention maps kept for the backward pass",
+    "triton": "this package's attention kernels for small blocks, of a NesT",
 }
 
 
@@ -40,7 +41,7 @@ class Contender:
 
 
 def contender(name: str, side: int | None) -> Contender:
-    """The contender of a name: `MODEL`, `MODEL+fold`, `MODEL+checkpoint`, `MODEL+maps` or `timm:MODEL`.
+    """The contender of a name: `MODEL`, `MODEL+fold`, `MODEL+checkpoint`, `MODEL+maps`, `MODEL+triton` or `timm:MODEL`.
 
     Args:
         side: of the pictures; None: the model's own.
@@ -63,7 +64,10 @@ def contender(name: str, side: int | None) -> Contender:
 
 
 def _ours(name: str, side: int, way: str) -> nn.Module:
-    model = create_model(name, img_size=side, drop_path_rate=_DROP_PATH)
+    if way == "triton" and model_info(name).family != "nest":
+        raise UserError(f"{name}+triton: the kernels are for the blocks of a NesT")
+    kernels = {"kernels": "triton"} if way == "triton" else {}
+    model = create_model(name, img_size=side, drop_path_rate=_DROP_PATH, **kernels)
     if way == "checkpoint":
         model.set_grad_checkpointing()
     elif way == "maps" and not set_lean(model):

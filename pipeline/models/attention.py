@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.models.block_attention import block_attention, runs_here
 from pipeline.models.errors import ModelError, check_heads
 
 
@@ -17,16 +18,26 @@ class Attention(nn.Module):
 
     With `multi_query` all heads share one key and one value (NesT on CIFAR); `qkv` then projects to
     `dim + 2 * dim / num_heads` channels, laid out as q of every head, k, v.
+
+    With `small` a GPU takes `block_attention` in place of PyTorch's kernels; see `check_block_attention`.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, *, multi_query: bool = False, attn_drop: float = 0.0, proj_drop: float = 0.0
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        multi_query: bool = False,
+        small: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
         check_heads(num_heads, dim, "the embedding width")
         head_dim = dim // num_heads
         self.num_heads = num_heads
         self.multi_query = multi_query
+        self.small = small
         self.attn_drop = attn_drop
         self.widths = (dim, head_dim, head_dim) if multi_query else (dim, dim, dim)
         self.qkv = nn.Linear(dim, sum(self.widths))
@@ -35,7 +46,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., N, C) -> (..., N, C)."""
-        q, k, v = self.qkv(x.flatten(0, -3)).split(self.widths, dim=-1)
+        projected = self.qkv(x.flatten(0, -3))
+        if self.small and runs_here(projected):
+            out = block_attention(projected, self.num_heads, 1 if self.multi_query else self.num_heads)
+            return self.proj_drop(self.proj(out.view(x.shape)))
+        q, k, v = projected.split(self.widths, dim=-1)
         q = split_heads(q, self.num_heads)
         if self.multi_query:
             k, v = (t.unsqueeze(1).expand(-1, self.num_heads, -1, -1) for t in (k, v))

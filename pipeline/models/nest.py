@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.models.aggregate import Aggregate, Aggregation, Plane, PoolPad
 from pipeline.models.base import ImageModel
+from pipeline.models.block_attention import check_block_attention
 from pipeline.models.blocks import blockify, unblockify
 from pipeline.models.drop_path import drop_path_rates
 from pipeline.models.errors import ModelError, check_choice, check_ints, check_positive, check_rates
@@ -30,6 +31,7 @@ NORM_EPS = 1e-6
 INIT_STD = 0.02
 
 AttentionKind = Literal["mha", "mqa"]
+Kernels = Literal["torch", "triton"]
 PosEmbed = Literal["block", "shared"]
 Init = Literal["official", "timm"]
 
@@ -83,6 +85,8 @@ class Nest(ImageModel):
         pool_pad: "same" (official) or "symmetric".
         init: "official": normal of std 0.02 cut at two standard deviations; "timm": the same, not cut. For every kernel
             and position embedding; biases 0.
+        kernels: "torch": PyTorch's fused attention; "triton": `block_attention` on a GPU, for blocks of 16 or 64
+            tokens.
 
     Raises:
         ModelError: sizes that don't fit together, or an unknown choice.
@@ -110,6 +114,7 @@ class Nest(ImageModel):
         refine: Refine | Mapping[str, Any] | None = None,
         pool_pad: PoolPad = "same",
         init: Init = "official",
+        kernels: Kernels = "torch",
     ) -> None:
         super().__init__(img_size, in_chans, num_classes)
         check_choice("attention", attention, AttentionKind)
@@ -117,6 +122,7 @@ class Nest(ImageModel):
         check_choice("pos_embed", pos_embed, PosEmbed)
         check_choice("pool_pad", pool_pad, PoolPad)
         check_choice("init", init, Init)
+        check_choice("kernels", kernels, Kernels)
         check_positive(mlp_ratio=mlp_ratio)
         check_rates(drop_rate=drop_rate, attn_drop_rate=attn_drop_rate)
         self.block_size = block_side(img_size, patch_size, num_levels)
@@ -124,7 +130,7 @@ class Nest(ImageModel):
         self.num_heads = per_level("num_heads", num_heads, num_levels)
         dims = per_level("embed_dims", embed_dims, num_levels)
         layer_counts = per_level("depths", depths, num_levels, minimum=0)
-        multi_query = attention == "mqa"
+        multi_query, small = attention == "mqa", kernels == "triton"
         rates = iter(drop_path_rates(drop_path_rate, sum(layer_counts)))
         self.refine = Refine.of(refine)
         uses = iter(map_uses(self.refine, layer_counts))
@@ -134,9 +140,13 @@ class Nest(ImageModel):
         self.levels = nn.ModuleList()
         for i, dim in enumerate(dims):
             layers = []
+            if small:
+                check_block_attention(self.block_size**2, dim // self.num_heads[i], attn_drop_rate)
             for _ in range(layer_counts[i]):
                 use = next(uses)
-                attn = make_attention(use, self.refine, dim, self.num_heads[i], multi_query=multi_query, **dropout)
+                attn = make_attention(
+                    use, self.refine, dim, self.num_heads[i], multi_query=multi_query, small=small, **dropout
+                )
                 mlp = Mlp(dim, hidden_width(dim, mlp_ratio), act=gelu, drop=drop_rate)
                 layer = MapLayer if use.explicit else EncoderLayer
                 layers.append(layer(dim, attn, mlp, drop_path=next(rates), norm_eps=NORM_EPS))

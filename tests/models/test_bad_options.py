@@ -41,6 +41,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "pool_stride": (0, "x", [2, 2], 1.5),
     "pool_after": (3, ["a"], [1, 0]),
     "pos_embed": ("all",),
+    "kernels": ("cuda", 1),
     "blocks": (3, [99], ["a"]),
 }  # fmt: skip
 

@@ -87,6 +87,11 @@ class Records:
                 f"{self.folder} holds a sweep with another {' and '.join(differing)}; "
                 "choose another name=..., or go on with that sweep as it was"
             )
+        if (self.config.trials or len(saved["trials"])) < len(saved["trials"]):
+            raise UserError(
+                f"trials={self.config.trials}: {self.folder} has {len(saved['trials'])} trials already; write at least "
+                "as many, or let name=... begin another sweep"
+            )
         self.gpu_hours = saved["gpu_hours"]
         for fields in saved["trials"]:
             record = Record(**fields)

@@ -392,6 +392,21 @@ def test_records_survive_a_restart(tmp_path: Path) -> None:
         Records(load_sweep(write(tmp_path, metric="loss", space={"optim.lr": {"grid": [5.0]}})))
 
 
+@pytest.mark.parametrize("trials", [2, 3, 4])
+def test_a_sweep_takes_no_trial_back(trials: int, tmp_path: Path) -> None:
+    space, searcher = {"optim.lr": {"uniform": [1.0, 2.0]}}, {"kind": "random"}
+    records = Records(load_sweep(write(tmp_path, space=space, searcher=searcher, trials=3)))
+    for lr in (1.0, 1.5, 1.2):
+        records.add({"optim.lr": lr})
+    records.save()
+    wanted = load_sweep(write(tmp_path, space=space, searcher=searcher, trials=trials))
+    if trials < 3:
+        with pytest.raises(UserError, match=r"trials=2: .* has 3 trials already; write at least as many"):
+            Records(wanted)
+    else:
+        assert len(Records(wanted).all()) == 3
+
+
 @pytest.mark.parametrize("damage", ["3", "[]", "{}", '{"sweep": {}}', "trial without values", "trial with more"])
 def test_a_damaged_record_is_told(damage: str, tmp_path: Path) -> None:
     sweep = load_sweep(write(tmp_path))

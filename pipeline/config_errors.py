@@ -22,6 +22,8 @@ _TIMM = {
     "sched": "optim.schedule",
     "wd": "optim.weight_decay",
 }
+# How pydantic tells the type that it expected.
+_KIND = "Input should be a valid "
 _SECTION_EXPECTED = ("model_type", "dict_type", "model_attributes_type", "union_tag_not_found")
 
 
@@ -55,6 +57,9 @@ def _mistakes(error: ValidationError, tree: dict[str, Any], model: type[BaseMode
         if any(other[: len(path)] == path for other in found if len(other) > len(path)):
             continue
         meant = [detail for detail in details if detail["type"] not in _SECTION_EXPECTED] or details
+        if all(detail["msg"].startswith(_KIND) for detail in meant):
+            kinds = " or ".join(dict.fromkeys(detail["msg"].removeprefix(_KIND) for detail in meant))
+            meant = [{**meant[0], "msg": _KIND + kinds}]
         mistakes += [(path, line) for detail in meant for line in _describe(detail, path, tree, model).splitlines()]
     return mistakes
 

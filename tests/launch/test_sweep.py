@@ -70,6 +70,7 @@ def write(folder: Path, **changes: Any) -> Path:
         ({"space": {"optim.lr": [1, 2]}}, "space.optim.lr=[1, 2]: should have keys of its own"),
         ({"overrides": "train.epochs=3"}, "overrides=train.epochs=3: should be a valid list"),
         ({"overrides": {"train.epochs": 3}}, "overrides: should be a valid list"),
+        ({"recipe": 3}, "recipe=3: should be a valid string or list"),
         ({"scheduler": "pbt"}, "scheduler.every is missing"),
         ({"scheduler": {"grace": "3ep"}}, "scheduler.kind is missing"),
         ({"space": {"name": {"grid": ["a", "b"]}}}, "space.name: the runs are named by the sweep"),

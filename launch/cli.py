@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 
 import typer
@@ -52,9 +53,15 @@ def app() -> None:
     except UserError as error:
         Console(stderr=True, soft_wrap=True, highlight=False, emoji=False).print(f"rookery: {error}", markup=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except BrokenPipeError:
         # The reader of a pipe (`| head`) left; the closing flush must not complain either.
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        # Wherever it turns up: none of the ways to look for a file can take such a name.
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"rookery: {str(error.filename)[:60]}...: the name is too long; choose a shorter one", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

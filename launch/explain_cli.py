@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +12,7 @@ import typer
 from launch.export_cli import Weights
 from pipeline.errors import UserError
 from pipeline.explain.names import Method, Scores
+from pipeline.tracking.files import check_place
 
 if TYPE_CHECKING:
     from pipeline.explain.localize import Box
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 # Pictures on the contact sheet, and side by side there.
 _SHEET, _COLUMNS = 48, 4
+_PAGE = re.compile(r"\d{4,}_[^/]*\.png")
 JSON_NAME, SHEET_NAME, CHART_NAME = "explain.json", "contact_sheet.png", "similarity.png"
 
 
@@ -50,7 +52,7 @@ def explain(
     ] = 1,
     boxes: Annotated[
         Path | None,
-        typer.Option(help="cam: JSON file {image: [[left, top, right, bottom], ...]} to compare its boxes with"),
+        typer.Option(help="cam: JSON file to compare its boxes with: by image, lists of left, top, right, bottom"),
     ] = None,
     threshold: Annotated[
         float | None, typer.Option(help="cam: a box holds what is above this part of the map's range; default: 0.2")
@@ -69,7 +71,8 @@ def explain(
     """
     _check(method, sign, boxes, threshold)
     json_file = json_file or out / JSON_NAME
-    _check_places(out, json_file)
+    check_place(out, "--out")
+    _check_json(json_file, out)
     # Imported here because torch takes seconds, which every other command and `--help` would pay.
     from pipeline.explain import methods
     from pipeline.explain.localize import THRESHOLD
@@ -81,6 +84,9 @@ def explain(
         raise UserError(
             f"{boxes}: has boxes of none of these images; its keys are names of files, such as {files[0].name}"
         )
+    twice = sorted({file.name for file in files if file.name in truths and sum(f.name == file.name for f in files) > 1})
+    if twice:
+        raise UserError(f"{boxes}: there are several images called {twice[0]}; explain their folders one by one")
     subject = _subject(run, weights)
     chosen = methods.choose_method(subject, "cam" if boxes is not None or threshold is not None else method)
     _check_fit(chosen, wanted, sign, scores)
@@ -91,7 +97,7 @@ def explain(
         THRESHOLD if threshold is None else threshold,
         truths,
     )
-    out.mkdir(parents=True, exist_ok=True)
+    _clear(out)
     explained: list[Explained] = []
     for start in range(0, len(files), batch_size):
         some = files[start : start + batch_size]
@@ -99,7 +105,7 @@ def explain(
         for file, one in zip(some, methods.explain(subject, pictures, chosen, options), strict=True):
             one.record["path"] = str(file)
             if one.page is not None:
-                one.record["overlay"] = f"{len(explained):04d}_{file.stem}.png"
+                one.record["overlay"] = _page_name(len(explained), file)
                 one.page.save(out / one.record["overlay"])
             typer.echo(_line(one.record))
             explained.append(one._replace(page=None, panel=one.panel if len(explained) < _SHEET else None))
@@ -125,20 +131,38 @@ def _check_fit(method: str, wanted: str | None, sign: int, scores: Scores | None
         raise UserError(f"--class belongs to --method gradcat and cam; {method} knows no class, leave it out")
 
 
-def _check_places(out: Path, json_file: Path) -> None:
-    """Find out now that the result can't be written."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: not a folder; choose another --out")
-    for path, option in ((out, "--out"), (json_file, "--json")):
-        place = path.absolute()
-        while not place.exists():
-            place = place.parent
-        if not os.access(place, os.W_OK) or (place != path.absolute() and not place.is_dir()):
-            raise UserError(f"{path}: can't be written ({place} is no folder, or not yours); choose another {option}")
-    if json_file.is_dir():
-        raise UserError(f"{json_file}: a folder; name a file for --json")
-    if json_file.parent != out and not json_file.parent.is_dir():
-        raise UserError(f"{json_file}: there is no folder {json_file.parent}; choose another --json")
+def _clear(out: Path) -> None:
+    """The folder, without the pictures of an earlier call: those left over would seem to belong to this one."""
+    from pipeline.tracking.files import read_json
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: can't be made ({error.strerror}); choose another --out") from error
+    try:
+        pages = [str(image.get("overlay")) for image in read_json(out / JSON_NAME)["images"]]
+    except (UserError, TypeError, KeyError, AttributeError):
+        return  # nothing of ours
+    for name in [*(page for page in pages if _PAGE.fullmatch(page)), SHEET_NAME, CHART_NAME]:
+        (out / name).unlink(missing_ok=True)
+
+
+def _page_name(number: int, file: Path) -> str:
+    """Short enough for a file system, whatever the image is called."""
+    return f"{number:04d}_{file.stem.encode()[:200].decode(errors='ignore')}.png"
+
+
+def _check_json(json_file: Path, out: Path) -> None:
+    """Find out now that the figures can't be written."""
+    try:
+        if json_file.is_dir():
+            raise UserError(f"{json_file}: a folder; name a file for --json")
+        if json_file.parent != out:
+            if not json_file.parent.is_dir():
+                raise UserError(f"{json_file}: there is no folder {json_file.parent}; choose another --json")
+            check_place(json_file.parent, "--json")
+    except OSError as error:
+        raise UserError(f"{json_file}: can't be written ({error.strerror}); choose another --json") from error
 
 
 def read_boxes(path: Path) -> dict[str, list[Box]]:
@@ -152,7 +176,7 @@ def read_boxes(path: Path) -> dict[str, list[Box]]:
         tree = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror}); name a JSON file: {form}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON ({error}); it should hold {form}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: should hold {form}")

@@ -32,7 +32,7 @@ def export(
     out: Annotated[Path, typer.Argument(help="directory to write; it must not exist")],
     format: Annotated[Format, typer.Option(help="what to write")] = Format.safetensors,
     img_size: Annotated[
-        int | None, typer.Option(min=1, help="for images of this side; position embeddings are interpolated")
+        int | None, typer.Option(min=1, max=8192, help="for images of this side; position embeddings are interpolated")
     ] = None,
     batch: Annotated[str, typer.Option(help="onnx: a fixed batch size, or dynamic")] = "dynamic",
     opset: Annotated[int | None, typer.Option(help="onnx: version of the operator set")] = None,

@@ -65,6 +65,8 @@ def train(
     from launch.workers import Nodes, start_workers
     from pipeline.config_load import load_config
     from pipeline.resolve import resolve
+    from pipeline.tracking.files import check_place
+    from pipeline.train.recorder import check_same_run
     from pipeline.train.status import INTERRUPTED, RESUBMIT
     from pipeline.wording import counted
 
@@ -77,6 +79,8 @@ def train(
     if not dry_run or rendezvous is not None:
         job.check()
     resolved = resolve(load_config(config, overrides or []), job.world_size)
+    check_place(Path(resolved.config.out), "out=...")
+    check_same_run(Path(resolved.config.out, resolved.config.name), resolved)
     print_summary(resolved, job)
     if dry_run:
         resolved.task.try_samples(resolved)

@@ -32,7 +32,7 @@ class ModelConfig(Section):
 
     name: str = Field(description="registered model name")
     num_classes: int | None = Field(None, ge=1, description="null: the classes of the training manifest")
-    img_size: int | None = Field(None, ge=1, description="image side in pixels; null: the model's own")
+    img_size: int | None = Field(None, ge=1, le=8192, description="image side in pixels; null: the model's own")
     in_chans: Literal[1, 3] = Field(3, description="image channels")
     drop_path_rate: float | None = Field(None, ge=0, lt=1, description="stochastic depth; null: the model's own")
     init: Directory | None = Field(

@@ -7,6 +7,9 @@ alike: boxes in those of Okabe & Ito with a black edge, heat from dark blue to y
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -101,8 +104,9 @@ def contact_sheet(cells: Sequence[tuple[Sequence[str], Image.Image]], columns: i
 
 
 def fit(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, width: int, size: int) -> None:
-    """Write text, cut where it would leave its place."""
+    """Write text on one line, cut where it would leave its place."""
     chosen = font(size)
+    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
     if draw.textlength(text, font=chosen) > width:
         while text and draw.textlength(text + "...", font=chosen) > width:
             text = text[:-1]
@@ -110,6 +114,9 @@ def fit(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, width: int, s
     draw.text(at, text, fill=_INK, font=chosen)
 
 
+@cache
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own."""
-    return ImageFont.load_default(size)
+    """matplotlib's, which has the letters of most alphabets; else Pillow's own."""
+    package = find_spec("matplotlib")
+    file = package and package.origin and Path(package.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(file, size) if file and file.is_file() else ImageFont.load_default(size)

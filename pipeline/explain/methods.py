@@ -163,6 +163,8 @@ def _rollout(subject: Subject, pictures: Sequence[Picture], images: Tensor, opti
 
 def _similarity(subject: Subject, pictures: Sequence[Picture], images: Tensor, options: Options) -> list[Explained]:
     logits, similarities = token_similarity(subject.model, images)
+    if similarities.isnan().all():
+        raise UserError(f"{subject.name}: its images are single tokens, which have no pairs to compare")
     records = _records(subject, pictures, logits, None)
     return [
         Explained({**record, "similarity": row.tolist()}, None, None)

@@ -79,6 +79,8 @@ def find_weights(path: Path, weights: str | None = None) -> Path:
         UserError: there is none.
     """
     if (path / MODEL_CONFIG).is_file() or (path / COMMIT).is_file():
+        if weights is not None:
+            raise UserError(f"{path}: no run, there is nothing to choose from with --weights {weights}; leave it out")
         return path
     if not (path / CONFIG_NAME).is_file():
         raise UserError(

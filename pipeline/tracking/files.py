@@ -20,20 +20,64 @@ _NON_FINITE_BYTES = (b'NaN"', b'Infinity"')
 def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a file next to `path`, flush it to disk, then rename: a reader sees the old or the new content.
 
+    A link stays one, and what it leads to is written; so does a device or a pipe, which is written to.
+
     Raises:
         UserError: no space, no permission.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = path.resolve()
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        if target.exists() and not target.is_file():
+            with open(target, "wb") as file:
+                write(file)
+            return
         with open(aside, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(aside, target)
     except OSError as error:
         with suppress(OSError):
             aside.unlink()
         raise UserError(f"{path} can't be written: {error.strerror}; free space or choose another folder") from error
+
+
+def check_place(path: Path, option: str) -> None:
+    """Find out before any work that no folder can be made at `path`, nor written to if there is one.
+
+    Args:
+        option: what the user should choose another value of.
+
+    Raises:
+        UserError: it can't.
+    """
+    place = path.absolute()
+    try:
+        while not _is_there(place):
+            place = place.parent
+        if place.is_dir() and os.access(place, os.W_OK) and not _is_of_the_kernel(place):
+            return
+        if place == path.absolute() and path.is_file():
+            raise UserError(f"{path}: not a folder; choose another {option}")
+        reason = f"{place} is not yours" if place.is_dir() else f"{place} is no folder"
+    except OSError as error:
+        reason = str(error.strerror)
+    raise UserError(f"{path}: can't be written ({reason}); choose another {option}")
+
+
+def _is_there(place: Path) -> bool:
+    """Links that lead nowhere are; a name that is too long raises an OSError."""
+    try:
+        place.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _is_of_the_kernel(place: Path) -> bool:
+    """In /proc nothing can be made, though its permissions say so."""
+    return place == Path("/proc") or Path("/proc") in place.parents
 
 
 def write_text(path: Path, text: str) -> None:

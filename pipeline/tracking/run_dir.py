@@ -33,7 +33,8 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.tracking.environment import environment, git_state, key_versions
-from pipeline.tracking.files import append_line, write_json, write_text
+from pipeline.tracking.files import append_line, iter_lines, write_json, write_text
+from pipeline.tracking.metrics import METRICS_NAME
 from pipeline.tracking.redact import redact, redact_command
 
 CONFIG_NAME = "config.yaml"
@@ -110,6 +111,8 @@ class RunDir:
             config = yaml.safe_load(file.read_text())
         except FileNotFoundError:
             return None
+        except NotADirectoryError as error:
+            raise UserError(f"{path}: can't be written (a file is in its way); choose another out=") from error
         except (OSError, yaml.YAMLError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{file} can't be read ({reason}); restore it or choose another name=...") from error
@@ -181,6 +184,14 @@ class RunDir:
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
+
+
+def has_begun(path: Path) -> bool:
+    """Whether a step of the run in this directory was ever recorded or saved."""
+    if (path / RESULT_NAME).exists() or any(path.glob("checkpoints/step-*")):
+        return True
+    metrics = path / METRICS_NAME
+    return metrics.exists() and any(entry.get("kind") in ("train", "eval") for _, entry in iter_lines(metrics))
 
 
 def save_config(path: Path, config: dict[str, Any]) -> None:

@@ -19,8 +19,9 @@ from pipeline.tracking.background import BackgroundMirror
 from pipeline.tracking.confusion import BEST_NAME, NEWEST_NAME, Confusion
 from pipeline.tracking.files import file_reference, read_json
 from pipeline.tracking.metrics import Kind, MetricsLog
+from pipeline.tracking.mirror_state import STATE_NAME
 from pipeline.tracking.redact import redact
-from pipeline.tracking.run_dir import QUARANTINE_NAME, EndStatus, RunDir
+from pipeline.tracking.run_dir import QUARANTINE_NAME, EndStatus, RunDir, has_begun
 from pipeline.tracking.system import SystemSampler
 from pipeline.train.distributed import World
 from pipeline.train.engines import Engine
@@ -219,8 +220,12 @@ class Recorder:
 def _open(run: Resolved) -> Iterator[Recorder]:
     config = run.config
     tree = config.model_dump(mode="json")
+    path = Path(config.out) / config.name
+    takes_over = RunDir.saved_config(path) not in (None, redact(tree)) and not has_begun(path)
     with ExitStack() as stack:
-        run_dir = stack.enter_context(RunDir.open(Path(config.out) / config.name, tree, facts(run)))
+        run_dir = stack.enter_context(RunDir.open(path, tree, facts(run)))
+        if takes_over:  # MLflow's run has the parameters of the config that was here, and keeps them
+            (path / STATE_NAME).unlink(missing_ok=True)
         mirror = _start_mirror(run, run_dir)
         metrics = MetricsLog(run_dir.path)
         sampler = SystemSampler(partial(_log_system, metrics), config.tracking.system_seconds)
@@ -285,13 +290,13 @@ def facts(run: Resolved) -> dict[str, Any]:
 
 
 def check_same_run(path: Path, run: Resolved) -> None:
-    """Make sure that a run directory is new, or holds this very run.
+    """Make sure that a run directory is new, or holds this very run. One that never took a step binds nobody.
 
     Raises:
         UserError: it holds a run with another config or other data, or `resume=never` and it holds any.
     """
     saved = RunDir.saved_config(path)
-    if saved is None:
+    if saved is None or not has_begun(path):
         return
     if run.config.resume == "never":
         raise UserError(f"{path} holds a run already and resume=never; choose another name=... or remove it")

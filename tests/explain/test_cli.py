@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +112,24 @@ def test_the_default(models: Path, pictures: Path, explain: Explain, tmp_path: P
         assert sum(below["scores"]) == pytest.approx(root["scores"][root["child"]], rel=1e-4, abs=1e-7)
 
 
+def test_pages_of_the_call_before_are_gone(models: Path, pictures: Path, explain: Explain, tmp_path: Path) -> None:
+    """Others' files stay; pictures get pages whatever they are called."""
+    for name in ("x" * 250 + ".jpg"[:5], "two\nlines.jpg", "ünï.jpg"):
+        shutil.copy(pictures / "a.jpg", tmp_path / name[-255:])
+    out = tmp_path / "out"
+    assert explain(models / "nest", tmp_path, "--out", out)[0] == 0
+    pages = sorted(path.name for path in out.glob("0*.png"))
+    assert len(pages) == 3 and pages[0] == "0000_two\nlines.png" and pages[2] == "0002_ünï.png"
+    for name in ("holiday.png", "0007_mine.png"):
+        (out / name).write_bytes(b"")
+    assert explain(models / "nest", pictures / "a.jpg", "--out", out)[0] == 0
+    left = sorted(path.name for path in out.iterdir())
+    assert left == ["0000_a.png", "0007_mine.png", "contact_sheet.png", "explain.json", "holiday.png"]
+    assert explain(models / "nest", pictures / "a.jpg", "--out", out, "--method", "similarity")[0] == 0
+    left = sorted(path.name for path in out.iterdir())
+    assert left == ["0007_mine.png", "explain.json", "holiday.png", "similarity.png"]
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "method", "key", "files"),
     [
@@ -212,6 +231,22 @@ CASES = {
         ["{models}/nest", "{pictures}", "--boxes", "{tmp}/other.json"],
         "has boxes of none of these images",
     ),
+    "one name twice": (
+        ["{models}/nest", "{pictures}", "{pictures}/a.jpg", "--boxes", "{tmp}/b.json"],
+        "there are several images called a.jpg",
+    ),
+    "deep boxes": (["{models}/nest", "{pictures}", "--boxes", "{tmp}/deep.json"], "deep.json: is not JSON"),
+    "out below a broken link": (["{models}/nest", "{pictures}", "--out", "{tmp}/link/x"], "link is no folder"),
+    "out of the kernel": (
+        ["{models}/nest", "{pictures}", "--out", "/proc/x"],
+        "/proc/x: can't be written (/proc is not yours)",
+    ),
+    "long out": (["{models}/nest", "{pictures}", "--out", "{tmp}/" + 300 * "x"], "too long); choose another --out"),
+    "long json": (["{models}/nest", "{pictures}", "--json", 300 * "x"], "can't be written (File name too long)"),
+    "weights of what is no run": (
+        ["{models}/nest", "{pictures}", "--weights", "best"],
+        "with --weights best; leave it",
+    ),
     "threshold": (["{models}/nest", "{pictures}", "--threshold", "2"], "--threshold 2: a part of the map's range"),
 }
 
@@ -224,6 +259,8 @@ def test_mistakes_are_explained(
     (tmp_path / "empty").mkdir()
     for name, boxes in (("b", [[0, 0, 9, 9]]), ("bad", [[9, 0, 0, 9]])):
         (tmp_path / f"{name}.json").write_text(json.dumps({"a.jpg": boxes}))
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     (tmp_path / "other.json").write_text(json.dumps({"z.jpg": [[0, 0, 9, 9]]}))
     monkeypatch.chdir(tmp_path)
     status, _, err = explain(*(a.format(models=models, pictures=pictures, tmp=tmp_path) for a in arguments))

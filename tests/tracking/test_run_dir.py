@@ -19,7 +19,7 @@ import yaml
 from pipeline.errors import UserError
 from pipeline.tracking import environment
 from pipeline.tracking.compare import table_columns
-from pipeline.tracking.files import file_reference, read_json, read_lines
+from pipeline.tracking.files import file_reference, read_json, read_lines, write_text
 from pipeline.tracking.record import summarize
 from pipeline.tracking.redact import redact, redact_command, without_password
 from pipeline.tracking.run_dir import RunDir, is_locked
@@ -37,6 +37,26 @@ def git(folder: Path, *args: str) -> str:
     identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
     done = subprocess.run(["git", *identity, *args], cwd=folder, check=True, capture_output=True, text=True)
     return done.stdout.strip()
+
+
+def test_links_and_devices_stay_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    write_text(tmp_path / "pipe", "through")
+    reader.join(10)
+    assert read == ["through"] and (tmp_path / "pipe").is_fifo()
+    with pytest.raises(UserError, match="No space left on device"):
+        write_text(Path("/dev/full"), "much")
+    assert Path("/dev/full").is_char_device()
+    with pytest.raises(UserError, match="can't be written: Is a directory"):
+        write_text(tmp_path, "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "pipe"]
 
 
 def test_what_a_run_is_stands_in_its_directory(tmp_path: Path) -> None:

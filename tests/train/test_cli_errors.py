@@ -7,9 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config_load import load_config
+from pipeline.tracking.metrics import read_metrics
+from pipeline.tracking.run_dir import RunDir
 from tests.train.conftest import Rookery
 
 CASES = {
+    "out is a file": (["{recipe}", "out={recipe}"], ["recipe.yaml: not a folder; choose another out=..."]),
+    "out below a file": (["{recipe}", "out={recipe}/x", "--dry-run"], ["recipe.yaml is no folder", "another out=..."]),
+    "out of the kernel": (["{recipe}", "out=/proc/x", "--dry-run"], ["/proc/x: can't be written"]),
     "no such recipe": (["missing.yaml"], ["missing.yaml", "no such config"]),
     "typo in a key": (["{recipe}", "train.epoch=3"], ["train.epoch", "train.epochs"]),
     "no override": (["{recipe}", "train.epochs"], ["key=value"]),
@@ -20,6 +26,10 @@ CASES = {
     "no maps to recompute": (
         ["{recipe}", "train.activation_checkpointing=maps"],
         ["train.activation_checkpointing=maps", "refines no attention maps", "set it to true"],
+    ),
+    "image size that nothing can take": (
+        ["{recipe}", "model.img_size=100000", "--dry-run"],
+        ["less than or equal to 8192"],
     ),
     "image size the model can't take": (["{recipe}", "model.img_size=30"], ["30"]),
     "classes": (["{recipe}", "model.num_classes=7"], ["model.num_classes=7", "10 classes"]),
@@ -38,6 +48,23 @@ CASES = {
     "channels": (["{recipe}", "augment.normalize=cifar10"], ["augment.normalize"]),
     "several nodes without a meeting point": (["{recipe}", "--nodes", "2"], ["--rendezvous"]),
 }
+
+
+def test_a_run_that_never_took_a_step_binds_nobody(recipe: Path, rookery: Rookery, tmp_path: Path) -> None:
+    """After a mistake that shows in the first batch only the same name can be used again; after a step it can't."""
+    run = tmp_path / "runs" / "run"
+    short = ("train.epochs=6steps", "train.stop_after=2steps", "optim.schedule.warmup=1steps")
+    tree = load_config(recipe, [*short, "optim.lr=7"]).model_dump(mode="json")
+    RunDir.open(run, tree, {}).close("failed")
+    (run / "mlflow.json").write_text("{}")
+    rookery("train", recipe, *short, "--dry-run")
+    assert (run / "mlflow.json").exists()
+    rookery("train", recipe, *short)
+    assert RunDir.saved_config(run) != tree and len(read_metrics(run)) > 1 and not (run / "mlflow.json").exists()
+    for more in ([], ["--dry-run"]):
+        done = rookery("train", recipe, *short, "optim.lr=7", *more, check=2)
+        assert "holds a run with another config (optim.lr: 0.001 there, 7" in done.stderr
+        assert "starting" not in done.stdout
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -305,13 +306,20 @@ def check_same_run(path: Path, run: Resolved) -> None:
     bound = () if run.config.train.spike_factor is None else SPIKE_KEYS
     differing = [key for key in differing if key in bound or not key.startswith(FREE_KEYS)]
     if differing:
-        changes = "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} here" for key in differing[:5])
+        changes = "; ".join(
+            f"{key}: {_as_yaml(before.get(key))} there, {_as_yaml(now.get(key))} here" for key in differing[:5]
+        )
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise UserError(
             f"{path} holds a run with another config ({changes}{more}); "
             "choose another name=..., or use the saved config to go on with that run"
         )
     _check_same_data(path, run)
+
+
+def _as_yaml(value: Any) -> str:
+    """As it can be written into a recipe."""
+    return json.dumps(value, default=str) if isinstance(value, bool | None) else repr(value)
 
 
 def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def require_side(fits: bool, image: HasSize, side: int, how: str) -> None:
     if not fits:
         raise UserError(
             f"a {image.width}x{image.height} picture can't give a {side}x{side} input {how}: "
-            f"set augment.resize (or eval_transform.resize), or choose augment.crop=rrc"
+            "choose augment.crop=rrc, or center after augment.resize; in evaluation eval_transform.resize=crop_pct"
         )
 
 

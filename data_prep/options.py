@@ -69,7 +69,7 @@ class PrepOptions:
         for name in ("shard_samples", "shard_mb", "resize", "max_resolution", "smart_threshold", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"{_flag(name)} is {value}, it must be at least 1")
+                raise UserError(f"{flag(name)} is {value}, it must be at least 1")
         if not 1 <= self.quality <= 100:
             raise UserError(f"--quality is {self.quality}, it must lie between 1 and 100")
         if self.max_bad is not None and self.max_bad < 0:
@@ -82,7 +82,7 @@ class PrepOptions:
         if self.format != "ffcv":
             for name in ("max_resolution", "write_mode", "compress_probability", "smart_threshold"):
                 if getattr(self, name) is not None:
-                    raise UserError(f"{_flag(name)} is an option of --format ffcv; leave it out, or choose that format")
+                    raise UserError(f"{flag(name)} is an option of --format ffcv; leave it out, or choose that format")
             return
         if self.token_labels is not None:
             raise UserError(
@@ -92,7 +92,7 @@ class PrepOptions:
             raise UserError(f"--write-mode {self.write_mode}: no such mode; there are {', '.join(WRITE_MODES)}")
         for name, mode in (("compress_probability", "proportion"), ("smart_threshold", "smart")):
             if getattr(self, name) is not None and self.write_mode != mode:
-                raise UserError(f"{_flag(name)} is for --write-mode {mode}; leave it out, or choose that mode")
+                raise UserError(f"{flag(name)} is for --write-mode {mode}; leave it out, or choose that mode")
         if self.compress_probability is not None and not 0 <= self.compress_probability <= 1:
             raise UserError(f"--compress-probability is {self.compress_probability}, it must lie between 0 and 1")
 
@@ -152,5 +152,6 @@ class PrepOptions:
         return max(10, images // 1000) if self.max_bad is None else self.max_bad
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """An option as it is written on the command line."""
     return f"--{name.replace('_', '-')}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_prep.errors import UserError
-from data_prep.options import PrepOptions
+from data_prep.options import PrepOptions, flag
 from data_prep.sources.base import Source, reading
 from data_prep.sources.cifar import CifarSource
 from data_prep.sources.digits import DigitsSource
@@ -17,6 +17,14 @@ from data_prep.wording import counted
 
 # In the order of detection: a folder of class folders is what remains when nothing more particular fits.
 SOURCES = {source.kind: source for source in (DigitsSource, IlsvrcSource, CifarSource, ParquetSource, FolderSource)}
+
+# Options that only these kinds read; elsewhere they would be ignored without a word.
+_KINDS_OF = {
+    "devkit": ("ilsvrc",),
+    "coarse_labels": ("cifar", "parquet"),
+    "image_column": ("parquet",),
+    "label_column": ("parquet",),
+}
 
 UNDERSTOOD = """\
   folder    <class>/<images>, or train/<class>/<images> and val/<class>/<images>
@@ -30,7 +38,7 @@ def open_source(where: str | Path, options: PrepOptions | None = None) -> Source
     """Find out what `where` is, or take `options.kind` for it.
 
     Raises:
-        UserError: there is nothing there, or nothing that is understood.
+        UserError: there is nothing there, nothing that is understood, or an option is for another kind.
     """
     options = options or PrepOptions()
     if is_remote(where):
@@ -45,9 +53,19 @@ def open_source(where: str | Path, options: PrepOptions | None = None) -> Source
             raise UserError(f"{where}: neither a file nor a folder; a source is one of\n{UNDERSTOOD}")
         for kind in [SOURCES[options.kind]] if options.kind else SOURCES.values():
             if options.kind or kind.matches(path):
+                _check_options(where, kind.kind, options)
                 return kind(path, options)
         what = _what_is(path)
     raise UserError(f"{where}: {what}; a source is one of\n{UNDERSTOOD}")
+
+
+def _check_options(where: str | Path, kind: str, options: PrepOptions) -> None:
+    for name, kinds in _KINDS_OF.items():
+        if getattr(options, name) not in (None, False) and kind not in kinds:
+            raise UserError(
+                f"{where}: {flag(name)} is for sources of kind {' or '.join(kinds)}, and this one is {kind}; "
+                "leave it out"
+            )
 
 
 def _what_is(path: Path) -> str:

@@ -24,6 +24,7 @@ from data_prep.sources.base import SPLIT_NAMES, Item, Listing, reading
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "image_bytes")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "target")
+COARSE = "coarse_label"
 SHARD_NAME = re.compile(r"(?P<split>[A-Za-z]\w*)(?:-(?P<number>\d+)-of-(?P<count>\d+)(?:-\w+)?)?\.parquet")
 MAX_CLASSES = 1_000_000
 ROWS_AT_ONCE = 256  # bounds the memory of a reader, whatever the size of a row group
@@ -113,7 +114,10 @@ class ParquetSource:
             schema = parquet.schema_arrow
         images = [field.name for field in schema if is_image(field.type)]
         integers = [field.name for field in schema if pa.types.is_integer(field.type)]
-        labels = ("coarse_label", *LABEL_COLUMNS) if self._options.coarse_labels else LABEL_COLUMNS
+        if self._options.coarse_labels and (self._options.label_column or COARSE not in integers):
+            why = "--label-column names another column" if self._options.label_column else f"no {COARSE} column in it"
+            raise UserError(f"{file}: {why}; leave --coarse-labels out")
+        labels = (COARSE,) if self._options.coarse_labels else LABEL_COLUMNS
         return (
             _pick(file, "image", self._options.image_column, images, IMAGE_COLUMNS),
             _pick(file, "label", self._options.label_column, integers, labels),

@@ -11,6 +11,7 @@ from pipeline.data.augment.settings import AugmentConfig, EvalTransformConfig
 from pipeline.errors import UserError
 from pipeline.models import ImageModel, create_model, resize_pos_embed
 from pipeline.tracking.run_dir import CONFIG_NAME, RunDir
+from pipeline.tracking.runs import exists
 from pipeline.train.checkpoint import COMMIT, CheckpointStore
 from pipeline.train.export import MODEL_CONFIG, describe, load_weights
 from pipeline.train.trained import Trained
@@ -78,11 +79,12 @@ def find_weights(path: Path, weights: str | None = None) -> Path:
     Raises:
         UserError: there is none.
     """
-    if (path / MODEL_CONFIG).is_file() or (path / COMMIT).is_file():
+    there = exists(path)  # asked first, since a name that is too long for a file can't be asked for what is below it
+    if there and ((path / MODEL_CONFIG).is_file() or (path / COMMIT).is_file()):
         if weights is not None:
             raise UserError(f"{path}: no run, there is nothing to choose from with --weights {weights}; leave it out")
         return path
-    if not (path / CONFIG_NAME).is_file():
+    if not there or not (path / CONFIG_NAME).is_file():
         raise UserError(
             f"{path}: no model here; name a run directory ({CONFIG_NAME}), one of its checkpoints ({COMMIT}) or a "
             f"directory with exported weights ({MODEL_CONFIG})"
@@ -94,8 +96,8 @@ def find_weights(path: Path, weights: str | None = None) -> Path:
     newest = CheckpointStore(path / "checkpoints").newest()
     if wanted == "last" and newest is not None:
         return newest.path
-    there = exported + ([] if newest is None else ["last"])
-    mend = f"the run has {' and '.join(there)}, choose with --weights {there[0]}" if there else "train the run first"
+    found = exported + ([] if newest is None else ["last"])
+    mend = f"the run has {' and '.join(found)}, choose with --weights {found[0]}" if found else "train the run first"
     raise UserError(f"{path}: no {wanted} weights; {mend}")
 
 

@@ -48,5 +48,10 @@ def samples(generator: Generator, count: int, seed: int = 0) -> list[Image.Image
 
 def interpolations(generator: Generator, count: int, steps: int, seed: int = 0) -> list[Image.Image]:
     """Between the images of a seed: from the first to the second, the third to the fourth, `steps` images each."""
-    ends = fixed_latents(generator.latent_dim, seed, np.arange(2 * count))
-    return generated(generator, torch.cat([interpolated(ends[2 * i], ends[2 * i + 1], steps) for i in range(count)]))
+    return generated(generator, latents_between(generator.latent_dim, count, steps, seed))
+
+
+def latents_between(dim: int, count: int, steps: int, seed: int = 0) -> Tensor:
+    """(count * steps, dim): those of `interpolations`."""
+    ends = fixed_latents(dim, seed, np.arange(2 * count))
+    return torch.cat([interpolated(ends[2 * i], ends[2 * i + 1], steps) for i in range(count)])

@@ -223,7 +223,8 @@ def test_pad_crop_reaches_every_place_equally(mode: str, fill: Any) -> None:
 )
 def test_a_picture_that_does_not_fit_is_refused(crop: Any, size: tuple[int, int], side: int) -> None:
     transform = build_train_transform(AugmentConfig.model_validate({"crop": crop}), side)
-    with pytest.raises(UserError, match=rf"{size[0]}x{size[1]} picture .* choose augment.crop=rrc, or center after augment.resize"):
+    mend = "choose augment.crop=rrc, or center after augment.resize"
+    with pytest.raises(UserError, match=rf"{size[0]}x{size[1]} picture .* {mend}"):
         transform(Image.new("RGB", size), 0, 0, 0)
 
 

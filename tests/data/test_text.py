@@ -89,6 +89,77 @@ def test_what_does_not_fit_is_told(name: str, rows: list[Any], told: str, tmp_pa
         read_rows(str(path), name, TASKS[name], "validation")
 
 
+NAMED = b"sentence,label\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("rows.csv", b"text,class\na,1\n", "needs the columns sentence, label; sentence is not among text, class"),
+        ("rows.csv", NAMED + b"a,1\nb,\n", "row 1 has the label None; there are 0 or negative"),
+        ("rows.csv", NAMED + b"a,1\n,0\n", "row 1 has no sentence; write its text, or take the row out"),
+        ("rows.csv", NAMED + b'a,1\n"  ",0\n', "row 1 has no sentence"),
+        ("rows.tsv", b"sentence\tlabel\n\t0\n", "row 0 has no sentence"),
+        ("rows.jsonl", b'{"sentence": "a", "label": 1}\n{"sentence": null, "label": 0}', "row 1 has no sentence"),
+        ("rows.jsonl", b'{"sentence": "a", "label": 1}\n{"label": 0}', "row 1 has no sentence"),
+        ("rows.jsonl", b'{"sentence": "", "label": 1}', "row 0 has no sentence"),
+        ("rows.jsonl", b'{"sentence": 3, "label": 1}', "row 0 has the sentence 3, which is no text; put quotes"),
+        ("rows.json", b'[{"sentence": "a", "label": 1}, {"sentence": 4, "label": 1}]', "row 1 has the sentence 4,"),
+        ("rows.json", b'[{"sentence": "a", "label": [1]}]', r"row 0 has the label \[1\]"),
+        ("rows.csv", b"", "the file is empty; write the rows"),
+        ("rows.jsonl", b"\n", "the file is empty; write the rows"),
+        ("rows.parquet", b"", "the file is empty; write it again"),
+        ("rows.csv", NAMED, "no rows below the names of the columns; write some"),
+        ("rows.json", b"[]", "no rows in it; write some"),
+        ("rows.csv", NAMED + b"caf\xe9,1\n", r"line 2 is not UTF-8 \(byte 0xe9\); save the file as UTF-8, .*iconv"),
+        ("rows.jsonl", b'{"sentence": "caf\xe9", "label": 1}', "line 1 is not UTF-8"),
+        (
+            "rows.jsonl",
+            b'{"sentence": "a", "label": 1}\n{"sentence": "b", lab',
+            "line 2, column 19 is not JSON: .*me",
+        ),
+        ("rows.json", b'[{"sentence": "a", "label": 1},\n', "line 2, column 1 is not JSON"),
+        (
+            "rows.jsonl",
+            b'{"sentence": "a", "label": 1}\n\n3',
+            'line 3 is no JSON object; write each row as ."sentence"',
+        ),
+        ("rows.csv", NAMED + b"a,1\nb,c,d,0\n", "can't be read as csv: .*line 3, saw 4; .*quotes around"),
+        ("rows.parquet", b"no", "can't be read as parquet: .*; it is damaged or of another kind: write it again"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_told_with_its_place(
+    name: str, content: bytes, told: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=told) as caught:
+        read_rows(str(path), "sst2", TASKS["sst2"], "train")
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message
+    assert capfd.readouterr() == ("", ""), "the libraries say nothing beside it"
+
+
+def test_words_of_a_csv_that_stand_for_nothing_elsewhere_are_sentences(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("\ufeffsentence,label\nNA,1\nnull,0\n1.0,1\n", "utf-8")
+    assert read_rows(str(path), "sst2", TASKS["sst2"], "train") == Rows([["NA", "null", "1.0"]], [1, 0, 1])
+
+
+@pytest.mark.parametrize("missing", ["", None])
+def test_a_published_set_may_have_an_empty_sentence_but_none_that_is_missing(missing: Any, tmp_path: Path) -> None:
+    import datasets
+
+    pairs = [{"question1": "Why?", "question2": missing, "label": 0}, {"question1": "a", "question2": "b", "label": 1}]
+    datasets.Dataset.from_list(pairs).save_to_disk(tmp_path / "saved")
+    if missing is None:
+        with pytest.raises(UserError, match="row 0 has no question2"):
+            read_rows(str(tmp_path / "saved"), "qqp", TASKS["qqp"], "train")
+    else:
+        rows = read_rows(str(tmp_path / "saved"), "qqp", TASKS["qqp"], "train")
+        assert rows == Rows([["Why?", "a"], ["", "b"]], [0, 1])
+
+
 @pytest.mark.parametrize("address", ["made:", "made:0", "made:x", "made:5@-1", "made:5@x"])
 def test_a_bad_made_address_is_told(address: str) -> None:
     with pytest.raises(UserError, match="write made:COUNT"):
@@ -141,8 +212,34 @@ def test_a_tokenizer_is_read_back(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
     assert load_tokenizer(str(tmp_path)).encode("two three").ids == tokenizer.encode("two three").ids
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match=r"task\.tokenizer=.*no tokenizer there"):
+    with pytest.raises(UserError, match=r"task\.tokenizer=.*no tokenizer there: .*json is damaged \(.*write or fetch"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("missing/folder/deep", "no such folder or file; name a folder with tokenizer.json, that file, or OWNER/NAME"),
+        ("./missing", "no such folder or file"),
+        ("/missing", "no such folder or file"),
+        ("empty", "no tokenizer there: the folder has no tokenizer.json; save the tokenizer into it"),
+        (
+            "nobody/nothing",
+            "no tokenizer there: .*; no folder here has this name either: name one .*, or check the name",
+        ),
+    ],
+)
+def test_a_tokenizer_that_is_not_there_is_told(
+    source: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    with pytest.raises(UserError, match=f"task.tokenizer={source}: {told}") as caught:
+        load_tokenizer(source)
+    assert "\n" not in str(caught.value) and "Repo id" not in str(caught.value)
 
 
 def by_sample(batches: list[TextBatch]) -> dict[int, tuple[list[int], int]]:

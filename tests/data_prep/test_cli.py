@@ -62,7 +62,13 @@ def test_every_option_reaches_the_manifest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["prep", "nowhere", "out"], ["verify", "nowhere"], ["prep", "digits", "out", "--split", "val"]]
+    "arguments",
+    [
+        ["prep", "nowhere", "out"],
+        ["verify", "nowhere"],
+        ["prep", "digits", "out", "--split", "val"],
+        ["prep", "digits", "out", "--coarse-labels"],
+    ],
 )
 def test_user_errors_reach_the_command_line(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

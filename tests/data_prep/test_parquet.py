@@ -107,6 +107,21 @@ def test_fine_and_coarse_labels(tmp_path: Path) -> None:
     assert coarse.labels.tolist() == [1] * 30
 
 
+@pytest.mark.parametrize(
+    ("extra", "options", "message"),
+    [
+        ({}, {}, "no coarse_label column in it; leave --coarse-labels out"),
+        ({"coarse_label": [1] * 30}, {"label_column": "fine_label"}, "--label-column names another column; leave"),
+    ],
+)
+def test_coarse_labels_that_would_be_ignored_are_refused(
+    extra: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "train.parquet", label="fine_label", extra=extra)
+    with pytest.raises(UserError, match=message):
+        open_source(path, PrepOptions(coarse_labels=True, **options)).listing("train")
+
+
 def test_columns_can_be_named(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", image="scan", label="kind", extra={"year": [1] * 30, "raw": [b""] * 30})
     with pytest.raises(UserError, match=r"can't tell the image column .*scan, raw.*--image-column"):

@@ -8,6 +8,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -193,3 +194,25 @@ class _unprivileged:
     def __exit__(self, *error: object) -> None:
         if self.root:
             os.seteuid(0)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        (
+            "digits",
+            {"coarse_labels": True},
+            "--coarse-labels is for sources of kind cifar or parquet, and this one is",
+        ),
+        ("root", {"coarse_labels": True}, "--coarse-labels is for .* this one is folder; leave it out"),
+        ("root", {"devkit": Path("kit")}, "--devkit is for sources of kind ilsvrc, and this one is folder"),
+        ("digits", {"image_column": "image"}, "--image-column is for sources of kind parquet, and this one is digits"),
+        ("digits", {"label_column": "label"}, "--label-column is for sources of kind parquet"),
+    ],
+)
+def test_an_option_of_another_kind_is_refused(
+    source: str, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    make_folder(tmp_path / "root")
+    with pytest.raises(UserError, match=message):
+        open_source(tmp_path / source if source == "root" else source, PrepOptions(**options))

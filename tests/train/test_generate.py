@@ -213,7 +213,7 @@ def test_generate_and_eval(recipe: Path, rookery: Rookery, tmp_path: Path) -> No
     said = rookery("generate", run, "images", "--count", 5, "--seed", 3, "--interpolate", 4).stdout
     assert "wrote 5 images" in said and str(run / "final") in said
     names = sorted(path.name for path in (tmp_path / "images").iterdir())
-    assert names == [*(f"{i:06d}.png" for i in range(5)), "grid.png", "interpolations.png"]
+    assert names == [*(f"{i:06d}.png" for i in range(5)), "generated.json", "grid.png", "interpolations.png"]
     first = np.asarray(Image.open(tmp_path / "images" / "000000.png"))
     assert first.shape == (16, 16)
     page = np.asarray(Image.open(tmp_path / "images" / "interpolations.png"))

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.text.glue import TextTask
 from pipeline.data.text.made import made_rows
+from pipeline.data.text.text_file import read_json, read_utf8
 from pipeline.errors import UserError
 
 HUB, MADE = "hub:", "made:"
 _FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+_MEND = {
+    "csv": "every line needs as many cells as the first, with quotes around one that holds a separator or a line break",
+    "parquet": "it is damaged or of another kind: write it again",
+}
 
 
 @dataclass(frozen=True)
@@ -32,28 +38,43 @@ def read_rows(address: str, name: str, task: TextTask, split: str) -> Rows:
 
     Args:
         address: `made:COUNT[@SEED]`; `hub:OWNER/NAME[@SPLIT]`; a file (.json, .jsonl, .parquet, .csv, .tsv) with the
-            task's columns and `label`; a folder that `datasets` saved, or that holds `<split>.<one of these>`.
+            task's columns and `label`, in UTF-8; a folder that `datasets` saved, or that holds `<split>.<one of
+            these>`.
         name: of the task, which is a configuration on the hub.
         task: its columns and classes.
         split: which one of the hub or of a folder.
 
     Raises:
-        UserError: it is not there, or has other columns or labels.
+        UserError: it is not there, can't be read, lacks a sentence, or has other columns or labels.
     """
     if address.startswith(MADE):
         if name != "polarity":
             raise UserError(f"{address}: made sentences belong to task.name=polarity, not {name}")
         sentences, labels = made_rows(address)
         return Rows([sentences], labels)
-    table = _table(address, name, split)
+    table = _table(address, name, task, split)
+    if not len(table):
+        raise UserError(f"{address}: no rows in it; write some, or name other data")
     missing = [column for column in (*task.columns, "label") if column not in table.column_names]
     if missing:
         raise UserError(
             f"{address}: task.name={name} needs the columns {', '.join((*task.columns, 'label'))}; "
             f"{missing[0]} is not among {', '.join(table.column_names)}"
         )
-    columns = [[str(text) for text in table[column]] for column in task.columns]
+    columns = [_sentences(list(table[column]), column, address) for column in task.columns]
     return Rows(columns, _labels(list(table["label"]), task, address))
+
+
+def _sentences(values: list[Any], column: str, address: str) -> list[str]:
+    """The texts of a column; a missing one must not be trained as the word "none"."""
+    # What was published with empty ones, as QQP on the hub with two, can't be mended by who reads it.
+    published = address.startswith(HUB) or _is_saved(Path(address))
+    for row, value in enumerate(values):
+        if value is None or (isinstance(value, str) and not value.strip() and not published):
+            raise UserError(f"{address}: row {row} has no {column}; write its text, or take the row out")
+        if not isinstance(value, str):
+            raise UserError(f"{address}: row {row} has the {column} {value!r}, which is no text; put quotes around it")
+    return values
 
 
 def _labels(values: list[Any], task: TextTask, address: str) -> list[int] | list[float]:
@@ -64,7 +85,7 @@ def _labels(values: list[Any], task: TextTask, address: str) -> list[int] | list
             raise UserError(f"{address}: a label that is no number: {error}") from error
     numbers = {name: i for i, name in enumerate(task.classes)} | {i: i for i in range(len(task.classes))}
     for row, value in enumerate(values):
-        if value not in numbers:
+        if not isinstance(value, int | float | str) or value not in numbers:
             hidden = " (the labels of GLUE's test splits are hidden)" if value == -1 else ""
             raise UserError(
                 f"{address}: row {row} has the label {value!r}{hidden}; there are "
@@ -73,28 +94,68 @@ def _labels(values: list[Any], task: TextTask, address: str) -> list[int] | list
     return [numbers[value] for value in values]
 
 
-def _table(address: str, name: str, split: str) -> Any:
+def _table(address: str, name: str, task: TextTask, split: str) -> Any:
+    try:
+        if address.startswith(HUB):
+            repository, _, asked = address.removeprefix(HUB).partition("@")
+            return _datasets(address).load_dataset(repository, name, split=asked or split)
+        path = Path(address)
+        if _is_saved(path):
+            datasets = _datasets(address)
+            saved = datasets.load_from_disk(str(path))
+            return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        return _read_file(_file(path, split), task, address)
+    except UserError:
+        raise
+    except Exception as error:  # of many libraries: of files, of the network, of the formats
+        raise UserError(f"{address}: can't be read: {_reason(error)}") from error
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
+
+
+def _datasets(address: str) -> Any:
     try:
         import datasets
     except ImportError as error:
         raise UserError(f"{address} is read by datasets; install it with: pip install 'rookery[nlp]'") from error
     datasets.disable_progress_bars()
+    # What it logs as an error it raises too, and then it is said once, as the message of the command.
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    return datasets
+
+
+def _read_file(file: Path, task: TextTask, address: str) -> Any:
+    kind = _FILES[file.suffix]
+    if kind == "json":
+        return read_json(file)
+    options: dict[str, Any] = {}
+    if kind == "csv":
+        if len(read_utf8(file).strip().splitlines()) == 1:
+            raise UserError(f"{file}: no rows below the names of the columns; write some, or name another file")
+        # Else the sentences "NA" and "null" would be missing ones, and "1.0" a number.
+        options = {
+            "sep": "\t" if file.suffix == ".tsv" else ",",
+            "converters": dict.fromkeys(task.columns, str),
+            "keep_default_na": False,
+            "na_values": {"label": ["", "NA", "N/A", "NaN", "nan", "null", "None"]},
+        }
+    elif not file.stat().st_size:
+        raise UserError(f"{file}: the file is empty; write it again, or name another file")
     try:
-        if address.startswith(HUB):
-            repository, _, asked = address.removeprefix(HUB).partition("@")
-            return datasets.load_dataset(repository, name, split=asked or split)
-        path = Path(address)
-        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            saved = datasets.load_from_disk(str(path))
-            return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-        file = _file(path, split)
-        options: dict[str, Any] = {"sep": "\t"} if file.suffix == ".tsv" else {}
-        return datasets.load_dataset(_FILES[file.suffix], data_files=str(file), split="train", **options)
+        return _datasets(address).load_dataset(kind, data_files=str(file), split="train", **options)
     except UserError:
         raise
-    except Exception as error:  # of many libraries: of files, of the network, of the formats
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{address}: can't be read: {reason}") from error
+    except Exception as error:  # of pandas or Arrow
+        raise UserError(f"{file}: can't be read as {file.suffix[1:]}: {_reason(error)}; {_MEND[kind]}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong; `datasets` wraps it into one that says that a dataset was being made."""
+    while type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _file(path: Path, split: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from pipeline.errors import UserError
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 _VERSION = 1
+# OWNER/NAME or NAME; a path has more parts, or begins with a dot, ~ or /.
+_HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,27 @@ def load_tokenizer(source: str) -> Any:
     try:
         if file.is_file():
             return Tokenizer.from_file(str(file))
+        if not Path(source).is_dir() and not _HUB_NAME.fullmatch(source):
+            raise UserError(
+                f"task.tokenizer={source}: no such folder or file; name a folder with tokenizer.json, that file, "
+                "or OWNER/NAME on Hugging Face's hub"
+            )
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(source).backend_tokenizer
+    except UserError:
+        raise
     except Exception as error:  # the library raises bare ones for damaged files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"task.tokenizer={source}: no tokenizer there: {reason}") from error
+        raise UserError(f"task.tokenizer={source}: no tokenizer there: {_why_not(file, source, error)}") from error
+
+
+def _why_not(file: Path, source: str, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    if file.is_file():
+        return f"{file} is damaged ({reason}); write or fetch it again"
+    if Path(source).is_dir():
+        return "the folder has no tokenizer.json; save the tokenizer into it, or name another folder"
+    return f"{reason}; no folder here has this name either: name one with tokenizer.json, or check the name on the hub"
 
 
 def words_tokenizer(sentences: Sequence[Sequence[str]], size: int) -> Any:

@@ -16,7 +16,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from pipeline.errors import UserError
-from pipeline.tracking.compare import Column, group_columns, table_columns
+from pipeline.tracking.compare import Column, group_columns, repeats, table_columns
 from pipeline.tracking.files import write_text
 from pipeline.tracking.groups import group_runs
 from pipeline.tracking.metric_names import lower_is_better
@@ -80,6 +80,8 @@ def compare(
         typer.echo(f"left out: {reason}", err=True)
     judged = metric or next(iter(metrics_of(summaries)), "top1")
     _check_metric(summaries, judged)
+    for line in repeats(group_runs(summaries, judged), summaries):
+        typer.echo(line, err=True)
     for file, text in forms.values():
         if file == _STDOUT:
             print(text(), end="")

@@ -43,6 +43,7 @@ class RunSummary:
         train_loss: the newest.
         images_per_second: of all processes together, median over the training lines.
         wall_hours: time in which a process worked on it, over all sessions.
+        ended: time of its last sign of life, in seconds since 1970.
         curve: (step, top-1) of every evaluation.
         dataset: what it was trained on; see `published.dataset_name`.
         fingerprint: of the contents of its training and its validation data.
@@ -81,6 +82,7 @@ class RunSummary:
     memory_gb: float | None = None
     processes: int | None = None
     gpu_hours: float | None = None
+    ended: float | None = None
     evals: Columns = field(default_factory=dict)
     train: Columns = field(default_factory=dict)
 
@@ -194,6 +196,7 @@ def _summarize(path: Path) -> RunSummary:
         memory_gb=max(memory, default=None),
         processes=clock.spans[-1][2] if clock.spans else None,
         gpu_hours=clock.process_hours,
+        ended=max((entry["time"] for entry in (*sessions, *lines)), default=None),
         evals=evals,
         train=train,
     )

@@ -75,6 +75,8 @@ def compare(
     printed = [option for option, (file, _) in forms.items() if file == _STDOUT]
     if len(printed) > 1:
         raise UserError(f"{' and '.join(printed)} exclude each other on one output; give all but one of them a file")
+    if html == _STDOUT and sys.stdout.isatty():
+        raise UserError("--html writes a page for a browser, not for a terminal; name its file: --html report.html")
     summaries, left_out = summarize_all(runs)
     for reason in left_out:
         typer.echo(f"left out: {reason}", err=True)

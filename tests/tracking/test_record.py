@@ -170,7 +170,7 @@ def test_a_run_that_is_training_may_have_no_metrics_yet(tmp_path: Path) -> None:
         ("facts.json", [], "it has no keys"),
         ("facts.json", {"datasets": 5}, "datasets=5"),
         ("facts.json", {"datasets": {"train": 5}}, "datasets.train=5"),
-        ("facts.json", {"model_macs": "x" * 99}, 'model_macs="' + "x" * 36 + "..."),
+        ("facts.json", {"total_steps": "x" * 99}, 'total_steps="' + "x" * 36 + "..."),
         ("facts.json", {"total_epochs": "many"}, 'total_epochs="many"'),
         ("result.json", {"best": 5}, "best=5"),
         ("result.json", {"top1": "high"}, 'top1="high"'),

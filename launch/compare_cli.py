@@ -16,7 +16,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from pipeline.errors import UserError
-from pipeline.tracking.compare import Column, group_columns, table_columns
+from pipeline.tracking.compare import Column, group_columns, repeats, table_columns
 from pipeline.tracking.files import write_text
 from pipeline.tracking.groups import group_runs
 from pipeline.tracking.metric_names import lower_is_better
@@ -75,11 +75,15 @@ def compare(
     printed = [option for option, (file, _) in forms.items() if file == _STDOUT]
     if len(printed) > 1:
         raise UserError(f"{' and '.join(printed)} exclude each other on one output; give all but one of them a file")
+    if html == _STDOUT and sys.stdout.isatty():
+        raise UserError("--html writes a page for a browser, not for a terminal; name its file: --html report.html")
     summaries, left_out = summarize_all(runs)
     for reason in left_out:
         typer.echo(f"left out: {reason}", err=True)
     judged = metric or next(iter(metrics_of(summaries)), "top1")
     _check_metric(summaries, judged)
+    for line in repeats(group_runs(summaries, judged), summaries):
+        typer.echo(line, err=True)
     for file, text in forms.values():
         if file == _STDOUT:
             print(text(), end="")

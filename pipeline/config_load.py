@@ -35,6 +35,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         UserError: unreadable file, unknown key (with the nearest known one), a value or combination that can't be.
     """
     tree, places = read_tree(path, overrides)
+    in_file = {keys[0] for keys, place in places.items() if place != "override"}
+    if "recipe" in in_file and "model" not in in_file:
+        raise UserError(f"{path}: this is a sweep: rookery sweep {path}; the recipe that it varies can be named here")
     tree.setdefault("name", default_name(Path(path)))
     tracking = tree.get("tracking", {})
     if isinstance(tracking, dict):

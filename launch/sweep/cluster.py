@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +15,10 @@ from launch.sweep.config import Resources
 from pipeline.errors import UserError
 
 _STORE_BYTES = 100_000_000
+# A head that has only just been started may not listen yet.
+_PROBE_SECONDS = 8.0
+_TRY_SECONDS = 3.0
+_PAUSE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,10 @@ def connected(address: str | None) -> Iterator[Any]:
         UserError: no cluster answers there.
     """
     ray = import_ray()
-    address = address or os.environ.get("RAY_ADDRESS")
+    if address in (None, "", "auto"):  # Ray, too, takes its variable for what auto means
+        address = os.environ.get("RAY_ADDRESS") or address or None
+    if address is not None:
+        probe(address)
     own: dict[str, Any] = {
         "num_cpus": len(os.sched_getaffinity(0)),
         "include_dashboard": False,
@@ -76,15 +86,43 @@ def connected(address: str | None) -> Iterator[Any]:
             **({} if address else own),
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"no Ray cluster answers at {address}: {reason}; start one (ray start --head), see that RAY_AUTH_TOKEN is "
-            "the cluster's, or leave --address out to use this machine"
-        ) from error
+        raise _no_answer(address, str(error).splitlines()[0]) from error
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def probe(address: str, seconds: float = _PROBE_SECONDS) -> None:
+    """See that something listens at HOST:PORT: Ray itself would wait for it without an end.
+
+    `auto`, `local` and addresses with a scheme (`ray://`) are left to Ray.
+
+    Raises:
+        UserError: the address has another form, or nobody listens there after several tries.
+    """
+    if address in ("auto", "local") or "://" in address:
+        return
+    form = re.fullmatch(r"\[?([^\[\]]+?)\]?:([0-9]{1,5})", address)
+    if form is None or not 0 < int(form[2]) < 1 << 16:
+        raise UserError(f"Ray's address {address} is no HOST:PORT; write it as in 10.0.0.1:6379, or auto")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((form[1], int(form[2])), _TRY_SECONDS).close()
+            return
+        except (OSError, UnicodeError) as error:  # UnicodeError: a host that can't be a name
+            unknown = isinstance(error, UnicodeError) or getattr(error, "errno", None) == socket.EAI_NONAME
+            if unknown or time.monotonic() + _PAUSE_SECONDS > deadline:
+                raise _no_answer(address, getattr(error, "strerror", None) or str(error)) from error
+        time.sleep(_PAUSE_SECONDS)
+
+
+def _no_answer(address: str | None, reason: str) -> UserError:
+    return UserError(
+        f"no Ray cluster answers at {address}: {reason}; start one (ray start --head), see that RAY_AUTH_TOKEN is "
+        "the cluster's, or leave --address out to use this machine"
+    )
 
 
 def cluster_facts(ray: Any, resources: Resources) -> ClusterFacts:

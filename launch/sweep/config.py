@@ -234,6 +234,9 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
     own = [o for o in overrides if re.split(r"[.=]", o, maxsplit=1)[0].strip() in SweepConfig.model_fields]
     recipe = [o for o in overrides if o not in own]
     tree, places = read_tree(path, own)
+    in_file = {keys[0] for keys, place in places.items() if place != "override"}
+    if "model" in in_file and not in_file & {"recipe", "space"}:
+        raise UserError(f"{path}: this is a recipe: rookery train {path}; a sweep names one as its recipe")
     tree.setdefault("name", default_name(Path(path)))
     if isinstance(written := tree.get("overrides") or [], list):  # anything else is a mistake to be told of
         tree["overrides"] = [*written, *recipe]

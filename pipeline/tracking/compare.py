@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,20 @@ def group_columns(groups: Sequence[SeedGroup], metric: str) -> list[Column]:
         Column("best", [spread_text(group.best, metric) for group in groups]),
         *([Column("to the best [95 %]", differences), Column("p", ps)] if tests else []),
     ]
+
+
+def repeats(groups: Sequence[SeedGroup], runs: Sequence[RunSummary]) -> list[str]:
+    """One line for each group in which runs don't count because a newer one has their seed."""
+    labels = dict(zip(map(id, runs), run_labels(runs), strict=True))
+    return [_repeats(group, labels) for group in groups if group.repeats]
+
+
+def _repeats(group: SeedGroup, labels: Mapping[int, str]) -> str:
+    others: dict[str, list[str]] = {}
+    for run, newest in group.repeats:
+        others.setdefault(f"seed {newest.config['seed']} as {labels[id(newest)]}", []).append(labels[id(run)])
+    told = "; ".join(f"{', '.join(names)} (same {newest})" for newest, names in others.items())
+    return f"left out of n: {told}; of runs with one seed and equal settings the newest counts"
 
 
 def spread_text(values: Spread | None, metric: str) -> str:

@@ -43,12 +43,16 @@ class SeedGroup:
     Attributes:
         settings: the config keys in which groups differ, with this group's values.
         members: all of its runs.
-        values: final figures of those that came to their planned end; only they count.
+        counted: those that came to their planned end, of each seed the newest; only they count.
+        repeats: the others that came to their end, each with the counted run of its seed.
+        values: final figures of the counted runs.
         final, best: of the same runs; None when there is none.
     """
 
     settings: dict[str, Any]
     members: list[RunSummary]
+    counted: list[RunSummary]
+    repeats: list[tuple[RunSummary, RunSummary]]
     values: list[float]
     final: Spread | None
     best: Spread | None
@@ -99,8 +103,7 @@ def group_runs(runs: Sequence[RunSummary], metric: str) -> list[SeedGroup]:
     same_data = len({run.fingerprint for run in runs}) == 1 and runs[0].fingerprint is not None
     keys = differing_keys(runs, lambda key: _is_seed_or_place(key) or (same_data and key in _DATA_KEYS))
     return [
-        SeedGroup({key: members[0].config.get(key) for key in keys}, members, *_spreads(members, metric))
-        for members in groups.values()
+        _seed_group({key: members[0].config.get(key) for key in keys}, members, metric) for members in groups.values()
     ]
 
 
@@ -161,13 +164,30 @@ def spread(values: Sequence[float]) -> Spread | None:
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
-def _spreads(members: Sequence[RunSummary], metric: str) -> tuple[list[float], Spread | None, Spread | None]:
+def _seed_group(settings: dict[str, Any], members: list[RunSummary], metric: str) -> SeedGroup:
     complete = [run for run in members if run.state in COMPLETE]
+    seeds = [_seed(run) for run in complete]
+    newest: dict[str, RunSummary] = {}
+    for run, seed in zip(complete, seeds, strict=True):
+        if seed not in newest or (run.ended or 0) > (newest[seed].ended or 0):
+            newest[seed] = run
+    pairs = [(run, newest[seed]) for run, seed in zip(complete, seeds, strict=True)]
+    counted = [run for run, chosen in pairs if run is chosen]
     final, best = (
         [value for value in figures if value is not None and math.isfinite(value)]
-        for figures in ([run.final(metric) for run in complete], [run.best(metric) for run in complete])
+        for figures in ([run.final(metric) for run in counted], [run.best(metric) for run in counted])
     )
-    return final, spread(final), spread(best)
+    repeats = [(run, chosen) for run, chosen in pairs if run is not chosen]
+    return SeedGroup(settings, members, counted, repeats, final, spread(final), spread(best))
+
+
+def _seed(run: RunSummary) -> str:
+    """What tells a run from another with its settings.
+
+    A run without a seed is its own: rookery writes one into every config, so nobody knows whether these were the same.
+    """
+    seed = run.config.get("seed")
+    return str(run.path) if seed is None else f"seed {seed}"
 
 
 def _identity(run: RunSummary) -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.tracking.files import read_json, read_lines
+from pipeline.tracking.files import encode_floats, read_json, read_lines
 from pipeline.tracking.metric_names import lower_is_better
-from pipeline.tracking.metrics import POSITION, read_metrics
+from pipeline.tracking.metrics import METRICS_NAME, POSITION, read_metrics
 from pipeline.tracking.published import dataset_name
 from pipeline.tracking.run_dir import FACTS_NAME, RESULT_NAME, SESSIONS_NAME, RunDir
 from pipeline.tracking.runs import RunState, exists, find_runs, run_state
@@ -25,6 +27,11 @@ Columns = dict[str, list[float | None]]
 FLOPS_PER_MAC = 6
 _AXES = ("step", "samples", "epoch", "hours")
 _NOT_CURVES = {*POSITION, "count"}
+# What is read of a run's two JSON files, and its types there; a figure may be missing.
+_NUMBER = (int, float)
+_Types = dict[str, type | tuple[type, ...]]
+_FACTS: _Types = {"model_params": int, "model_macs": int, "total_steps": int, "total_epochs": _NUMBER, "datasets": dict}
+_RESULT: _Types = {"step": int, "samples": int, "params": int, "top1": _NUMBER, "best": dict, "wall_seconds": _NUMBER}
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class RunSummary:
         train_loss: the newest.
         images_per_second: of all processes together, median over the training lines.
         wall_hours: time in which a process worked on it, over all sessions.
+        ended: time of its last sign of life, in seconds since 1970.
         curve: (step, top-1) of every evaluation.
         dataset: what it was trained on; see `published.dataset_name`.
         fingerprint: of the contents of its training and its validation data.
@@ -81,6 +89,7 @@ class RunSummary:
     memory_gb: float | None = None
     processes: int | None = None
     gpu_hours: float | None = None
+    ended: float | None = None
     evals: Columns = field(default_factory=dict)
     train: Columns = field(default_factory=dict)
 
@@ -148,8 +157,15 @@ def metrics_of(runs: Iterable[RunSummary]) -> list[str]:
 
 def _summarize(path: Path) -> RunSummary:
     lines = read_metrics(path)
-    facts = read_json(path / FACTS_NAME) or {}
-    result = read_json(path / RESULT_NAME) or {}
+    facts = _read_object(path / FACTS_NAME, _FACTS)
+    result = _read_object(path / RESULT_NAME, _RESULT)
+    state = run_state(path)
+    # Every run writes a line at its last step; one that was started again over an old result may not have come to it.
+    if not lines and state != "running" and (result.get("step") or state in ("finished", "stopped")):
+        raise UserError(
+            f"{path / METRICS_NAME} is damaged: the run is {state}, but no line of its metrics can be read; restore it "
+            "or leave the run out"
+        )
     sessions = read_lines(path / SESSIONS_NAME)
     clock = WorkClock.of(sessions, lines)
     measured = [line for line in lines if line["kind"] in ("train", "eval")]
@@ -165,14 +181,17 @@ def _summarize(path: Path) -> RunSummary:
         step, top1 = max(curve, key=lambda point: -math.inf if math.isnan(point[1]) else point[1])
         best = {"top1": top1, "step": step}
     macs = facts.get("model_macs")
-    datasets = facts.get("datasets", {})
+    datasets = facts.get("datasets") or {}
+    for split, dataset in datasets.items():
+        if not isinstance(dataset, dict):
+            raise _not_written(path / FACTS_NAME, f"datasets.{split}", dataset)
     samples = max((line["samples"] for line in measured), default=result.get("samples"))
     wall_seconds = result.get("wall_seconds")
     speeds, losses, memory = (_given(train.get(name, ())) for name in ("images_per_second", "loss", "memory_gb"))
     return RunSummary(
         name=path.resolve().name,
         path=path,
-        state=run_state(path),
+        state=state,
         config=flatten(RunDir.saved_config(path) or {}),
         params=facts.get("model_params", result.get("params")),
         step=max((line["step"] for line in measured), default=result.get("step")),
@@ -194,9 +213,29 @@ def _summarize(path: Path) -> RunSummary:
         memory_gb=max(memory, default=None),
         processes=clock.spans[-1][2] if clock.spans else None,
         gpu_hours=clock.process_hours,
+        ended=max((entry["time"] for entry in (*sessions, *lines)), default=None),
         evals=evals,
         train=train,
     )
+
+
+def _read_object(path: Path, types: _Types) -> dict[str, Any]:
+    """A JSON file with keys, their values of these types or null; empty where there is no file."""
+    content = read_json(path)
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} isn't what a run wrote (it has no keys); restore it or leave the run out")
+    for name, kind in types.items():
+        if not isinstance(content.get(name), (kind, NoneType)):
+            raise _not_written(path, name, content[name])
+    return content
+
+
+def _not_written(path: Path, name: str, value: Any) -> UserError:
+    shown = json.dumps(encode_floats(value))
+    shown = shown if len(shown) <= 40 else shown[:37] + "..."
+    return UserError(f"{path} isn't what a run wrote ({name}={shown}); restore it or leave the run out")
 
 
 def _columns(lines: list[dict[str, Any]], clock: WorkClock) -> Columns:

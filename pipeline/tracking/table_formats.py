@@ -13,7 +13,6 @@ from pipeline.tracking import metric_names
 from pipeline.tracking.compare import cost, count, run_labels, short_titles, text
 from pipeline.tracking.files import encode_floats
 from pipeline.tracking.groups import (
-    COMPLETE,
     SeedGroup,
     Spread,
     best_group,
@@ -64,7 +63,8 @@ def group_record(group: SeedGroup, runs: Sequence[RunSummary]) -> dict[str, Any]
     return {
         "settings": group.settings,
         "runs": [places[id(run)] for run in group.members],
-        "complete": [places[id(run)] for run in group.members if run.state in COMPLETE],
+        "complete": [places[id(run)] for run in group.counted],
+        "repeats": [places[id(run)] for run, _ in group.repeats],
         "n": len(group.values),
         "values": group.values,
         "final": None if group.final is None else asdict(group.final),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ import yaml
 from typer.testing import CliRunner
 
 from launch import cli
+from launch.sweep import cluster
+from launch.sweep.cluster import probe
 from launch.sweep.config import load_sweep
 from launch.sweep.milestones import Length, milestones
 from launch.sweep.plan import plan_trial, run_config
@@ -21,6 +25,7 @@ from launch.sweep.processes import Evaluations
 from launch.sweep.records import FILE, Records
 from launch.sweep.space import arguments_of, drawn_trials, shown
 from launch.sweep.take_over import give, take_over
+from pipeline.config_load import load_config
 from pipeline.data.order import default_lanes
 from pipeline.errors import UserError
 from pipeline.tracking.files import read_lines
@@ -81,6 +86,17 @@ def test_a_mistake_is_explained(changes: dict[str, Any], expected: str, tmp_path
     with pytest.raises(UserError) as error:
         load_sweep(write(tmp_path, **changes))
     assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("overrides", [[], ["train.epochs=2"], ["model.name=x", "space.seed.grid=[1]"]])
+def test_recipes_and_sweeps_are_told_apart(overrides: list[str]) -> None:
+    recipe, sweep = str(ROOT / "configs" / "demo.yaml"), str(ROOT / "configs" / "sweep" / "digits.yaml")
+    with pytest.raises(UserError) as error:
+        load_sweep(recipe, overrides)
+    assert str(error.value) == f"{recipe}: this is a recipe: rookery train {recipe}; a sweep names one as its recipe"
+    with pytest.raises(UserError) as error:
+        load_config(sweep, overrides)
+    assert str(error.value).startswith(f"{sweep}: this is a sweep: rookery sweep {sweep}; the recipe")
 
 
 def test_overrides_go_to_the_sweep_or_to_its_recipe(tmp_path: Path) -> None:
@@ -546,3 +562,42 @@ def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match="pip install 'rookery\\[ray\\]'"):
         import_ray()
+
+
+@pytest.mark.parametrize("address", ["foo", "foo:", ":1", "foo:bar", "foo:0", "foo:65536", "foo:1/x"])
+def test_an_address_without_host_and_port_is_explained(address: str) -> None:
+    with pytest.raises(UserError, match=f"Ray's address {address} is no HOST:PORT"):
+        probe(address)
+
+
+@pytest.mark.parametrize("address", ["auto", "local", "ray://nowhere.invalid:10001"])
+def test_other_addresses_are_left_to_ray(address: str) -> None:
+    probe(address)
+
+
+def test_a_head_that_listens_late_is_waited_for() -> None:
+    with socket.socket() as head:
+        head.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"no Ray cluster answers at {address}: Connection refused; start one"):
+            probe(address, seconds=0.1)
+        timer = Timer(0.7, head.listen)
+        timer.start()
+        probe(address, seconds=20)
+        timer.join()
+
+
+@pytest.mark.parametrize("how", ["option", "variable", "auto"])
+def test_where_nobody_listens_ray_is_not_asked(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait without an end."""
+    monkeypatch.setattr(cluster, "import_ray", lambda: None)
+    monkeypatch.setattr(cluster, "_PAUSE_SECONDS", 99.0)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        if how != "option":
+            monkeypatch.setenv("RAY_ADDRESS", address)
+        asked = {"option": address, "variable": None, "auto": "auto"}[how]
+        with pytest.raises(UserError, match=f"no Ray cluster answers at {address}"), cluster.connected(asked):
+            pass

@@ -131,6 +131,16 @@ def test_json_holds_everything(runs: Path) -> None:
     assert (a["best_top1"], a["best_step"], a["curve"][1]) == (0.76, 250, [200, 0.75])
 
 
+def test_a_page_is_not_printed_to_a_terminal(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert invoke(str(runs), "--html").startswith("<!doctype html>")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    with pytest.raises(UserError, match=r"not for a terminal; name its file: --html report\.html"):
+        compare([runs], html="-")
+    assert capsys.readouterr().out == ""
+
+
 def test_csv_has_full_names(runs: Path) -> None:
     a, b, c = csv.DictReader(io.StringIO(invoke(str(runs), "--csv")))
     assert (a["name"], a["state"], a["final_top1"], a["optim.lr"]) == ("a", "finished", "0.71", "0.1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import get_args
 
@@ -9,10 +10,13 @@ import pytest
 from scipy import stats
 
 from launch.sweep.config import Metric
-from pipeline.tracking.compare import group_columns
+from pipeline.tracking.compare import group_columns, repeats
+from pipeline.tracking.files import json_line
 from pipeline.tracking.groups import Spread, best_group, compare_groups, group_runs, holm, spread, welch
 from pipeline.tracking.metric_names import lower_is_better
 from pipeline.tracking.record import RunSummary, summarize_all
+from pipeline.tracking.report.data import page_data
+from pipeline.tracking.table_formats import to_json
 from tests.tracking.made_runs import IMAGENET, write_run
 
 A, B, C = [0.812, 0.815, 0.811], [0.823, 0.826, 0.82, 0.827], [0.8, 0.8, 0.8]
@@ -117,3 +121,56 @@ def test_table_over_seeds(runs: list[RunSummary]) -> None:
         "to the best [95 %]": ["-1.13 [-1.64, -0.62]", "best", "-"],
         "p": ["0.0023", "-", "-"],
     }
+
+
+DATES = {"a0": 1, "a0-copy": 1, "a0-again": 3, "a1": 1, "a1-killed": 9, "a1-newer": 5}
+
+
+@pytest.fixture
+def repeated(tmp_path: Path) -> list[RunSummary]:
+    """One setting with two seeds, each of several runs; `DATES` has the day on which each ended."""
+    for i, (name, day) in enumerate(DATES.items()):
+        run = write_run(tmp_path / name, [0.1 * i], seed=int(name[1]), status=None if "killed" in name else "finished")
+        sessions = [{"event": "start", "time": 86_400.0 * day + 2e6}]
+        if "killed" not in name:
+            sessions.append({"event": "end", "time": 86_400.0 * day + 2e6 + 60, "status": "finished"})
+        (run / "sessions.jsonl").write_bytes(b"".join(map(json_line, sessions)))
+    return summarize_all([tmp_path])[0]
+
+
+def test_of_runs_with_one_seed_the_newest_counts(repeated: list[RunSummary]) -> None:
+    (group,) = group_runs(repeated, "top1")
+    assert [run.name for run in group.counted] == ["a0-again", "a1-newer"]
+    assert (group.values, group.final) == ([0.2, 0.5], Spread(0.35, pytest.approx(0.3 / 2**0.5), 2))
+    assert [(run.name, newest.name) for run, newest in group.repeats] == [
+        ("a0", "a0-again"),
+        ("a0-copy", "a0-again"),
+        ("a1", "a1-newer"),
+    ]
+    assert repeats([group], repeated) == [
+        "left out of n: a0, a0-copy (same seed 0 as a0-again); a1 (same seed 1 as a1-newer); "
+        "of runs with one seed and equal settings the newest counts"
+    ]
+
+
+def test_every_form_counts_a_seed_once(repeated: list[RunSummary]) -> None:
+    (group,) = json.loads(to_json(repeated, "top1", None))["groups"]
+    names = [run.name for run in repeated]
+    assert [names[i] for i in group["complete"]] == ["a0-again", "a1-newer"]
+    assert [names[i] for i in group["repeats"]] == ["a0", "a0-copy", "a1"]
+    assert (group["n"], group["values"], len(group["runs"])) == (2, [0.2, 0.5], 6)
+    page = page_data(repeated, "top1", None, [])
+    assert page["groups"][0]["n"] == 2
+    assert any("Left out of n: a0, a0-copy (same seed 0 as a0-again)" in note for note in page["notes"])
+    columns = {column.title: column.cells for column in group_columns(group_runs(repeated, "top1"), "top1")}
+    assert columns["n"] == ["2"]
+
+
+@pytest.mark.parametrize(("seed", "n"), [(0, 1), (None, 3)])
+def test_runs_that_do_not_say_their_seed_count_each(seed: int | None, n: int, tmp_path: Path) -> None:
+    for name in "abc":
+        config = write_run(tmp_path / name, [0.5], seed=0) / "config.yaml"
+        if seed is None:
+            config.write_text(config.read_text().replace('"seed": 0, ', ""))
+    (group,) = group_runs(runs := summarize_all([tmp_path])[0], "top1")
+    assert (len(group.values), len(group.repeats), len(repeats([group], runs))) == (n, 3 - n, int(n == 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from pipeline.errors import UserError
 from pipeline.models import list_models, model_info
 from pipeline.models.facts import model_facts
 from pipeline.tracking.compare import cost, table_columns
+from pipeline.tracking.files import write_json
 from pipeline.tracking.published import dataset_name, published_points
 from pipeline.tracking.record import metrics_of, summarize, summarize_all
+from pipeline.tracking.run_dir import RunDir
 from pipeline.tracking.work_clock import WorkClock
 from tests.tracking.made_runs import IMAGENET, write_run
 
@@ -118,6 +121,68 @@ def test_damaged_and_empty_runs_are_named_and_left_out(tmp_path: Path) -> None:
     named = ("bad-facts.json", "bad-config.yaml", "binary", "top1='high' at step", "empty is empty")
     for part in (*named, "nothing is no run directory"):
         assert sum(part in reason for reason in left_out) == 1, (part, left_out)
+
+
+RANDOM = bytes(value for value in Random(0).randbytes(400) if value != 10)[:300]
+
+
+@pytest.mark.parametrize("metrics", [b"", RANDOM, b'{"kind": "tr', None], ids=["empty", "random", "torn", "none"])
+@pytest.mark.parametrize(
+    ("status", "result", "damaged"),
+    [
+        ("finished", {"step": 100}, True),
+        ("finished", None, True),
+        ("stopped", None, True),
+        ("failed", {"step": 100}, True),
+        ("failed", {"step": 0}, False),
+        ("failed", None, False),
+        ("interrupted", None, False),
+        (None, None, False),  # just started, or killed before its first line
+    ],
+)
+def test_a_run_that_trained_has_metrics(
+    metrics: bytes | None, status: str | None, result: Any, damaged: bool, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "a", [0.5], status=status)
+    if metrics is None:
+        (run / "metrics.jsonl").unlink()
+    else:
+        (run / "metrics.jsonl").write_bytes(metrics)
+    if result is not None:
+        write_json(run / "result.json", result)
+    runs, left_out = summarize_all([tmp_path / "a", write_run(tmp_path / "good", [0.5])])
+    assert [run.name for run in runs] == (["good"] if damaged else ["a", "good"])
+    assert ["metrics.jsonl is damaged: the run is" in reason for reason in left_out] == [True] * damaged
+
+
+def test_a_run_that_is_training_may_have_no_metrics_yet(tmp_path: Path) -> None:
+    """Though an earlier one left its result there."""
+    run = write_run(tmp_path / "a", [])
+    write_json(run / "result.json", {"step": 100})
+    with RunDir.open(run, {}, {}):
+        assert summarize(run).state == "running"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("facts.json", 5, "it has no keys"),
+        ("facts.json", [], "it has no keys"),
+        ("facts.json", {"datasets": 5}, "datasets=5"),
+        ("facts.json", {"datasets": {"train": 5}}, "datasets.train=5"),
+        ("facts.json", {"total_steps": "x" * 99}, 'total_steps="' + "x" * 36 + "..."),
+        ("facts.json", {"total_epochs": "many"}, 'total_epochs="many"'),
+        ("result.json", {"best": 5}, "best=5"),
+        ("result.json", {"top1": "high"}, 'top1="high"'),
+        ("result.json", {"step": [1]}, "step=[1]"),
+    ],
+)
+def test_a_file_that_no_run_wrote_is_named(name: str, content: Any, reason: str, tmp_path: Path) -> None:
+    write_json(write_run(tmp_path / "a", [0.5]) / name, content)
+    with pytest.raises(UserError) as error:
+        summarize(tmp_path / "a")
+    expected = f"{tmp_path / 'a' / name} isn't what a run wrote ({reason}); restore it or leave the run out"
+    assert str(error.value) == expected
 
 
 def test_none_left_is_an_error(tmp_path: Path) -> None:

@@ -90,7 +90,8 @@ function runCurves(source, name, axis, metric) {
   });
 }
 
-// Runs of a group that its mean is made of: as in the table over seeds those that came to their end; while there are none, all.
+// Runs of a group that its mean is made of: as in the table over seeds those that came to their end,
+// of each seed the newest; while there are none, all.
 function counted(group) {
   const complete = group.complete.filter(shown);
   return complete.length ? complete : group.runs.filter(shown);

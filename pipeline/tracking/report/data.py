@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.tracking import metric_names
-from pipeline.tracking.compare import cost, few, run_labels, short_titles
+from pipeline.tracking.compare import cost, few, repeats, run_labels, short_titles
 from pipeline.tracking.groups import COMPLETE, best_group, compare_groups, differing_keys, group_runs
 from pipeline.tracking.published import published_points, speeds_source
 from pipeline.tracking.record import FLOPS_PER_MAC, Columns, RunSummary, metrics_of
@@ -65,7 +65,7 @@ def page_data(runs: Sequence[RunSummary], metric: str, price: float | None, left
         "price": price,
         "flopsPerMac": FLOPS_PER_MAC,
         "leftOut": list(left_out),
-        "notes": notes(runs),
+        "notes": notes(runs) + [f"{line[0].upper()}{line[1:]}." for line in repeats(groups, runs)],
     }
     return _plain(content)
 

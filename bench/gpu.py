@@ -29,6 +29,7 @@ OTHERS = [SWIN, VIT, "timm:deit_small_patch16_224"]
 REFINERS = ["refiner_vit_s", "refiner_vit_s+maps", "refiner_vit_s+checkpoint"]
 # Pictures of 32 px, blocks of 16 tokens: PyTorch's attention and ours.
 CIFAR = ["nest_tiny_cifar", "nest_tiny_cifar+triton"]
+HVTS = ["deit_small", "hvt_ti_1", *(f"hvt_s_{pools}" for pools in range(5))]
 MODELS = ["nest_tiny", NEST, "hvt_s_1", *REFINERS, "refiner_vit_s+fold", *OTHERS]
 
 
@@ -52,6 +53,16 @@ PARTS = {
     "largest": Part(["nest_tiny", NEST, *REFINERS], NEST, None, phases=("train",), repeats=3),
     "cifar": Part(CIFAR, CIFAR[0], 512),
     "cifar_compiled": Part(CIFAR, CIFAR[0], 512, compiled=True, repeats=3, seconds=0.5),
+    "nest_small": Part(["nest_small", "timm:nest_small_jx"], "timm:nest_small_jx", 128),
+    "nest_base": Part(["nest_base", "timm:nest_base_jx"], "timm:nest_base_jx", 128),
+    "nest_base_compiled": Part(
+        ["nest_base", "timm:nest_base_jx"], "timm:nest_base_jx", 128, compiled=True, repeats=3, seconds=0.5
+    ),
+    "hvts": Part(HVTS, HVTS[0], 256, repeats=3, seconds=0.5),
+    "refiners": Part(
+        ["refiner_vit_m+maps", "refiner_vit_l+maps"], "refiner_vit_m+maps", 64, phases=("train",), repeats=3
+    ),
+    "refiner_448": Part(["refiner_vit_l+maps"], "refiner_vit_l+maps", 64, phases=("train",), side=448, repeats=3),
     "compiled_refiner": Part(REFINERS, REFINERS[0], 128, compiled=True, phases=("train",), repeats=3, seconds=0.5),
 }
 _SMALL = ["deit_tiny", "timm:vit_tiny_patch16_224", "refiner_vit_s+maps"]

@@ -3,8 +3,9 @@
 # throughput and memory. A file per part is written as soon as it is measured. A call takes nine minutes at most: a part
 # that it has no time for is named, for another call with --only. Needs torch and timm alone.
 #
-#   bench/gpu.sh [--tiny] [--only checks,eager,compiled,largest,cifar,cifar_compiled,compiled_refiner] [--minutes 8.5] [--out bench/results]
+#   bench/gpu.sh [--tiny] [--only checks,eager,compiled,...] [--minutes 8.5] [--out bench/results]
 #
+# The parts are those of PARTS in bench/gpu.py, in their order: what decides most comes first.
 # --tiny takes small models and pictures, on a CPU too, to try the script itself.
 set -euo pipefail
 root=$(realpath "$(dirname "$0")/..")

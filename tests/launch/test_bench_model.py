@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from bench.gpu import PARTS
 from launch import cli
 from launch.bench_cli import _batch, _phases
 from launch.bench_model.batch import largest
@@ -28,6 +30,7 @@ from launch.bench_model.rounds import Found, Plan, rows, take_turns
 from launch.bench_model.runner import Runner
 from pipeline.errors import UserError
 from pipeline.models import create_model
+from pipeline.models.attention import Attention
 from pipeline.models.facts import model_facts
 from pipeline.models.refine_maps import FoldedOfficial, OfficialRefiner
 from pipeline.models.timm_weights import from_timm
@@ -52,6 +55,8 @@ def test_names() -> None:
         lean = contender("refiner_vit_s+maps", 32).build()
         assert all(m.lean for m in lean.modules() if isinstance(m, OfficialRefiner))
         assert contender("deit_tiny+checkpoint", None).build().grad_checkpointing
+        attention = [m for m in contender("nest_tiny_cifar+triton", None).build().modules() if isinstance(m, Attention)]
+        assert len(attention) == 12 and all(m.small for m in attention)
     assert any(isinstance(m, FoldedOfficial) for m in folded.build().modules())
     theirs = contender("timm:vit_tiny_patch16_224", None)
     assert (theirs.side, type(theirs.build()).__module__) == (224, "timm.models.vision_transformer")
@@ -61,6 +66,8 @@ MISTAKES: dict[str, tuple[str, int | None, str]] = {
     "model": ("nest_tny", None, "did you mean 'nest_tiny'"),
     "way": ("nest_tiny+folded", None, "after the plus comes fold, checkpoint, maps"),
     "no maps": ("nest_tiny+maps", None, "refines no attention maps"),
+    "no blocks": ("hvt_ti_1+triton", None, "the kernels are for the blocks of a NesT"),
+    "large blocks": ("nest_tiny+triton", None, "for blocks of 16 or 64 tokens, these have 196"),
     "timm's way": ("timm:swin_tiny_patch4_window7_224+fold", None, "only models of this package"),
     "timm's model": ("timm:nest_tny", None, "timm can't build it"),
     "size": ("nest_tiny", 30, "img_size=30 can't be cut into blocks"),
@@ -248,6 +255,17 @@ print(report["models"][0]["images_per_second"]["median"] > 0)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=_environment())
     assert done.stdout.strip() == "True", done.stderr
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_of_the_gpu_script_can_be_built(part: str) -> None:
+    names = PARTS[part].names
+    assert PARTS[part].against in names
+    for name in names:
+        if name.startswith("timm:"):
+            assert timm.is_model(name.removeprefix("timm:"))
+        else:
+            assert contender(name, PARTS[part].side).name == name
 
 
 def test_gpu_script_at_a_tiny_size(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import sys
+from importlib import metadata
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -26,11 +28,27 @@ from pipeline.errors import UserError
 
 _commands = typer.Typer(
     name="rookery",
-    help="Train hierarchical vision transformers from scratch: shard the data, train, evaluate, compare.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"rookery {metadata.version('rookery')}")
+        raise typer.Exit
+
+
+@_commands.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Train hierarchical vision transformers from scratch: shard the data, train, evaluate, compare."""
+
+
 _commands.command()(prep_cli.prep)
 _commands.command()(prep_cli.verify)
 _commands.command()(train_cli.train)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +16,10 @@ from pipeline.explain.names import Method, Scores
 from pipeline.tracking.files import check_place
 
 if TYPE_CHECKING:
+    from pipeline.data.augment.evaluation import EvalTransform
     from pipeline.explain.localize import Box
     from pipeline.explain.methods import Explained, Options, Subject
+    from pipeline.explain.pictures import Picture
 
 # Pictures on the contact sheet, and side by side there.
 _SHEET, _COLUMNS = 48, 4
@@ -76,7 +79,7 @@ def explain(
     # Imported here because torch takes seconds, which every other command and `--help` would pay.
     from pipeline.explain import methods
     from pipeline.explain.localize import THRESHOLD
-    from pipeline.explain.pictures import find_pictures, read_picture
+    from pipeline.explain.pictures import find_pictures
 
     truths = {} if boxes is None else read_boxes(boxes)
     files = find_pictures(images)
@@ -97,11 +100,12 @@ def explain(
         THRESHOLD if threshold is None else threshold,
         truths,
     )
-    _clear(out)
     explained: list[Explained] = []
-    for start in range(0, len(files), batch_size):
-        some = files[start : start + batch_size]
-        pictures = [read_picture(file, subject.transform) for file in some]
+    left_out: list[str] = []
+    for batch in _batches(files, set(images), subject.transform, batch_size, left_out):
+        if not explained:
+            _clear(out)
+        some, pictures = zip(*batch, strict=True)
         for file, one in zip(some, methods.explain(subject, pictures, chosen, options), strict=True):
             one.record["path"] = str(file)
             if one.page is not None:
@@ -109,7 +113,35 @@ def explain(
                 one.page.save(out / one.record["overlay"])
             typer.echo(_line(one.record))
             explained.append(one._replace(page=None, panel=one.panel if len(explained) < _SHEET else None))
-    _finish(explained, subject, str(run), chosen, options, out, json_file)
+    if not explained:
+        raise UserError(f"none of {len(left_out)} images can be read; see above, and name others")
+    _finish(explained, subject, str(run), chosen, options, out, json_file, left_out)
+
+
+def _batches(
+    files: list[Path], named: set[Path], transform: EvalTransform, size: int, left_out: list[str]
+) -> Iterator[list[tuple[Path, Picture]]]:
+    """The images, read, so many at a time. A bad one of a folder is told and left out, one that was named is not.
+
+    Raises:
+        UserError: an image that was named can't be read.
+    """
+    from pipeline.explain.pictures import read_picture
+
+    batch: list[tuple[Path, Picture]] = []
+    for file in files:
+        try:
+            batch.append((file, read_picture(file, transform)))
+        except UserError as error:
+            if file in named:
+                raise
+            typer.echo(f"left out: {error}", err=True)
+            left_out.append(str(file))
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def _check(method: str | None, sign: int, boxes: Path | None, threshold: float | None) -> None:
@@ -229,7 +261,14 @@ def _rounded(box: Any) -> str:
 
 
 def _finish(
-    explained: list[Explained], subject: Subject, run: str, method: str, options: Options, out: Path, json_file: Path
+    explained: list[Explained],
+    subject: Subject,
+    run: str,
+    method: str,
+    options: Options,
+    out: Path,
+    json_file: Path,
+    left_out: list[str],
 ) -> None:
     """The contact sheet or the chart, the JSON, and where they are."""
     import numpy as np
@@ -254,6 +293,6 @@ def _finish(
     else:
         rows = np.array([one.record["similarity"] for one in explained])
         draw_similarity(rows, subject.name, out / CHART_NAME)
-    result["images"] = [one.record for one in explained]
+    result |= {"left_out": left_out, "images": [one.record for one in explained]}
     write_json(json_file, result)
     typer.echo(f"wrote {json_file} and the pictures in {out}")

@@ -112,6 +112,27 @@ def test_the_default(models: Path, pictures: Path, explain: Explain, tmp_path: P
         assert sum(below["scores"]) == pytest.approx(root["scores"][root["child"]], rel=1e-4, abs=1e-7)
 
 
+def test_bad_images_of_a_folder_are_left_out(models: Path, pictures: Path, explain: Explain, tmp_path: Path) -> None:
+    """One that was named is a mistake, and what was there before stays."""
+    folder, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(pictures, folder)
+    (folder / "ab.jpg").write_bytes(b"no image")
+    status, _, err = explain(models / "nest", folder, "--out", out, "--batch-size", "1")
+    assert status == 0 and err.startswith(f"left out: {folder / 'ab.jpg'}: can't be read as an image")
+    told = result(out)
+    assert told["left_out"] == [str(folder / "ab.jpg")]
+    assert [Path(image["path"]).name for image in told["images"]] == ["a.jpg", "b.png"]
+    assert [image["overlay"] for image in told["images"]] == ["0000_a.png", "0001_b.png"]
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    status, _, err = explain(models / "nest", folder / "ab.jpg", folder / "a.jpg", "--out", out)
+    assert status == 2 and "ab.jpg: can't be read as an image" in err
+    for name in ("a.jpg", "b.png"):
+        (folder / name).unlink()
+    status, _, err = explain(models / "nest", folder, "--out", out)
+    assert status == 2 and "none of 1 images can be read" in err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_pages_of_the_call_before_are_gone(models: Path, pictures: Path, explain: Explain, tmp_path: Path) -> None:
     """Others' files stay; pictures get pages whatever they are called."""
     for name in ("x" * 250 + ".jpg"[:5], "two\nlines.jpg", "ünï.jpg"):

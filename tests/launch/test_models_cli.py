@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from itertools import groupby
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from launch import cli
 from launch.models_cli import models
 from pipeline.models import list_models, model_info
 from pipeline.models.facts import ModelFacts
@@ -85,3 +87,8 @@ def test_generators() -> None:
     assert rows["nest_gen_64"]["params"] == rows["plane_gen_64"]["params"] == 11_484_867
     assert rows["nest_gen_64"]["macs"] == 1_298_202_624
     assert "nest_gen_micro" in run("nest*", "--generators") and "11,484,867" in run("nest*", "--generators")
+
+
+def test_version() -> None:
+    done = CliRunner().invoke(cli._commands, ["--version"])
+    assert (done.exit_code, done.output) == (0, f"rookery {metadata.version('rookery')}\n")

@@ -161,7 +161,8 @@ def _summarize(path: Path) -> RunSummary:
     result = _read_object(path / RESULT_NAME, _RESULT)
     state = run_state(path)
     # Every run writes a line at its last step; one that was started again over an old result may not have come to it.
-    if not lines and state != "running" and (result.get("step") or state in ("finished", "stopped")):
+    trained = result.get("step") or (state in ("finished", "stopped") and (path / METRICS_NAME).exists())
+    if not lines and state != "running" and trained:
         raise UserError(
             f"{path / METRICS_NAME} is damaged: the run is {state}, but no line of its metrics can be read; restore it "
             "or leave the run out"

@@ -144,8 +144,9 @@ def test_a_run_that_trained_has_metrics(
     metrics: bytes | None, status: str | None, result: Any, damaged: bool, tmp_path: Path
 ) -> None:
     run = write_run(tmp_path / "a", [0.5], status=status)
-    if metrics is None:
+    if metrics is None:  # without a result too nothing says that it trained
         (run / "metrics.jsonl").unlink()
+        damaged = damaged and result is not None
     else:
         (run / "metrics.jsonl").write_bytes(metrics)
     if result is not None:

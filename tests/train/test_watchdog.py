@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,7 +58,10 @@ def test_a_process_that_is_stopped_is_replaced(recipe: Path, fork_server: ForkSe
     run.check_end(tmp_path / "runs" / "cut", tmp_path / "runs" / "whole")
     said = run.log.read_text()
     assert "(train.hang_minutes): rank 0, where the processes meet, did not answer" in said
-    assert "rookery: rank 1 trains in step" in said
+    # Where it waits for rank 0 depends on the moment.
+    assert re.search(
+        r"rookery: rank 1 (trains|logs|evaluates|saves) in step \d+ for \d+ s; its threads:\n.*\n  File ", said
+    ), said
 
 
 def stuck_here() -> None:

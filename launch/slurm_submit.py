@@ -14,7 +14,7 @@ from launch.workers import Nodes
 from pipeline.config_load import load_config
 from pipeline.errors import UserError
 from pipeline.resolve import resolve
-from pipeline.train.recorder import check_same_run
+from pipeline.train.same_run import check_same_run
 from pipeline.train.setup import try_samples
 
 

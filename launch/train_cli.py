@@ -66,7 +66,7 @@ def train(
     from pipeline.config_load import load_config
     from pipeline.resolve import resolve
     from pipeline.tracking.files import check_place
-    from pipeline.train.recorder import check_same_run
+    from pipeline.train.same_run import check_same_run
     from pipeline.train.status import INTERRUPTED, RESUBMIT
     from pipeline.wording import counted
 

@@ -12,7 +12,7 @@ from pipeline.config import RunConfig
 from pipeline.config_load import load_config
 from pipeline.errors import UserError
 from pipeline.resolve import Resolved, resolve
-from pipeline.train.recorder import check_same_run
+from pipeline.train.same_run import check_same_run
 
 # Keys that a run can change in the middle: its weights, optimizer state, data order and calendar stay what they are.
 VARIABLE = (

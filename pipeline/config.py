@@ -88,6 +88,11 @@ class DataConfig(Section):
         "compiled",
         description="compiled: libjpeg-turbo and compiled loops; pillow: the plain path that they are tested against",
     )
+    resident: bool = Field(
+        False,
+        description="decode both splits once, keep them in the memory of every device, and augment there; their "
+        "pictures must have one size",
+    )
     max_bad_samples: int | None = Field(
         None,
         ge=0,
@@ -302,6 +307,8 @@ class RunConfig(Section):
             yield "model.init_head=new goes with weights to start from: set model.init, or leave model.init_head out"
         if self.eval.weights == "ema" and self.train.ema_decay is None:
             yield "eval.weights=ema needs an average to evaluate: set train.ema_decay (0.9999, say)"
+        if self.data.resident:
+            yield from self._not_resident()
         if self.explain.images and self.data.val is None:
             yield "explain.images draws after evaluations, and there is no split for them: set data.val"
         if self.engine.offload_optimizer and (self.engine.name != "deepspeed" or self.engine.zero_stage == 0):
@@ -323,6 +330,18 @@ class RunConfig(Section):
             self.augment.mean_std(self.model.in_chans)
         except UserError as error:
             yield str(error)
+
+    def _not_resident(self) -> Iterator[str]:
+        """What `data.resident` can't be together with."""
+        fault = self.augment.off_device()
+        if self.task.kind == "language":
+            fault = "task=language has no pictures"
+        elif self.data.augment_by == "pillow":
+            fault = "data.augment_by=pillow augments on the host"
+        elif self.objective.token_labels:
+            fault = "objective.token_labels=true reads label maps from the shards"
+        if fault is not None:
+            yield f"data.resident=true keeps pictures on the device and augments them there, but {fault}: leave it out"
 
     def _pictures_in_language(self) -> Iterator[str]:
         for section in ("augment", "eval_transform", "mix", "objective", "explain"):

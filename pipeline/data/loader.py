@@ -27,6 +27,7 @@ from pipeline.data.batches import Batches, Failed, empty_to_send
 from pipeline.data.fast.decode import decode_image, decode_part
 from pipeline.data.fast.transform import FastTransform, Wanted
 from pipeline.data.order import DataOrder
+from pipeline.data.resident.plan import Plan
 from pipeline.data.shards import ShardSet
 from pipeline.data.substitute import BadSample, Replaced, Retries, Substitutes
 from pipeline.errors import UserError
@@ -34,7 +35,7 @@ from pipeline.hashing import uniform
 
 __all__ = ["Batches", "EvalBatch", "EvalDataset", "StepDataset", "TrainBatch"]
 
-_DROP_PATH_STREAM = 101
+DROP_PATH_STREAM = 101
 
 # Gives the picture of the next sample of a batch, or the part that it is told.
 _Load = Callable[..., Any]
@@ -46,7 +47,8 @@ class TrainBatch(NamedTuple):
     """One process's part of a global step.
 
     Attributes:
-        images: (b, C, H, W), augmented: float32 and normalised, or uint8 where that is left to the device.
+        images: (b, C, H, W), augmented: float32 and normalised, or uint8 where that is left to the device; empty with a
+            `plan`.
         labels: (b,) int64.
         samples: (b,) int64, positions in the manifest of what is trained on: of the replacement where one is bad.
         drop_path: (b, P) float32 uniforms, one per sample and stochastic-depth branch.
@@ -54,6 +56,7 @@ class TrainBatch(NamedTuple):
         tokens: label maps; None where the tokens have no labels of their own.
         erased: boxes that the device erases; None where `images` are finished.
         replaced: the bad samples among those that the order asks for; None: all are good.
+        plan: what the device does to pictures that it holds; None: `images` come with the batch.
     """
 
     images: torch.Tensor
@@ -64,6 +67,7 @@ class TrainBatch(NamedTuple):
     tokens: TokenLabelBatch | None = None
     erased: Erased | None = None
     replaced: list[Replaced] | None = None
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,7 @@ class StepDataset(Dataset):
             images,
             torch.tensor([sample.label for sample in samples]),
             torch.tensor(used),
-            torch.from_numpy(uniform(seed, _DROP_PATH_STREAM, chosen.epoch, ids[:, None], np.arange(self.drop_paths))),
+            torch.from_numpy(uniform(seed, DROP_PATH_STREAM, chosen.epoch, ids[:, None], np.arange(self.drop_paths))),
             draw_mix(self.mix, seed, step, chosen.lanes, order.chunk, self.img_size),
             self._tokens(step, chosen.lanes, samples, warps),
             erased,

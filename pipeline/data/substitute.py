@@ -47,7 +47,7 @@ class BadSample(UserError):
     ) -> None:
         name = f"sample {key}: " if key else ""
         super().__init__(f"{path}: {name}{reason}; {mend}")
-        self.path, self.reason, self.key = str(path), reason, key
+        self.path, self.reason, self.mend, self.key = str(path), reason, mend, key
         self.lost, self.passing = lost, passing
 
     @property

@@ -9,17 +9,23 @@ import torch
 
 from pipeline.data.augment.finish import Finish
 from pipeline.data.loader import TrainBatch
+from pipeline.data.resident.augment import DeviceAugment
 
 
-def on_device(batches: Iterable[TrainBatch], device: torch.device, finish: Finish) -> Iterator[TrainBatch]:
+def on_device(
+    batches: Iterable[TrainBatch], device: torch.device, finish: Finish, augment: DeviceAugment | None = None
+) -> Iterator[TrainBatch]:
     """The batches on the device, images finished, but for what only the host reads: numbers and faults of samples.
+
+    Args:
+        augment: carries out the plans of batches that come without images.
 
     On a GPU each copy runs in a stream of its own. The host is ahead of the GPU, so it runs while the GPU still
     computes the step before; the step itself waits for it on the GPU, and the host never does.
     """
     if device.type != "cuda":
         for batch in batches:
-            yield _finished(batch, finish)
+            yield _finished(batch, finish, augment)
         return
     stream = torch.cuda.Stream(device)
     for batch in batches:
@@ -35,6 +41,7 @@ def on_device(batches: Iterable[TrainBatch], device: torch.device, finish: Finis
                 if batch.erased is None
                 else batch.erased._replace(noise=batch.erased.noise.to(device, non_blocking=True)),
                 replaced=batch.replaced,
+                plan=None if batch.plan is None else batch.plan.to(device),
             )
         compute = torch.cuda.current_stream(device)
         compute.wait_stream(stream)
@@ -42,10 +49,13 @@ def on_device(batches: Iterable[TrainBatch], device: torch.device, finish: Finis
             if tensor.is_cuda:
                 # Its memory, of the copying stream, must not be used again before the step has read it.
                 tensor.record_stream(compute)
-        yield _finished(moved, finish)
+        yield _finished(moved, finish, augment)
 
 
-def _finished(batch: TrainBatch, finish: Finish) -> TrainBatch:
+def _finished(batch: TrainBatch, finish: Finish, augment: DeviceAugment | None) -> TrainBatch:
+    if batch.plan is not None:
+        assert augment is not None, "whoever asks for plans has the pictures"
+        batch = batch._replace(images=augment(batch.plan), plan=None)
     if batch.erased is None:
         return batch
     return batch._replace(images=finish(batch.images, batch.erased), erased=None)

@@ -27,6 +27,7 @@ FREE_KEYS = (
     "data.cache",
     "data.workers",
     "data.prefetch",
+    "data.resident",
     "data.max_bad_samples",
     "data.trace",
     "train.accumulate",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
 from copy import copy
 from functools import partial
 
@@ -13,20 +16,34 @@ from torch import nn
 
 from pipeline.config import RunConfig
 from pipeline.data.ahead import fetched_ahead
+from pipeline.data.augment.finish import Finish
 from pipeline.data.augment.transforms import build_eval_transform, build_train_transform
 from pipeline.data.fast.transform import FastTransform
-from pipeline.data.loader import Batches, EvalDataset, StepDataset, TokenLabelOptions, load_sample
+from pipeline.data.loader import (
+    Batches,
+    EvalBatch,
+    EvalDataset,
+    StepDataset,
+    TokenLabelOptions,
+    TrainBatch,
+    load_sample,
+)
 from pipeline.data.order import DataOrder
+from pipeline.data.resident.augment import DeviceAugment
+from pipeline.data.resident.dataset import KeptBatches, PlanDataset
+from pipeline.data.resident.plan import Planner
+from pipeline.data.resident.split import decode_split
 from pipeline.data.shards import ShardSet
 from pipeline.hashing import seed64
 from pipeline.resolve import Resolved, build_model, training_shards
+from pipeline.train.copies import on_device
 from pipeline.train.cores import num_cores
 from pipeline.train.distributed import World
 from pipeline.train.init_weights import load_init
 from pipeline.trees import flatten
 
 # Where a node finds the data, and what its loaders use, may be its own.
-OWN_KEYS = ("data.train", "data.val", "data.cache", "data.cache_gb", "data.workers", "data.prefetch")
+OWN_KEYS = ("data.train", "data.val", "data.cache", "data.cache_gb", "data.workers", "data.prefetch", "data.resident")
 
 # Parts of a node's cache that shards may fill before they are needed, in training and in evaluation.
 _TRAIN_SHARE, _EVAL_SHARE = 0.75, 0.125
@@ -52,8 +69,45 @@ def initial_model(config: RunConfig, world: World, resumed: bool = False) -> nn.
     return model.to(world.device)
 
 
+def device_batches(run: Resolved, shards: ShardSet, world: World, start: int) -> Iterator[TrainBatch]:
+    """This process's batches from global step `start` to the end of the run, on its device, ready for the model.
+
+    Raises:
+        UserError: `data.resident` asks for what the split can't give.
+    """
+    config, device = run.config, world.device
+    size, channels = config.model.img_size, config.model.in_chans
+    finish = Finish(config.augment, channels)
+    if not config.data.resident:
+        return on_device(train_batches(run, shards, world, start), device, finish)
+    assert size is not None, "resolve fills in the image size"
+    workers, prefetch = loader_workers(config), config.data.prefetch
+    began = time.monotonic()
+    split = decode_split(shards, channels, workers, prefetch, device)
+    if world.is_main:
+        size_and_time = f"{split.pictures.nbytes / 1e6:,.0f} MB on {device}, {time.monotonic() - began:.1f} s"
+        print(f"{len(shards):,} pictures decoded: {size_and_time}", file=sys.stderr, flush=True)
+    height, width = split.pictures.shape[2:]
+    planner = Planner(config.augment, height, width, size, channels)
+    dataset = PlanDataset(
+        shards,
+        split.labels,
+        split.faults,
+        run.order,
+        planner,
+        config.mix,
+        size,
+        run.drop_paths,
+        world.rank,
+        world.size,
+        replace_bad=config.data.max_bad_samples != 0,
+    )
+    batches = Batches(dataset, range(start, run.plan.end_step), workers, prefetch, device)
+    return on_device(iter(batches), device, finish, DeviceAugment(split.pictures, config.augment, size))
+
+
 def train_batches(run: Resolved, shards: ShardSet, world: World, start: int) -> Batches:
-    """This process's batches from global step `start` to the end of the run."""
+    """This process's batches from global step `start` to the end of the run, as loader processes make them."""
     config = run.config
     size, channels = config.model.img_size, config.model.in_chans
     assert size is not None, "resolve fills in the image size"
@@ -91,14 +145,15 @@ def token_options(run: Resolved) -> TokenLabelOptions | None:
     return TokenLabelOptions(run.token_grid, objective.mix_token, objective.official_roi_order)
 
 
-def eval_batches(config: RunConfig, world: World) -> Batches:
+def eval_batches(config: RunConfig, world: World) -> Iterable[EvalBatch]:
     """This process's batches of the whole evaluation split; can be iterated again and again."""
     size, channels = config.model.img_size, config.model.in_chans
     assert size is not None and config.data.val is not None, "callers ask for evaluation only where there is a split"
     transform = build_eval_transform(config.eval_transform, config.augment, size, channels)
     shards = ShardSet(config.data.val, config.data.cache_options())
     dataset = EvalDataset(shards, transform, channels, config.eval.batch_size, world.rank, world.size)
-    return eval_dataset_batches(dataset, loader_workers(config), config.data.prefetch, world)
+    batches = eval_dataset_batches(dataset, loader_workers(config), config.data.prefetch, world)
+    return KeptBatches(batches, world.device) if config.data.resident else batches
 
 
 def eval_dataset_batches(dataset: EvalDataset, workers: int, prefetch: int, world: World) -> Batches:

@@ -195,6 +195,23 @@ class AugmentConfig(_Settings):
             raise ValueError("crop_last: true works with neither affine nor policy nest, which count in input pixels")
         return self
 
+    def off_device(self) -> str | None:
+        """What of it `data.resident` can't do on the device, and what to choose instead; None: it can do all of it."""
+        rand = self.rand_augment
+        if isinstance(self.crop, RandomResizedCrop):
+            return "augment.crop=rrc resizes every picture otherwise (choose pad, center or none)"
+        if self.resize is not None:
+            return "augment.resize changes the pictures' size (prepare them in it)"
+        if self.affine is not None:
+            return "augment.affine interpolates (set it to null)"
+        if self.color_jitter is not None:
+            return "augment.color_jitter works on floats (set it to null)"
+        if self.crop_last:
+            return "augment.crop_last=true distorts before the crop (set it to false)"
+        if rand is not None and rand.policy != "nest":
+            return f"augment.rand_augment.policy={rand.policy} interpolates (choose nest, or null)"
+        return None
+
     def mean_std(self, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation per channel.
 

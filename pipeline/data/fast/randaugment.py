@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -38,7 +39,7 @@ def apply_op(picture: np.ndarray, spare: np.ndarray, op: DrawnOp, fill: np.ndarr
     """
     moves = op.moves(picture.shape[1], picture.shape[0])
     if moves is not None:
-        _WARPS[op.resample](picture, _matrix(moves, op.resample), fill, spare)
+        _WARPS[op.resample](picture, matrix(moves, op.resample), fill, spare)
         return spare, picture
     name = op.name.removesuffix("Increasing")
     if name == "Color":
@@ -47,13 +48,29 @@ def apply_op(picture: np.ndarray, spare: np.ndarray, op: DrawnOp, fill: np.ndarr
         kernels.sharpen(picture, op.arg, spare)
         return spare, picture
     elif name != "Identity":
-        table = _TABLES[name](picture, 0.0 if op.arg is None else op.arg)
-        # Values are cut to whole numbers.
-        kernels.apply_tables(picture, np.maximum(np.minimum(table, 255), 0).astype(np.uint8).reshape(-1, 256))
+        kernels.apply_tables(picture, _table(name, picture, op).reshape(-1, 256))
     return picture, spare
 
 
-def _matrix(moves: PixelMap, resample: Image.Resampling) -> np.ndarray:
+def fixed_table(op: DrawnOp) -> np.ndarray | None:
+    """(256,) uint8, what replaces each value where that doesn't depend on the picture; None: it stays.
+
+    Raises:
+        KeyError: an operation that is no such table.
+    """
+    name = op.name.removesuffix("Increasing")
+    return None if name == "Identity" else _table(name, None, op)
+
+
+def _table(name: str, picture: np.ndarray | None, op: DrawnOp) -> np.ndarray:
+    tables = _FIXED_TABLES if picture is None else _TABLES
+    # Values are cut to whole numbers.
+    table = tables[name](picture, 0.0 if op.arg is None else op.arg)
+    return np.maximum(np.minimum(table, 255), 0).astype(np.uint8)
+
+
+def matrix(moves: PixelMap, resample: Image.Resampling) -> np.ndarray:
+    """(6,) float64, the map that Pillow really follows."""
     a, b, c, d, e, f = moves
     if resample == Image.Resampling.NEAREST and (a, b, d, e) == (1, 0, 0, 1):
         # Pillow shifts by whole pixels, and would round otherwise in fixed point.
@@ -91,11 +108,11 @@ def _equalize(picture: np.ndarray, _arg: float) -> np.ndarray:
     return np.stack(tables)
 
 
-def _solarize(picture: np.ndarray, threshold: float) -> np.ndarray:
+def _solarize(_picture: np.ndarray | None, threshold: float) -> np.ndarray:
     return np.where(threshold > _VALUES, _VALUES, 255 - _VALUES)
 
 
-def _solarize_add(picture: np.ndarray, added: float) -> np.ndarray:
+def _solarize_add(_picture: np.ndarray | None, added: float) -> np.ndarray:
     return np.where(_VALUES < 128, np.minimum(255, _VALUES + int(added)), _VALUES)
 
 
@@ -104,14 +121,17 @@ def _contrast(picture: np.ndarray, factor: float) -> np.ndarray:
     return _blended(int(kernels.grey_sum(picture) / pixels + 0.5), factor)
 
 
-# (256,) one table for all channels, or (C, 256).
-_TABLES: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
-    "AutoContrast": _auto_contrast,
-    "Equalize": _equalize,
+# Those that don't look at the picture: (256,).
+_FIXED_TABLES: dict[str, Callable[[Any, float], np.ndarray]] = {
     "Invert": lambda _picture, _arg: 255 - _VALUES,
     "Posterize": lambda _picture, bits: _VALUES & (0xFF00 >> int(bits)),
     "Solarize": _solarize,
     "SolarizeAdd": _solarize_add,
-    "Contrast": _contrast,
     "Brightness": lambda _picture, factor: _blended(0, factor),
+}
+# (256,) one table for all channels, or (C, 256).
+_TABLES = _FIXED_TABLES | {
+    "AutoContrast": _auto_contrast,
+    "Equalize": _equalize,
+    "Contrast": _contrast,
 }

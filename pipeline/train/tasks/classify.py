@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from data_prep.manifest import Manifest
 from data_prep.store import is_remote
 from pipeline.config import RunConfig
-from pipeline.data.augment.finish import Finish
 from pipeline.data.loader import EvalBatch, TrainBatch
 from pipeline.data.order import DataOrder
 from pipeline.data.shards import ShardSet
@@ -23,12 +22,11 @@ from pipeline.models import ImageModel, model_info, num_drop_paths, set_drop_pat
 from pipeline.models.facts import count_macs
 from pipeline.resolve import Resolved, build_model, continues, training_shards, updated
 from pipeline.tracking.confusion import Confusion
-from pipeline.train.copies import on_device
 from pipeline.train.distributed import World
 from pipeline.train.evaluate import evaluate
 from pipeline.train.init_weights import check_init
 from pipeline.train.objective import Objective, Targets, check_objective, forward, sum_of_outputs
-from pipeline.train.setup import eval_batches, initial_model, train_batches, try_samples
+from pipeline.train.setup import device_batches, eval_batches, initial_model, try_samples
 from pipeline.train.state import Best
 from pipeline.train.step import StepResult, train_step
 from pipeline.train.tasks.base import Task, Work
@@ -146,9 +144,7 @@ class ClassifyWork(Work):
         self.objective = Objective(config.objective, run.train.num_classes, run.token_grid)
 
     def train_batches(self, start: int) -> Iterator[TrainBatch]:
-        config, device = self.run.config, self.world.device
-        finish = Finish(config.augment, config.model.in_chans)
-        return on_device(train_batches(self.run, self.source, self.world, start), device, finish)
+        return device_batches(self.run, self.source, self.world, start)
 
     def step(self, engine: Engine, batch: TrainBatch, lr: float) -> StepResult:
         return train_step(engine, batch, lr, self.run.config.train.accumulate, self.objective, self.world.device)

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from data_prep.manifest import Manifest
 from pipeline.config import RunConfig
 from pipeline.config_task import GenerateConfig
-from pipeline.data.augment.finish import Finish
 from pipeline.data.augment.transforms import build_eval_transform
-from pipeline.data.loader import EvalBatch
+from pipeline.data.loader import EvalBatch, TrainBatch
 from pipeline.data.order import DataOrder
 from pipeline.data.shards import ShardSet
 from pipeline.data.substitute import Replaced
@@ -34,9 +33,8 @@ from pipeline.resolve import Resolved, set_recomputation, training_shards, updat
 from pipeline.tracking.confusion import Confusion
 from pipeline.tracking.files import write_aside
 from pipeline.tracking.run_dir import SAMPLES_NAME
-from pipeline.train.copies import on_device
 from pipeline.train.distributed import World
-from pipeline.train.setup import INIT_STREAM, eval_batches, train_batches, try_samples
+from pipeline.train.setup import INIT_STREAM, device_batches, eval_batches, try_samples
 from pipeline.train.state import Best
 from pipeline.train.step import StepResult, accumulated
 from pipeline.train.tasks.base import Task, Work
@@ -210,11 +208,13 @@ class GenerateWork(Work):
         self._judge: Judge | None = None
 
     def train_batches(self, start: int) -> Iterator[GanBatch]:
+        # Not part of what iterates: pictures are decoded, if at all, before the first step is waited for.
+        return self._with_latents(device_batches(self.run, self.source, self.world, start), start)
+
+    def _with_latents(self, batches: Iterator[TrainBatch], start: int) -> Iterator[GanBatch]:
         config, world, order = self.run.config, self.world, self.run.order
         lanes = np.arange(world.rank, order.lanes, world.size)
         places = (lanes[:, None] * order.chunk + np.arange(order.chunk)).reshape(-1)
-        finish = Finish(config.augment, config.model.in_chans)
-        batches = on_device(train_batches(self.run, self.source, world, start), world.device, finish)
         for step, batch in enumerate(batches, start):
             latents = normal(self.latent_dim, config.seed, TRAIN, step, places).to(world.device)
             yield GanBatch(step, batch.images.to(world.device), latents, batch.samples, batch.replaced)

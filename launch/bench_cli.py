@@ -186,7 +186,8 @@ def model(
     names: Annotated[
         list[str],
         typer.Argument(
-            help="such as nest_tiny, timm:nest_tiny_jx, refiner_vit_s, and this with +fold, +maps, +checkpoint, +triton"
+            help="such as nest_tiny, timm:nest_tiny_jx, refiner_vit_s, and this with +fold, +maps, +checkpoint, "
+            "+compile, +layers, +triton"
         ),
     ],
     against: Annotated[str | None, typer.Option(help="one of them, to compare the others with")] = None,

@@ -156,7 +156,10 @@ class TrainConfig(Section):
     global_batch_size: int = Field(ge=1, description="samples per optimizer step, over all processes")
     accumulate: int = Field(1, ge=1, description="micro-batches that each process splits its part of a step into")
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="autocast type; weights stay fp32")
-    compile: bool = Field(False, description="torch.compile the model")
+    compile: bool | Literal["layers"] = Field(
+        False,
+        description="torch.compile the model, or `layers`: its encoder layers, those alike once, for a quicker start",
+    )
     activation_checkpointing: bool | Literal["maps"] = Field(
         False,
         description="recompute activations in backward, to save memory: those of whole layers, or `maps`: only what "

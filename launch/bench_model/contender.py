@@ -11,6 +11,7 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.models import create_model, fold_refiners, model_info, set_lean
+from pipeline.models.compiled import compile_model
 
 # The same stochastic depth for everybody: its cost does not depend on the rate, as long as there is one.
 _DROP_PATH = 0.1
@@ -19,6 +20,8 @@ _WAYS = {
     "fold": "refiners folded into fewer operations; inference only",
     "checkpoint": "encoder layers recomputed in the backward pass",
     "maps": "no expanded attention maps kept for the backward pass",
+    "compile": "the model compiled as one",
+    "layers": "encoder layers compiled, those alike once",
     "triton": "this package's attention kernels for small blocks, of a NesT",
 }
 
@@ -41,7 +44,7 @@ class Contender:
 
 
 def contender(name: str, side: int | None) -> Contender:
-    """The contender of a name: `MODEL`, `MODEL+fold`, `MODEL+checkpoint`, `MODEL+maps`, `MODEL+triton` or `timm:MODEL`.
+    """The contender of a name: `timm:MODEL`, `MODEL`, or `MODEL+WAY` with one of `_WAYS`.
 
     Args:
         side: of the pictures; None: the model's own.
@@ -70,6 +73,8 @@ def _ours(name: str, side: int, way: str) -> nn.Module:
     model = create_model(name, img_size=side, drop_path_rate=_DROP_PATH, **kernels)
     if way == "checkpoint":
         model.set_grad_checkpointing()
+    elif way in ("compile", "layers"):
+        compile_model(model, way == "compile" or "layers")
     elif way == "maps" and not set_lean(model):
         raise UserError(f"{name}+maps: this model refines no attention maps")
     return fold_refiners(model) if way == "fold" else model

@@ -16,7 +16,7 @@ def print_report(report: dict[str, Any]) -> None:
     )
     table.add_column("model", no_wrap=True)
     table.add_column("")
-    for column in ("batch", "images/s", "min..max", "times faster", "MFU", "GB"):
+    for column in ("batch", "images/s", "min..max", "times faster", "MFU", "GB", "1st step"):
         table.add_column(column, justify="right")
     for row in report["models"]:
         if "failed" in row:
@@ -32,6 +32,7 @@ def print_report(report: dict[str, Any]) -> None:
             "-" if ratio is None else f"{ratio['median']:.2f} ({ratio['min']:.2f}..{ratio['max']:.2f})",
             "-" if row["mfu"] is None else f"{row['mfu']:.1%}",
             "-" if row["peak_gb"] is None else f"{row['peak_gb']:.2f}",
+            "-" if row["first_step_seconds"] is None else f"{row['first_step_seconds']:.1f} s",
         )
     console = Console(highlight=False, emoji=False, markup=False)
     console.print(table)
@@ -39,7 +40,7 @@ def print_report(report: dict[str, Any]) -> None:
     console.print(
         f"\nMedian of {report['repeats']} interleaved rounds on made pictures; train: forward, backward, AdamW. times "
         f"faster{than}: median of the rounds' ratios. MFU: operations of the forward pass (train: three times "
-        "these) over the peak. GB: most GPU memory of the model."
+        "these) over the peak. GB: most GPU memory of the model. 1st step: with its compilation."
     )
 
 

@@ -15,7 +15,7 @@ from launch.bench_model.peaks import Peak
 from launch.bench_model.runner import Phase, Runner
 
 # Steps before the clock: of a model's first round, which compiles and finds its kernels, and of every later one.
-_FIRST_STEPS, _LATER_STEPS = 3, 1
+_FIRST_STEPS, _LATER_STEPS = 2, 1
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,14 @@ class Found:
         rates: images per second of each turn.
         peak_bytes: see `Runner.peak_bytes`.
         failed: why it has no more of them; None if all went well.
+        first_seconds: of the first step, with its compilation.
     """
 
     batch: int
     rates: list[float]
     peak_bytes: int | None = None
     failed: str | None = None
+    first_seconds: float | None = None
 
 
 def take_turns(
@@ -69,6 +71,7 @@ def take_turns(
         try:
             runner = Runner(contender, phase, size, plan.precision, plan.compiled, plan.device)
             runner.draw()
+            found[contender.name].first_seconds = runner.first()
             runner.timed(_FIRST_STEPS)
             found[contender.name].peak_bytes = runner.peak_bytes(2)
             one = runner.timed(2) / 2
@@ -134,6 +137,7 @@ def rows(
         if one.failed is not None:
             row["failed"] = one.failed
             continue
+        row["first_step_seconds"] = one.first_seconds
         row["images_per_second"] = _spread(one.rates)
         row["peak_gb"] = None if one.peak_bytes is None else one.peak_bytes / 1e9
         row["mfu"] = None if peak is None else statistics.median(one.rates) * flops / (1e12 * peak)

@@ -45,6 +45,7 @@ class Runner:
         self._dtype = DTYPES[precision]
         torch.manual_seed(0)
         self.model = contender.build().to(device).train(phase == "train")
+        self._classes = int(getattr(self.model, "num_classes", CLASSES))  # timm's models have it too
         self._call: Callable[[Tensor], Tensor] = torch.compile(self.model) if compiled else self.model
         if phase == "train":
             fused = device.type == "cuda"
@@ -58,7 +59,7 @@ class Runner:
         side = self.contender.side
         for _ in range(_BATCHES):
             images = torch.randn(self.batch, 3, side, side, device=self.device)
-            self._data.append((images, torch.randint(CLASSES, (self.batch,), device=self.device)))
+            self._data.append((images, torch.randint(self._classes, (self.batch,), device=self.device)))
 
     def free(self) -> None:
         """Give the batches back, and the memory that the allocator keeps for later."""
@@ -79,6 +80,14 @@ class Runner:
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
+
+    def first(self) -> float:
+        """Seconds of the first step by the clock: with what is compiled for it, and found out about kernels."""
+        began = time.perf_counter()
+        self.step(0)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - began
 
     def timed(self, steps: int) -> float:
         """Seconds of some steps: between two events on a GPU, else by the clock."""

@@ -75,6 +75,7 @@ class Deit(ImageModel):
         blocks: Any = self.vit.blocks
         for block, rate in zip(blocks, drop_path_rates(drop_path_rate, depth), strict=True):
             block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+            block.is_encoder_layer = True
 
     def no_weight_decay(self) -> set[str]:
         """Position embedding and class token; the recipes exempt biases and 1-D parameters by `optim.decay`."""

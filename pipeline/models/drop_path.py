@@ -7,6 +7,8 @@ same masks on any number of processes. Without handed noise a model draws from t
 
 from __future__ import annotations
 
+from itertools import repeat
+
 import torch
 from torch import Tensor, nn
 
@@ -17,27 +19,31 @@ class DropPath(nn.Module):
     """Drops a residual branch for whole samples and divides the kept ones by 1 - rate.
 
     One mask value per sample: with x of shape (B, T, N, C) all blocks of an image are dropped together. In evaluation,
-    and with rate 0, it returns its input. `noise` and `index` are set by `set_drop_path_noise`.
+    and with rate 0, it returns its input.
+
+    Attributes:
+        rate: which part of the samples is dropped, on average.
+        scale: (B,) what the next pass multiplies each sample by, from `set_drop_path_noise`; None: it draws.
     """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
-        self.index = 0
-        self.noise: Tensor | None = None
+        self._drops = rate > 0.0  # what a compiler may look at: the rate itself would make every layer another one
+        self.scale: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ...) -> (B, ...), same dtype."""
-        if not self.training or self.rate == 0.0:
+        if not self.training or not self._drops:
             return x
-        if self.noise is None:
-            uniform = torch.rand(len(x), device=x.device)
-        elif len(self.noise) == len(x):
-            uniform = self.noise[:, self.index]
-        else:
-            raise ModelError(f"drop-path noise is set for {len(self.noise)} samples, the batch has {len(x)}")
         # At least float32: 1 / (1 - rate) rounded to bfloat16 would be wrong by up to 0.4 % for every sample alike.
-        scale = (uniform >= self.rate).to(torch.promote_types(x.dtype, torch.float32)) / (1.0 - self.rate)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if self.scale is None:
+            scale = (torch.rand(len(x), device=x.device) >= self.rate).to(dtype) / (1.0 - self.rate)
+        elif len(self.scale) == len(x):
+            scale = self.scale.to(dtype)
+        else:
+            raise ModelError(f"drop-path noise is set for {len(self.scale)} samples, the batch has {len(x)}")
         return (x * scale.view(-1, *[1] * (x.ndim - 1))).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -80,5 +86,23 @@ def set_drop_path_noise(model: nn.Module, noise: Tensor | None) -> None:
     modules = _drop_paths(model)
     if noise is not None and (noise.ndim != 2 or noise.shape[1] != len(modules)):
         raise ModelError(f"drop-path noise has shape {tuple(noise.shape)}, the model needs (batch, {len(modules)})")
-    for index, module in enumerate(modules):
-        module.index, module.noise = index, noise
+    # All branches at once, and what is left to a layer has no constant of its own: one compiled layer serves all that
+    # are alike.
+    scales = repeat(None) if noise is None or not modules else _scales(model, modules, noise)
+    for module, scale in zip(modules, scales, strict=False):
+        module.scale = scale
+
+
+def _scales(model: nn.Module, modules: list[DropPath], noise: Tensor) -> Tensor:
+    """(P, B): 0 where a branch drops a sample, else 1 / (1 - rate)."""
+    like = next(model.parameters(), torch.empty(0, dtype=torch.float64))
+    key = (tuple(module.rate for module in modules), noise.device, torch.promote_types(like.dtype, torch.float32))
+    # Kept with the model: to bring them to a GPU in every step would wait for it.
+    known = modules[0].__dict__.get("rates")
+    if known is None or known[0] != key:
+        rates, device, dtype = key
+        kept = torch.tensor([1 - rate for rate in rates], dtype=dtype, device=device)
+        known = (key, torch.tensor(rates, dtype=noise.dtype, device=device), kept)
+        modules[0].__dict__["rates"] = known
+    _, thresholds, kept = known
+    return ((noise >= thresholds).to(kept.dtype) / kept).t().contiguous()

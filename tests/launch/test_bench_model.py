@@ -32,6 +32,7 @@ from pipeline.errors import UserError
 from pipeline.models import create_model
 from pipeline.models.attention import Attention
 from pipeline.models.facts import model_facts
+from pipeline.models.layers import encoder_layers
 from pipeline.models.refine_maps import FoldedOfficial, OfficialRefiner
 from pipeline.models.timm_weights import from_timm
 
@@ -57,6 +58,10 @@ def test_names() -> None:
         assert contender("deit_tiny+checkpoint", None).build().grad_checkpointing
         attention = [m for m in contender("nest_tiny_cifar+triton", None).build().modules() if isinstance(m, Attention)]
         assert len(attention) == 12 and all(m.small for m in attention)
+        whole, layers = (contender(f"nest_tiny+{way}", None).build() for way in ("compile", "layers"))
+        assert whole._compiled_call_impl is not None and layers._compiled_call_impl is None
+        for model, compiled in ((whole, False), (layers, True)):
+            assert {m._compiled_call_impl is not None for m in encoder_layers(model)} == {compiled}
     assert any(isinstance(m, FoldedOfficial) for m in folded.build().modules())
     theirs = contender("timm:vit_tiny_patch16_224", None)
     assert (theirs.side, type(theirs.build()).__module__) == (224, "timm.models.vision_transformer")
@@ -193,6 +198,14 @@ def test_a_training_step_trains() -> None:
     after = list(runner.model.parameters())
     assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert all(p.grad is None and p.dtype == torch.float32 for p in after)
+
+
+def test_labels_are_of_the_models_classes() -> None:
+    """A label beyond them ends a process that uses a GPU."""
+    runner = Runner(contender("nest_micro", None), "train", 64, "fp32", False, CPU)
+    runner.draw()
+    assert max(int(labels.max()) for _, labels in runner._data) == 9
+    assert runner.first() > 0
 
 
 def test_rows_of_known_rates() -> None:

@@ -53,19 +53,21 @@ ENGINES = {
 }
 PLAIN = ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]
 ENGINES |= {f"{name} compiled": [*ENGINES[name], "train.compile=true"] for name in PLAIN}
+ENGINES |= {f"{name} compiled layers": [*ENGINES[name], "train.compile=layers"] for name in PLAIN}
 ENGINES |= {f"{name} recomputed": [*ENGINES[name], "train.activation_checkpointing=true"] for name in PLAIN}
 
 TABLE = [
     *itertools.product(PLAIN, ["fp32", "bf16"], [1, 2]),
     ("offload", "bf16", 2),
     *((f"{engine} compiled", "fp32", 1) for engine in ("ddp", "fsdp", "zero1")),
+    ("zero3 compiled layers", "fp32", 1),
     *((f"{engine} recomputed", "bf16", 2) for engine in ("ddp", "fsdp", "zero3")),
 ]
 
 
 def model_of(engine: str) -> tuple[str, ...]:
     """A level less to compile saves a minute."""
-    return TWO_LEVELS if engine.endswith("compiled") else ()
+    return TWO_LEVELS if "compiled" in engine else ()
 
 
 def run_name(engine: str, precision: str, accumulate: int) -> str:

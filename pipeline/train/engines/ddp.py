@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
+from pipeline.models.compiled import compile_model
 from pipeline.train.distributed import World
 from pipeline.train.engines.native import NativeEngine
 from pipeline.train.engines.whole import WholeState
@@ -42,8 +43,7 @@ class DdpEngine(NativeEngine):
         if config.train.ema_decay is not None:
             average = get_ema_multi_avg_fn(config.train.ema_decay)
             self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-        if config.train.compile:
-            model.compile()
+        compile_model(model, config.train.compile)
         self.model = model
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.models.batch_norm import group_statistics, update_groups
+from pipeline.models.compiled import compile_model
 from pipeline.train.distributed import World
 from pipeline.train.engines.base import PRECISIONS, Engine
 from pipeline.train.engines.ddp import copied
@@ -71,8 +72,7 @@ class DeepSpeedEngine(Engine):
             if self.stage == 3:
                 self.averaged.cpu()
         self.batch_norms = group_statistics(model, lane_chunk(config))
-        if config.train.compile:
-            model.compile()
+        compile_model(model, config.train.compile, hooked=True)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=_Autocast(model, self.autocast), optimizer=optimizer, config=deepspeed_config(config, world)
         )

@@ -13,7 +13,6 @@ A checkpoint is torch's distributed one (DCP): each process writes its shards, a
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -38,7 +37,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils._pytree import tree_map_only
 
 from pipeline.config import RunConfig
-from pipeline.errors import UserError
+from pipeline.models.compiled import compile_model
 from pipeline.models.layers import encoder_layers
 from pipeline.train.distributed import World
 from pipeline.train.engines.native import NativeEngine
@@ -66,8 +65,8 @@ class FsdpEngine(NativeEngine):
         self.model = model
         self._sharded = _shard(model, mesh)
         self.optimizer = make_optimizer(model, config.optim, config.optim.peak_lr(config.train.global_batch_size))
-        if config.train.compile:
-            _compile_layers(model)
+        # FSDP gathers a layer's weights in hooks around it, which no compiled code can contain.
+        compile_model(model, "layers" if config.train.compile else False, hooked=True)
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -224,25 +223,6 @@ def _shard(model: nn.Module, mesh: DeviceMesh) -> FSDPModule:
     for unit in units:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, shard_placement_fn=placement)
     return fully_shard(model, mesh=mesh, reshard_after_forward=True, shard_placement_fn=placement)
-
-
-def _compile_layers(model: nn.Module) -> None:
-    """Compile what each encoder layer computes; FSDP's gathering stays outside.
-
-    Layers differ in what the compiler takes for constants (drop-path rate and column). Counted together, their versions
-    would soon reach torch's limit for one function, beyond which it stops compiling.
-
-    Raises:
-        UserError: this torch can't keep them apart.
-    """
-    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
-        raise UserError(
-            f"train.compile=true with engine.name=fsdp needs a newer torch than {torch.__version__}; "
-            "2.15 will do; or set train.compile=false, or engine.name=ddp"
-        )
-    for layer in encoder_layers(model):
-        compiled = torch.compile(layer.forward, isolate_recompiles=True)  # type: ignore[call-overload]
-        layer.forward = compiled
 
 
 def _check_names(reader: dcp.FileSystemReader, model: dict[str, Any]) -> None:

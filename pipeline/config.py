@@ -227,6 +227,11 @@ class CheckpointConfig(Section):
     every: Interval = Field(Duration(1, "ep"), description="how often; the end is always saved")
     keep_last: int = Field(2, ge=1, description="newest complete checkpoints that stay")
     asynchronous: bool = Field(True, description="write a copy of the state while training goes on")
+    compact: bool = Field(
+        False,
+        description="keep AdamW's moments in bfloat16, two thirds of the size; the run itself goes on from the rounded "
+        "ones, so that every save is part of what is computed; engine.name=ddp",
+    )
     margin_seconds: float = Field(
         300,
         ge=0,
@@ -316,6 +321,8 @@ class RunConfig(Section):
             yield "explain.images draws after evaluations, and there is no split for them: set data.val"
         if self.engine.offload_optimizer and (self.engine.name != "deepspeed" or self.engine.zero_stage == 0):
             yield "engine.offload_optimizer=true goes with engine.name=deepspeed and engine.zero_stage=1, 2 or 3"
+        if self.checkpoint.compact and self.engine.name != "ddp":
+            yield f"checkpoint.compact=true goes with engine.name=ddp, not {self.engine.name}: leave it out"
         peak, schedule = self.optim.peak_lr(batch), self.optim.schedule
         for key, rate in (("min_lr", schedule.min_lr), ("warmup_lr", schedule.warmup_lr)):
             if rate > peak:

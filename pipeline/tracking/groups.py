@@ -15,7 +15,7 @@ from pipeline.tracking.record import RunSummary
 # They name the run directory, and the file that it was made from.
 _PLACES = {"name", "out", "tracking.recipe"}
 # They name the run, or say where and how its record is kept; its results don't depend on them.
-_PLACE_KEYS = {"name", "out", "resume", "data.workers", "data.prefetch"}
+_PLACE_KEYS = {"name", "out", "resume", "data.workers", "data.prefetch", "data.resident"}
 _DATA_KEYS = {"data.train", "data.val"}
 _PLACE_SECTIONS = ("data.cache", "explain.", "checkpoint.", "tracking.")
 COMPLETE = {"finished", "stopped"}

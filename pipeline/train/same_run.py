@@ -44,8 +44,9 @@ FREE_KEYS = (
     "tracking.",
 )
 
-# But these decide when a loss counts as a spike, and where to go back to.
+# But these decide when a loss counts as a spike, and where to go back to; and when moments are rounded.
 SPIKE_KEYS = ("train.log_every", "checkpoint.every")
+COMPACT_KEYS = ("checkpoint.every", "checkpoint.compact")
 
 
 def facts(run: Resolved) -> dict[str, Any]:
@@ -86,7 +87,9 @@ def check_same_run(path: Path, run: Resolved) -> None:
         raise UserError(f"{path} holds a run already and resume=never; choose another name=... or remove it")
     before, now = flatten(_with_defaults(saved)), flatten(redact(run.config.model_dump(mode="json")))
     differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    bound = () if run.config.train.spike_factor is None else SPIKE_KEYS
+    bound: tuple[str, ...] = () if run.config.train.spike_factor is None else SPIKE_KEYS
+    if run.config.checkpoint.compact or before.get("checkpoint.compact"):
+        bound += COMPACT_KEYS
     differing = [key for key in differing if key in bound or not key.startswith(FREE_KEYS)]
     if differing:
         changes = "; ".join(

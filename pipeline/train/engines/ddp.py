@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.models.compiled import compile_model
 from pipeline.train.distributed import World
 from pipeline.train.engines.native import NativeEngine
-from pipeline.train.engines.whole import WholeState
+from pipeline.train.engines.whole import MOMENTS, WholeState
 from pipeline.train.optim import make_optimizer
 from pipeline.train.tasks import make_task
 
@@ -39,6 +39,7 @@ class DdpEngine(NativeEngine):
     def __init__(self, model: nn.Module, config: RunConfig, world: World) -> None:
         super().__init__(model, config, world)
         self.optimizer = make_optimizer(model, config.optim, config.optim.peak_lr(config.train.global_batch_size))
+        self.compact = config.checkpoint.compact
         self.ema = None
         if config.train.ema_decay is not None:
             average = get_ema_multi_avg_fn(config.train.ema_decay)
@@ -62,12 +63,18 @@ class DdpEngine(NativeEngine):
         return {k: v.detach().cpu() for k, v in self.eval_model(weights).state_dict().items()}
 
     def snapshot(self) -> Callable[[Path, World], None]:
+        if self.compact:
+            self._round_moments()
         if not self.world.is_main:
             return lambda directory, world: None
         average = None if self.ema is None else copied(self.ema.module.state_dict())
         updates = 0 if self.ema is None else int(self.ema.n_averaged)
         state = self.optimizer.state
-        moments = {name: copied(state[p]) for name, p in self.plain.named_parameters() if p in state}
+        moments = {
+            name: copied(state[p], torch.bfloat16 if self.compact else None)
+            for name, p in self.plain.named_parameters()
+            if p in state
+        }
         whole = WholeState(copied(self.plain.state_dict()), moments, self.scaler.state_dict(), average, updates)
         return lambda directory, world: whole.write(directory)
 
@@ -87,6 +94,12 @@ class DdpEngine(NativeEngine):
         if self.ema is not None:
             self.ema.module.load_state_dict(whole.average(directory))
             self.ema.n_averaged.fill_(whole.averaged)
+
+    def _round_moments(self) -> None:
+        """To what a compact checkpoint holds, on every process: a run must go on from what it would be resumed from."""
+        for state in self.optimizer.state.values():
+            for name in MOMENTS:
+                state[name].copy_(state[name].to(torch.bfloat16))
 
     def _settle_buckets(self, config: RunConfig) -> None:
         """One throw-away backward, after which DDP arranges its buckets in the order in which gradients come.
@@ -112,6 +125,11 @@ class DdpEngine(NativeEngine):
         return self.ema
 
 
-def copied(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies on the CPU."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+def copied(state: Mapping[str, torch.Tensor], moments: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Copies on the CPU.
+
+    Args:
+        moments: type of AdamW's moments there; None: their own.
+    """
+    types = {name: moments if name in MOMENTS else None for name in state}
+    return {n: tensor.detach().to("cpu", types[n] or tensor.dtype, copy=True) for n, tensor in state.items()}

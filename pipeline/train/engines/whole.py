@@ -13,6 +13,8 @@ from torch import Tensor
 from pipeline.errors import UserError
 
 STATE = "state.pt"
+# Of AdamW's state, what a compact checkpoint rounds.
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class WholeState:
                     f"{directory / STATE} is laid out as another version of rookery writes it; go on with that "
                     "version, or choose another name=... to begin anew"
                 )
-            return cls(**saved)
+            return cls(**{**saved, "moments": {name: _in_full(state) for name, state in saved["moments"].items()}})
         from pipeline.train.engines.sharded_files import read_whole
 
         return cls(**read_whole(directory))
@@ -79,6 +81,11 @@ class WholeState:
         if self.ema is None:
             raise UserError(f"{directory}: no average of the weights in it; set train.ema_decay=null to go on without")
         return self.ema
+
+
+def _in_full(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A parameter's moments as they are computed with."""
+    return {n: tensor.float() if tensor.dtype == torch.bfloat16 else tensor for n, tensor in state.items()}
 
 
 def saved_weights(directory: Path, weights: str) -> Mapping[str, Tensor]:

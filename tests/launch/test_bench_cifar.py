@@ -1,0 +1,69 @@
+"""bench/cifar.sh at a tiny size: both runs, their file, and a second start that repeats nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bench.cifar_resnet import resnet18
+from data_prep.options import PrepOptions
+from data_prep.prepare import prepare
+from tests.train.commands import ROOT, environment
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Pictures like CIFAR's, of noise that is lighter in every second one."""
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 300), ("test", 90)):
+        for i in range(count):
+            path = tmp_path / "pictures" / split / f"class{i % 2}" / f"{i:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draw.integers(100 * (i % 2), 156 + 100 * (i % 2), (32, 32, 3), dtype=np.uint8)).save(path)
+        prepare(tmp_path / "pictures" / split, tmp_path / "shards", PrepOptions(workers=1), split)
+    return tmp_path / "shards"
+
+
+def bench(folder: Path, *options: object) -> subprocess.CompletedProcess[str]:
+    words = [str(option) for option in options]
+    script = [str(ROOT / "bench" / "cifar.sh"), *words, "--tiny", "--seeds", "0,3", "--out", "out.json"]
+    return subprocess.run(script, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
+
+
+def test_both_train_once(shards: Path, tmp_path: Path) -> None:
+    done = bench(tmp_path, shards)
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = json.loads((tmp_path / "out.json").read_text())
+    runs = {run["name"]: run for run in written["runs"]}
+    assert runs.keys() == {"nest-recipe-0", "nest-recipe-3", "resnet18-100-0", "resnet18-100-3"}
+    for run in runs.values():
+        assert [epoch for epoch, _, _ in run["curve"]] == [0.5, 1.0]
+        assert 0 < run["curve"][0][1] < run["curve"][1][1] <= run["minutes"] + 0.1
+        assert run["top1"] == run["curve"][-1][2] and 0 <= run["top1"] <= 1
+    assert written["versions"]["torch"] == torch.__version__.partition("+")[0]
+
+    results = sorted(tmp_path.glob("runs/cifar_bench/*/result.json"))
+    before = [path.read_bytes() for path in results if "resnet" in path.parent.name]
+    done = bench(tmp_path, shards)
+    assert done.returncode == 0 and "step 4/4" not in done.stdout + done.stderr and "top-1" not in done.stdout
+    assert [path.read_bytes() for path in results if "resnet" in path.parent.name] == before
+    assert json.loads((tmp_path / "out.json").read_text())["runs"] == written["runs"]
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    done = bench(tmp_path, tmp_path)
+    assert done.returncode == 2 and "no train/manifest.json there" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_resnet_is_the_known_one() -> None:
+    model = resnet18(10)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 11_173_962
+    shapes = []
+    model.get_submodule("layer1").register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10) and shapes == [(2, 64, 32, 32)]

@@ -1,0 +1,60 @@
+"""Compact checkpoints: two thirds of the size, and a run that is killed ends as the one that was not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.tracking.metrics import read_metrics
+from pipeline.train.again import newest_step
+from pipeline.train.engines.whole import MOMENTS, STATE, WholeState
+from tests.train.conftest import Rookery, write_recipe
+from tests.train.forked import ForkServer
+from tests.train.test_bad_data import wait_for
+from tests.train.test_resume import check_same_run
+
+COMPACT = "checkpoint.compact=true"
+
+
+@pytest.fixture
+def recipe(digits: Path, tmp_path: Path) -> Path:
+    return write_recipe(digits, tmp_path, augment=False)
+
+
+def test_killed_and_resumed_as_if_left_alone(recipe: Path, fork_server: ForkServer, tmp_path: Path) -> None:
+    whole, cut, usual = (tmp_path / "runs" / name for name in ("whole", "cut", "usual"))
+    fork_server.train(recipe, COMPACT, "name=whole", nproc=2)
+    job = fork_server.start(recipe, COMPACT, "name=cut", nproc=2)
+    wait_for(lambda: newest_step(cut) >= 10)
+    job.kill()
+    assert set(job.wait()) == {-9}
+    assert newest_step(cut) < 24
+    fork_server.train(recipe, COMPACT, "name=cut", nproc=2)
+    check_same_run(whole, cut)
+
+    fork_server.train(recipe, "name=usual", nproc=2)
+    losses = [[line["loss"] for line in read_metrics(run) if line["kind"] == "train"] for run in (whole, usual)]
+    # Rounding shows after the first save, and hardly.
+    assert losses[0][:5] == losses[1][:5] and losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    last = "checkpoints/step-00000024"
+    moments = [torch.load(run / last / STATE, weights_only=True)["moments"] for run in (whole, usual)]
+    assert {state[name].dtype for state in moments[0].values() for name in MOMENTS} == {torch.bfloat16}
+    sizes = [sum(tensor.nbytes for state in of_run.values() for tensor in state.values()) for of_run in moments]
+    assert sizes[0] < 0.51 * sizes[1]
+    read = WholeState.read(whole / last)
+    for name, state in moments[0].items():
+        for moment in MOMENTS:
+            assert read.moments[name][moment].dtype == torch.float32
+            assert torch.equal(read.moments[name][moment], state[moment].float())
+
+
+def test_what_does_not_fit_is_refused(recipe: Path, rookery: Rookery, fork_server: ForkServer) -> None:
+    done = rookery("train", recipe, COMPACT, "engine.name=fsdp", check=2)
+    assert "checkpoint.compact=true goes with engine.name=ddp, not fsdp" in " ".join(done.stderr.split())
+    fork_server.train(recipe, COMPACT, "train.stop_after=5steps")
+    for changed in (("checkpoint.every=4steps", COMPACT), ("checkpoint.compact=false",)):
+        done = rookery("train", recipe, *changed, check=2)
+        assert changed[0].partition("=")[0] in done.stderr and "another config" in " ".join(done.stderr.split())

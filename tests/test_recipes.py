@@ -23,15 +23,11 @@ from data_prep.prepare import prepare_splits
 from launch import cli
 from pipeline.config_load import load_config
 from pipeline.config_task import GenerateConfig, LanguageConfig
-from pipeline.data.shards import ShardSet
 from pipeline.data.text.glue import TASKS
 from pipeline.models import model_info
-from pipeline.resolve import resolve
+from pipeline.resolve import Resolved, resolve
 from pipeline.train.distributed import World
-from pipeline.train.engines import make_engine
-from pipeline.train.objective import Objective
-from pipeline.train.setup import initial_model, train_batches
-from pipeline.train.step import seed_step, train_step
+from pipeline.train.step import StepResult, seed_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = {
@@ -50,6 +46,7 @@ SMALL = (
     "data.lanes=1",
     "data.workers=0",
     "train.precision=fp32",
+    "train.compile=false",  # half a minute of compilation; tests/train/test_engines.py and test_compiled.py have it
     "tracking.mlflow=false",
 )
 WHOLE = os.environ.get("ROOKERY_WHOLE_RECIPES") == "1"
@@ -95,15 +92,20 @@ def test_recipe(name: str, shards: Path, tmp_path: Path) -> None:
     if run.macs > MOST_MACS[family]:
         smaller = ["train.activation_checkpointing=true"] if WHOLE else SHALLOW[family]
         run = resolve(load_config(path, [*overrides, *smaller]), 1)
-    config = run.config
-    engine = make_engine(initial_model(config, ALONE), config, ALONE)
-    batches = iter(train_batches(run, ShardSet(config.data.train), ALONE, 0))
-    objective = Objective(config.objective, run.train.num_classes, run.token_grid)
-    for step in range(3):
-        seed_step(config.seed, step, 0)
-        result = train_step(engine, next(batches), run.schedule.lr(step), 1, objective, ALONE.device)
-        assert math.isfinite(result.loss.item()) and 0 < result.norm.item() < math.inf and result.skipped.item() == 0
+    for result in three_steps(run):
         assert ("loss_tokens" in result.parts) == own.objective.token_labels
+
+
+def three_steps(run: Resolved) -> list[StepResult]:
+    """By the loop's own parts; all are finite, and none is skipped."""
+    engine, work = run.task.make_engine(ALONE), run.task.begin(run, ALONE)
+    batches, results = work.train_batches(0), []
+    for step in range(3):
+        seed_step(run.config.seed, step, 0)
+        result = work.step(engine, next(batches), run.schedule.lr(step))
+        assert math.isfinite(result.loss.item()) and 0 < result.norm.item() < math.inf and result.skipped.item() == 0
+        results.append(result)
+    return results
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
@@ -121,13 +123,7 @@ def test_recipe_of_sentences(name: str, tmp_path: Path) -> None:
     assert said.exit_code == 0, said.output
     assert f"{own.model.name}, " in said.output and "tokens, 2 classes" in said.output
 
-    run = resolve(load_config(path, overrides), 1)
-    engine, work = run.task.make_engine(ALONE), run.task.begin(run, ALONE)
-    batches = work.train_batches(0)
-    for step in range(3):
-        seed_step(run.config.seed, step, 0)
-        result = work.step(engine, next(batches), run.schedule.lr(step))
-        assert math.isfinite(result.loss.item()) and 0 < result.norm.item() < math.inf and result.skipped.item() == 0
+    three_steps(resolve(load_config(path, overrides), 1))
 
 
 @pytest.mark.parametrize("name", GENERATE)
@@ -139,10 +135,4 @@ def test_recipe_of_generators(name: str, shards: Path, tmp_path: Path) -> None:
     said = CliRunner().invoke(cli._commands, ["train", str(path), *overrides, "--dry-run"], env={"COLUMNS": "500"})
     assert said.exit_code == 0, said.output
     assert f"{own.model.name}, " in said.output and "for a generated and a real image" in said.output
-    run = resolve(load_config(path, overrides), 1)
-    engine, work = run.task.make_engine(ALONE), run.task.begin(run, ALONE)
-    batches = work.train_batches(0)
-    for step in range(3):
-        seed_step(run.config.seed, step, 0)
-        result = work.step(engine, next(batches), run.schedule.lr(step))
-        assert math.isfinite(result.loss.item()) and 0 < result.norm.item() < math.inf and result.skipped.item() == 0
+    three_steps(resolve(load_config(path, overrides), 1))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from launch.bench_model.contender import Contender
+from pipeline.models import num_drop_paths, set_drop_path_noise
 
 Phase = Literal["train", "infer"]
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,7 +24,7 @@ class Runner:
     """A model in one phase, on its device.
 
     Training is forward, cross-entropy, backward and AdamW, under autocast with float32 weights, as the engines do it;
-    inference is a forward pass under autocast.
+    this package's models get their stochastic depth handed, as from the loop. Inference is a forward pass, autocast.
 
     Args:
         contender: what to build.
@@ -51,7 +52,8 @@ class Runner:
             fused = device.type == "cuda"
             self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.05, fused=fused)
             self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self._data: list[tuple[Tensor, Tensor]] = []
+        self._drop_paths = num_drop_paths(self.model)  # of ours; timm's draw themselves
+        self._data: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def draw(self) -> None:
         """New batches; the old ones are given back first."""
@@ -59,21 +61,24 @@ class Runner:
         side = self.contender.side
         for _ in range(_BATCHES):
             images = torch.randn(self.batch, 3, side, side, device=self.device)
-            self._data.append((images, torch.randint(self._classes, (self.batch,), device=self.device)))
+            labels = torch.randint(self._classes, (self.batch,), device=self.device)
+            self._data.append((images, labels, torch.rand(self.batch, self._drop_paths, device=self.device)))
 
     def free(self) -> None:
         """Give the batches back, and the memory that the allocator keeps for later."""
         self._data.clear()
+        set_drop_path_noise(self.model, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def step(self, number: int) -> None:
         """Train one step, or see one batch."""
-        images, labels = self._data[number % _BATCHES]
+        images, labels, noise = self._data[number % _BATCHES]
         if self.phase == "infer":
             with torch.inference_mode(), self._autocast():
                 self._call(images)
             return
+        set_drop_path_noise(self.model, noise)
         with self._autocast():
             loss = F.cross_entropy(self._call(images), labels)
         self._scaler.scale(loss).backward()

@@ -197,4 +197,6 @@ def _identity(run: RunSummary) -> str:
 
 
 def _is_seed_or_place(key: str) -> bool:
+    if key == "checkpoint.compact":  # rounds what the run goes on from
+        return False
     return key == "seed" or key in _PLACE_KEYS or key.startswith(_PLACE_SECTIONS)

@@ -204,7 +204,7 @@ def test_labels_are_of_the_models_classes() -> None:
     """A label beyond them ends a process that uses a GPU."""
     runner = Runner(contender("nest_micro", None), "train", 64, "fp32", False, CPU)
     runner.draw()
-    assert max(int(labels.max()) for _, labels in runner._data) == 9
+    assert max(int(labels.max()) for _, labels, _ in runner._data) == 9
     assert runner.first() > 0
 
 

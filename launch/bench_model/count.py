@@ -65,6 +65,8 @@ def count(build: Callable[[], nn.Module], side: int, batch: int, train: bool = T
         train: count a training as well.
     """
     model = build().to("meta", HALF)
+    for module in model.modules():
+        module._compiled_call_impl = None  # the operations are those of the program before any fusion
     images = torch.empty(batch, 3, side, side, device="meta", dtype=HALF)
     params = sum(p.numel() for p in model.parameters())
     model.eval()

@@ -8,9 +8,11 @@ same masks on any number of processes. Without handed noise a model draws from t
 from __future__ import annotations
 
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from pipeline.models.errors import ModelError, check_rates
 
@@ -32,22 +34,57 @@ class DropPath(nn.Module):
         self._drops = rate > 0.0  # what a compiler may look at: the rate itself would make every layer another one
         self.scale: Tensor | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, ...) -> (B, ...), same dtype."""
+    def forward(self, x: Tensor, onto: Tensor | None = None, times: float = 1.0) -> Tensor:
+        """(B, ...) -> (B, ...).
+
+        Args:
+            x: the branch.
+            onto: the residual sum that it is added to; None: it is given back alone, in its own dtype.
+            times: a factor of the branch.
+        """
         if not self.training or not self._drops:
-            return x
+            branch = x if times == 1.0 else x * times
+            return branch if onto is None else onto + branch
+        scale = self._scale_of(x).view(-1, *[1] * (x.ndim - 1))
+        scale = scale if times == 1.0 else scale * times
+        if onto is None:
+            return (x * scale).to(x.dtype)
+        if torch.compiler.is_compiling():  # fuses by itself
+            return torch.addcmul(onto, x, scale).to(torch.promote_types(onto.dtype, x.dtype))
+        return _ScaledSum.apply(onto, x, scale)
+
+    def _scale_of(self, x: Tensor) -> Tensor:
         # At least float32: 1 / (1 - rate) rounded to bfloat16 would be wrong by up to 0.4 % for every sample alike.
         dtype = torch.promote_types(x.dtype, torch.float32)
         if self.scale is None:
-            scale = (torch.rand(len(x), device=x.device) >= self.rate).to(dtype) / (1.0 - self.rate)
-        elif len(self.scale) == len(x):
-            scale = self.scale.to(dtype)
-        else:
+            return (torch.rand(len(x), device=x.device) >= self.rate).to(dtype) / (1.0 - self.rate)
+        if len(self.scale) != len(x):
             raise ModelError(f"drop-path noise is set for {len(self.scale)} samples, the batch has {len(x)}")
-        return (x * scale.view(-1, *[1] * (x.ndim - 1))).to(x.dtype)
+        return self.scale.to(dtype)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.4g}"
+
+
+class _ScaledSum(torch.autograd.Function):
+    """onto + scale · branch, each read and written once: autograd's own way stores, rounds and reads the product.
+
+    Scales have no gradient, and there are no second derivatives.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, onto: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        ctx.dtypes = onto.dtype, branch.dtype
+        out = torch.empty_like(onto, dtype=torch.promote_types(*ctx.dtypes))
+        return torch.addcmul(onto, branch, scale, out=out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (scale,) = ctx.saved_tensors
+        onto, branch = ctx.dtypes
+        return grad.to(onto), torch.mul(grad, scale, out=torch.empty_like(grad, dtype=branch)), None
 
 
 def drop_path_rates(maximum: float, depth: int) -> list[float]:

@@ -89,16 +89,11 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ..., N, C) -> same shape."""
-        x = self.add(x, self.drop_path1(self.attn(self.norm1(x))))
-        return self.add_mlp(x)
-
-    def add(self, x: Tensor, branch: Tensor) -> Tensor:
-        """The residual sum."""
-        return x + branch if self.branch_scale == 1.0 else x + branch * self.branch_scale
+        return self.add_mlp(self.drop_path1(self.attn(self.norm1(x)), x, self.branch_scale))
 
     def add_mlp(self, x: Tensor) -> Tensor:
         """The second half of the layer."""
-        return self.add(x, self.drop_path2(self.mlp(self.norm2(x))))
+        return self.drop_path2(self.mlp(self.norm2(x)), x, self.branch_scale)
 
 
 def encoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -115,7 +110,7 @@ class MapLayer(EncoderLayer):
     def forward(self, x: Tensor, maps: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """(B, ..., N, C) and the maps of the layer before -> the same shape and the maps for the next layer."""
         branch, maps = self.attn(self.norm1(x), maps)
-        return self.add_mlp(self.add(x, self.drop_path1(branch))), maps
+        return self.add_mlp(self.drop_path1(branch, x, self.branch_scale)), maps
 
 
 def run_layer(

@@ -32,6 +32,40 @@ def test_keeps_by_sample_and_divides(dtype):
     assert layer.eval()(x) is x
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float64,) * 2, (torch.float32,) * 2, (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("times", [1.0, 0.5])
+@pytest.mark.parametrize("layout", ["plain", "transposed"])
+def test_the_residual_sum(layout, times, dtypes):
+    """In one operation, forward and backward, what the product and the sum give one after the other."""
+    generator = torch.Generator().manual_seed(0)
+    onto, branch, above = (torch.randn(4, 3, 5, generator=generator, dtype=torch.float64) for _ in range(3))
+    if layout == "transposed":
+        onto, branch = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (onto, branch))
+    layer = DropPath(0.25).train()
+    set_drop_path_noise(layer, torch.tensor([[0.0], [0.7], [0.24], [0.25]]))
+    onto, branch = onto.to(dtypes[0]).requires_grad_(), branch.to(dtypes[1]).requires_grad_()
+    out = layer(branch, onto, times)
+    exact = [t.detach().double().requires_grad_() for t in (onto, branch)]
+    scale = times * torch.tensor([0.0, 1 / 0.75, 0.0, 1 / 0.75], dtype=torch.float64)[:, None, None]
+    wanted = exact[0] + exact[1] * scale
+    assert out.dtype == dtypes[0]
+    got = [out, *torch.autograd.grad(out, (onto, branch), above.to(dtypes[0]))]
+    expected = [wanted, *torch.autograd.grad(wanted, exact, above.to(dtypes[0]).double())]
+    for a, b, dtype in zip(got, expected, (dtypes[0], *dtypes), strict=True):
+        assert a.dtype == dtype
+        assert (a.double() - b).abs().max() <= 2 * torch.finfo(dtype).eps * b.abs().max()
+    assert torch.equal(got[1], above.to(dtypes[0])) and not got[2][::2].any()
+    assert torch.equal(layer.eval()(branch, onto, times), onto + (branch if times == 1.0 else branch * times))
+
+
+def test_a_half_precision_sum_is_rounded_once():
+    layer = DropPath(0.3).train()
+    set_drop_path_noise(layer, torch.full((999, 1), 0.9))
+    onto, branch = torch.randn(2, 999, 1, generator=torch.Generator().manual_seed(0)).bfloat16()
+    out, exact = layer(branch, onto), onto.float() + branch.float() * (1 / torch.tensor(0.7))
+    assert out.dtype == torch.bfloat16 and torch.equal(out, exact.bfloat16())
+
+
 def test_rates():
     assert drop_path_rates(0.2, 12) == pytest.approx(
         torch.linspace(0, 0.2, 12, dtype=torch.float64).tolist(), abs=1e-15
@@ -76,7 +110,7 @@ def test_columns_follow_the_forward_order():
         dropped = model(images)
         rate = model.get_submodule(name).rate
         set_drop_path_noise(model, keep_all)
-        without = model.get_submodule(name).register_forward_hook(lambda _, __, out: torch.zeros_like(out))
+        without = model.get_submodule(name).register_forward_hook(lambda _, inputs, __: inputs[1])
         expected = model(images) if rate else unchanged
         without.remove()
         assert torch.equal(dropped, expected), name

@@ -1,0 +1,226 @@
+"""The Triton kernels behind `refine_fused`, backward; forms, shapes and constants are those of `refine_kernel`.
+
+A is the maps and R the reduced maps, both less their means here, g the gradient of the refined maps, C what goes into
+the second BatchNorm. The last two BatchNorms are linear in a pixel once their statistics and the sums of
+`head_sums_kernel` are known, so the gradients behind them are combinations of g, R and A and are never written.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pipeline.models.refine_kernel import (
+    appended,
+    centered,
+    column,
+    matrix,
+    pixel,
+    place,
+    product,
+    pushed,
+    relu6,
+    taps,
+    zeros,
+)
+
+
+@triton.jit
+def head_sums_kernel(
+    grad, reduced, maps, means, found, plane,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, TILES: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    """Sums of g, g R and g A over `TILES` times `SIZE` pixels of one map.
+
+    Args:
+        means: of R and A, (2, H).
+        found: (3, B, H, programs of a map).
+    """
+    map_number, head = tl.program_id(0), tl.program_id(0) % HEADS
+    source = map_number.to(tl.int64) * plane
+    mean_r, mean_a = tl.load(means + head), tl.load(means + HEADS + head)
+    sums = tl.zeros((SIZE,), dtype=TYPE)
+    sums_r = tl.zeros((SIZE,), dtype=TYPE)
+    sums_a = tl.zeros((SIZE,), dtype=TYPE)
+    for i in range(TILES):
+        at = (tl.program_id(1) * TILES + i) * SIZE + tl.arange(0, SIZE)
+        g = tl.load(grad + source + at, mask=at < plane, other=0.0).to(TYPE)
+        sums += g
+        sums_r += g * (tl.load(reduced + source + at, mask=at < plane, other=0.0).to(TYPE) - mean_r)
+        sums_a += g * (tl.load(maps + source + at, mask=at < plane, other=0.0).to(TYPE) - mean_a)
+    step = tl.num_programs(0) * tl.num_programs(1)
+    report = found + map_number * tl.num_programs(1) + tl.program_id(1)
+    tl.store(report, tl.sum(sums))
+    tl.store(report + step, tl.sum(sums_r))
+    tl.store(report + 2 * step, tl.sum(sums_a))
+
+
+@triton.jit
+def behind_second_kernel(
+    grad, reduced, maps, means, factors, convolved, scale, shift, mean, reduce, grad_second, found, samples, plane,
+    HEADS: tl.constexpr, HP: tl.constexpr, HIDDEN: tl.constexpr, CH: tl.constexpr, P: tl.constexpr,
+    TILES: tl.constexpr, STORE: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    """Pixel by pixel: the gradient D of the second BatchNorm's output, and its sums.
+
+    Programs are (chunks of H', runs of tiles).
+
+    Args:
+        means, factors: (2, H), and (4, H) with the gradient of R, factors · (g, R, A, 1).
+        convolved, scale, shift, mean: C, the second BatchNorm as scale C + shift, and the mean of C.
+        reduce: (H, H'), in the type of the maps.
+        grad_second: D, (B, H', plane), written if STORE.
+        found: (programs but for the chunks, H', H + 2): products of relu6(scale C + shift) with the gradient of R,
+            the sum of D, and that of D (C - mean).
+    """
+    heads, channels = tl.arange(0, HP), tl.program_id(0) * CH + tl.arange(0, CH)
+    mean_r, mean_a = column(means, heads, HEADS), column(means + HEADS, heads, HEADS)
+    of_g, of_r = column(factors, heads, HEADS), column(factors + HEADS, heads, HEADS)
+    of_a, of_one = column(factors + 2 * HEADS, heads, HEADS), column(factors + 3 * HEADS, heads, HEADS)
+    k, b, m = column(scale, channels, HIDDEN), column(shift, channels, HIDDEN), column(mean, channels, HIDDEN)
+    back = tl.trans(matrix(reduce, heads, channels, HEADS, HIDDEN))
+    sums = tl.zeros((CH, P), dtype=TYPE)
+    moments = tl.zeros((CH, P), dtype=TYPE)
+    products = tl.zeros((CH, HP), dtype=TYPE)
+    for i in range(TILES):
+        sample, at, exists = pixel(tl.program_id(1) * TILES + i, samples, plane, P)
+        offsets = (sample * HEADS * plane + at)[None, :] + heads[:, None] * plane
+        inside = exists[None, :] & (heads < HEADS)[:, None]
+        g = tl.load(grad + offsets, mask=inside, other=0.0).to(TYPE)
+        r = tl.load(reduced + offsets, mask=inside, other=0.0).to(TYPE) - mean_r
+        a = tl.load(maps + offsets, mask=inside, other=0.0).to(TYPE) - mean_a
+        grad_r = tl.where(inside, of_g * g + of_r * r + of_a * a + of_one, 0.0).to(maps.dtype.element_ty)
+        offsets = (sample * HIDDEN * plane + at)[None, :] + channels[:, None] * plane
+        inside = exists[None, :] & (channels < HIDDEN)[:, None]
+        c = tl.load(convolved + offsets, mask=inside, other=0.0).to(TYPE)
+        hidden = relu6(k * c + b)
+        d = tl.where((hidden <= 0) | (hidden >= 6), 0.0, product(back, grad_r, TYPE))
+        if STORE:
+            tl.store(grad_second + offsets, d.to(grad_second.dtype.element_ty), mask=inside)
+        sums += d
+        moments += d * (c - m)
+        products += product(hidden.to(grad_r.dtype), tl.trans(grad_r), TYPE)
+    report = found + (tl.program_id(1) * HIDDEN + channels) * (HEADS + 2)
+    there = channels < HIDDEN
+    tl.store(report[:, None] + heads[None, :], products, mask=there[:, None] & (heads < HEADS)[None, :])
+    tl.store(report + HEADS, tl.sum(sums, 1), mask=there)
+    tl.store(report + HEADS + 1, tl.sum(moments, 1), mask=there)
+
+
+@triton.jit
+def deconvolve_kernel(
+    maps, center, expand, bias, kernel, convolved, grad_second, mean, factors, grad_maps, found,
+    samples, rows, columns, run,
+    HEADS: tl.constexpr, HP: tl.constexpr, HIDDEN: tl.constexpr, CH: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
+    TYPE: tl.constexpr,
+):  # fmt: skip
+    """Down the rows: from D to the maps, but for what the statistics of the first BatchNorm add.
+
+    With dC = factors · (D, C - mean, 1) and h = relu6(e), e = expand A + bias: the gradient of h is the transposed
+    convolution of dC, that of e is the same where 0 < e < 6, and that of A is expandᵀ times this.
+
+    A program takes its chunks of H' one after the other and adds up their shares of `grad_maps` in place.
+
+    Args:
+        expand: (H', H), with the first BatchNorm's scale, in the type of the maps.
+        factors: (3, H').
+        grad_maps: (B, H, rows, columns), written.
+        found: (programs, H', H + 1 + K²): products of the gradient of e with A, its sum, and the gradient of `kernel`.
+    """
+    HALO: tl.constexpr = K // 2
+    heads = tl.arange(0, HP)
+    sample, x, exists = place(samples, columns, P)
+    plane = rows * columns
+    origin = (sample * HEADS * plane + x)[None, :] + heads[:, None] * plane
+    real = exists[None, :] & (heads < HEADS)[:, None]
+    means = column(center, heads, HEADS)
+    first = tl.program_id(2) * run
+    last = tl.minimum(first + run, rows)
+    for start in range(0, HIDDEN, CH):
+        channels = start + tl.arange(0, CH)
+        there = channels < HIDDEN
+        source = (sample * HIDDEN * plane + x)[None, :] + channels[:, None] * plane
+        weights, shift = matrix(expand, channels, heads, HIDDEN, HEADS), column(bias, channels, HIDDEN)
+        weighting, middle = taps(kernel, channels, HIDDEN, K), column(mean, channels, HIDDEN)
+        of_d, of_c = column(factors, channels, HIDDEN), column(factors + HIDDEN, channels, HIDDEN)
+        of_one = column(factors + 2 * HIDDEN, channels, HIDDEN)
+        hidden = zeros(K, CH, P, TYPE)  # of the rows that this one's dC reaches, from the one above on
+        sums = zeros(K, CH, P, TYPE)  # of their gradients
+        grad_kernel = zeros(K * K, CH, P, TYPE)
+        total = tl.zeros((CH, P), dtype=TYPE)
+        moments = tl.zeros((CH, HP), dtype=TYPE)
+        for i in range(last - first + 2 * HALO):
+            row = first - HALO + i
+            width, below = tl.where((row >= 0) & (row < rows), columns, 0), row + HALO
+            taken = exists & (x < tl.where((below >= first) & (below < last), columns, 0))
+            a = centered(maps, origin + below * columns, taken[None, :] & (heads < HEADS)[:, None], means, TYPE)
+            h = tl.where(taken[None, :], relu6(product(weights, a, TYPE) + shift), 0.0)
+            hidden = pushed(hidden, h, K)
+            for dx in tl.static_range(K):
+                beside = x - (dx - HALO)
+                inside = (exists & (beside >= 0) & (beside < width))[None, :] & there[:, None]
+                offsets = source + row * columns - (dx - HALO)
+                d = tl.load(grad_second + offsets, mask=inside, other=0.0).to(TYPE)
+                c = tl.load(convolved + offsets, mask=inside, other=0.0).to(TYPE)
+                grad_c = tl.where(inside, of_d * d + of_c * (c - middle) + of_one, 0.0)
+                added = ()
+                for dy in tl.static_range(K):
+                    added = appended(added, sums[dy] + weighting[dy * K + dx] * grad_c)
+                sums = added
+                products = ()
+                for tap in tl.static_range(K * K):
+                    if tap % K == dx:
+                        products = appended(products, grad_kernel[tap] + hidden[tap // K] * grad_c)
+                    else:
+                        products = appended(products, grad_kernel[tap])
+                grad_kernel = products
+            above = row - HALO
+            if above >= first:
+                outside = (hidden[0] <= 0) | (hidden[0] >= 6)
+                grad_e = tl.where(outside, 0.0, sums[0])
+                total += grad_e
+                rounded = grad_e.to(maps.dtype.element_ty)
+                a = centered(maps, origin + above * columns, real, means, TYPE)
+                moments += product(rounded, tl.trans(a), TYPE)
+                share = product(tl.trans(weights), rounded, TYPE)
+                target = grad_maps + origin + above * columns
+                if start > 0:
+                    share += tl.load(target, mask=real, other=0.0).to(TYPE)
+                tl.store(target, share.to(grad_maps.dtype.element_ty), mask=real)
+            sums = pushed(sums, tl.zeros((CH, P), dtype=TYPE), K)
+        report = (tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)) * HIDDEN + channels
+        report = found + report * (HEADS + 1 + K * K)
+        tl.store(report[:, None] + heads[None, :], moments, mask=there[:, None] & (heads < HEADS)[None, :])
+        tl.store(report + HEADS, tl.sum(total, 1), mask=there)
+        for tap in tl.static_range(K * K):
+            tl.store(report + HEADS + 1 + tap, tl.sum(grad_kernel[tap], 1), mask=there)
+        # What one thread wrote to `grad_maps`, another may read for the next chunk.
+        tl.debug_barrier()
+
+
+@triton.jit
+def finish_kernel(
+    grad, reduced, maps, means, factors, mixed, grad_maps, samples, plane,
+    HEADS: tl.constexpr, HP: tl.constexpr, P: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    """Pixel by pixel: add to `grad_maps` what is linear, factors · (g, R, A, 1) - mixed A.
+
+    Args:
+        means, factors: (2, H) and (4, H).
+        mixed: (H, H), in the type of the maps.
+        grad_maps: (B, H, plane).
+    """
+    heads = tl.arange(0, HP)
+    sample, at, exists = pixel(tl.program_id(0), samples, plane, P)
+    offsets = (sample * HEADS * plane + at)[None, :] + heads[:, None] * plane
+    inside = exists[None, :] & (heads < HEADS)[:, None]
+    mean_r, mean_a = column(means, heads, HEADS), column(means + HEADS, heads, HEADS)
+    of_g, of_r = column(factors, heads, HEADS), column(factors + HEADS, heads, HEADS)
+    of_a, of_one = column(factors + 2 * HEADS, heads, HEADS), column(factors + 3 * HEADS, heads, HEADS)
+    g = tl.load(grad + offsets, mask=inside, other=0.0).to(TYPE)
+    r = tl.load(reduced + offsets, mask=inside, other=0.0).to(TYPE) - mean_r
+    a = tl.load(maps + offsets, mask=inside, other=0.0).to(TYPE) - mean_a
+    x = tl.load(grad_maps + offsets, mask=inside, other=0.0).to(TYPE)
+    x += of_g * g + of_r * r + of_a * a + of_one
+    x -= product(matrix(mixed, heads, heads, HEADS, HEADS), a.to(maps.dtype.element_ty), TYPE)
+    tl.store(grad_maps + offsets, x.to(grad_maps.dtype.element_ty), mask=inside)

@@ -50,6 +50,18 @@ def centered(maps, offsets, inside, center, TYPE: tl.constexpr):
 
 
 @triton.jit
+def expanded(maps, offsets, inside, center, weights, shift, TYPE: tl.constexpr):
+    """The expanded maps behind the first ReLU6, (CH, P); what lies outside of the maps is up to the caller.
+
+    In half precision the maps are not centred: products are exact and summed in float32, so `shift` can do it.
+    """
+    x = tl.load(maps + offsets, mask=inside, other=0.0)
+    if x.dtype.primitive_bitwidth > 16:
+        x = x - center
+    return relu6(product(weights, x, TYPE) + shift)
+
+
+@triton.jit
 def relu6(x):
     return tl.minimum(tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL), 6.0, propagate_nan=tl.PropagateNan.ALL)
 
@@ -66,13 +78,13 @@ def merged(mean, spread, n):
 def place(samples, columns, P: tl.constexpr):
     """Of the P columns of a program that goes down rows: sample, column within the map, whether it exists."""
     index = tl.program_id(1) * P + tl.arange(0, P)
-    return (index // columns).to(tl.int64), index % columns, index < samples * columns
+    return index // columns, index % columns, index < samples * columns
 
 
 @triton.jit
 def pixel(tile, samples, plane, P: tl.constexpr):
     """Of the P pixels of a tile: sample, place within the map, whether it exists."""
-    index = tile.to(tl.int64) * P + tl.arange(0, P)
+    index = tile * P + tl.arange(0, P)
     return index // plane, index % plane, index < samples * plane
 
 
@@ -134,12 +146,13 @@ def convolve_kernel(
     HEADS: tl.constexpr, HP: tl.constexpr, HIDDEN: tl.constexpr, CH: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
     STORE: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """Down the rows: what goes into the second BatchNorm, C = local(relu6(expand (A - center) + bias)).
+    """Down the rows: what goes into the second BatchNorm, C = local(relu6(expand A + bias)).
 
     Programs are (chunks of H', columns, runs of rows).
 
     Args:
-        expand: (H', H), with the first BatchNorm's scale, in the type of the maps.
+        expand, bias: (H', H) in the type of the maps, with the first BatchNorm's scale, and (H',); see `expanded` for
+            what is centred.
         convolved: (B, H', rows, columns), written if STORE.
         found: (3, programs but for the chunks, H'): number, mean and squared differences of C.
     """
@@ -164,8 +177,8 @@ def convolve_kernel(
             beside = x + dx - HALO
             inside = exists & (beside >= 0) & (beside < width)
             offsets = row * columns + dx - HALO
-            maps_here = centered(source, offsets, inside[None, :] & (heads < HEADS)[:, None], means, TYPE)
-            hidden = relu6(product(weights, maps_here, TYPE) + shift)
+            there = inside[None, :] & (heads < HEADS)[:, None]
+            hidden = expanded(source, offsets, there, means, weights, shift, TYPE)
             hidden = tl.where(inside[None, :], hidden, 0.0)
             added = ()
             for reached in tl.static_range(K):

@@ -14,6 +14,7 @@ from pipeline.models.refine_kernel import (
     appended,
     centered,
     column,
+    expanded,
     matrix,
     pixel,
     place,
@@ -109,20 +110,20 @@ def behind_second_kernel(
 
 @triton.jit
 def deconvolve_kernel(
-    maps, center, expand, bias, kernel, convolved, grad_second, mean, factors, grad_maps, found,
+    maps, center, expand, bias, kernel, convolved, grad_second, factors, grad_maps, found,
     samples, rows, columns, run,
     HEADS: tl.constexpr, HP: tl.constexpr, HIDDEN: tl.constexpr, CH: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
     TYPE: tl.constexpr,
 ):  # fmt: skip
     """Down the rows: from D to the maps, but for what the statistics of the first BatchNorm add.
 
-    With dC = factors · (D, C - mean, 1) and h = relu6(e), e = expand A + bias: the gradient of h is the transposed
+    With dC = factors · (D, C, 1) and h = relu6(e), e = expand A + bias: the gradient of h is the transposed
     convolution of dC, that of e is the same where 0 < e < 6, and that of A is expandᵀ times this.
 
     A program takes its chunks of H' one after the other and adds up their shares of `grad_maps` in place.
 
     Args:
-        expand: (H', H), with the first BatchNorm's scale, in the type of the maps.
+        expand, bias: as in `convolve_kernel`.
         factors: (3, H').
         grad_maps: (B, H, rows, columns), written.
         found: (programs, H', H + 1 + K²): products of the gradient of e with A, its sum, and the gradient of `kernel`.
@@ -141,7 +142,7 @@ def deconvolve_kernel(
         there = channels < HIDDEN
         source = (sample * HIDDEN * plane + x)[None, :] + channels[:, None] * plane
         weights, shift = matrix(expand, channels, heads, HIDDEN, HEADS), column(bias, channels, HIDDEN)
-        weighting, middle = taps(kernel, channels, HIDDEN, K), column(mean, channels, HIDDEN)
+        weighting = taps(kernel, channels, HIDDEN, K)
         of_d, of_c = column(factors, channels, HIDDEN), column(factors + HIDDEN, channels, HIDDEN)
         of_one = column(factors + 2 * HIDDEN, channels, HIDDEN)
         hidden = zeros(K, CH, P, TYPE)  # of the rows that this one's dC reaches, from the one above on
@@ -153,8 +154,9 @@ def deconvolve_kernel(
             row = first - HALO + i
             width, below = tl.where((row >= 0) & (row < rows), columns, 0), row + HALO
             taken = exists & (x < tl.where((below >= first) & (below < last), columns, 0))
-            a = centered(maps, origin + below * columns, taken[None, :] & (heads < HEADS)[:, None], means, TYPE)
-            h = tl.where(taken[None, :], relu6(product(weights, a, TYPE) + shift), 0.0)
+            inside = taken[None, :] & (heads < HEADS)[:, None]
+            h = expanded(maps, origin + below * columns, inside, means, weights, shift, TYPE)
+            h = tl.where(taken[None, :], h, 0.0)
             hidden = pushed(hidden, h, K)
             for dx in tl.static_range(K):
                 beside = x - (dx - HALO)
@@ -162,7 +164,7 @@ def deconvolve_kernel(
                 offsets = source + row * columns - (dx - HALO)
                 d = tl.load(grad_second + offsets, mask=inside, other=0.0).to(TYPE)
                 c = tl.load(convolved + offsets, mask=inside, other=0.0).to(TYPE)
-                grad_c = tl.where(inside, of_d * d + of_c * (c - middle) + of_one, 0.0)
+                grad_c = tl.where(inside, of_d * d + of_c * c + of_one, 0.0)
                 added = ()
                 for dy in tl.static_range(K):
                     added = appended(added, sums[dy] + weighting[dy * K + dx] * grad_c)

@@ -7,7 +7,7 @@ whole group they are computed once in each pass, else once more after their sums
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,14 +17,13 @@ from torch import Tensor
 
 from pipeline.models import refine_kernel as ahead
 from pipeline.models import refine_kernel_backward as behind
-from pipeline.models.refine_group import Group, Norm, sum_places
+from pipeline.models.errors import ModelError
+from pipeline.models.refine_group import Group, Norm, sum_places, total
 
 # Of expanded maps: half a gigabyte in half precision, of which there are one forward and two backward.
 SLICE = 2**28
-# Pixels of a program that goes map by map, and how many times as many it takes one after the other.
-FLAT, FLAT_TILES = 1024, 8
-# Tiles that a program takes one after the other where it takes sums pixel by pixel, and rows where it goes down them.
-TILES, ROWS = 8, 32
+# Rows of a program that goes down them.
+ROWS = 32
 
 
 class Known(NamedTuple):
@@ -54,15 +53,9 @@ def forward(maps: Tensor, parameters: Sequence[Tensor], eps: float, scale: float
         eps, scale: as there.
     """
     step = _Step(maps, parameters, eps, scale)
-    group, size = step.group, step.size
+    group = step.group
     center = group.center = sum_places(step.maps) / group.count
-    programs = triton.cdiv(size.pixels(len(maps)), TILES * size.tile)
-    found = center.new_empty(programs, size.heads, size.heads)
-    covariance_arguments = {"TILES": TILES, **size.constants("HEADS", "HP", "P")}
-    ahead.covariance_kernel[(programs,)](
-        step.maps, center, found, len(maps), size.plane, **covariance_arguments, **size.options()
-    )
-    covariance = group.covariance = found.sum(0) / group.count
+    covariance = group.covariance = total(step.covariance(part) for part in step.slices) / group.count
     matrix = group.expand
     group.learn(matrix @ center, ((matrix @ covariance) * matrix).sum(1).clamp(min=0))
 
@@ -128,17 +121,19 @@ def backward(
     behind_third[1] -= k3 * norm3.inv * grad_weight3 / count
 
     # The second.
+    at_heads = grad, reduced, means, behind_third
     whole = len(step.slices) == 1
     convolved, grad_second = step.hidden_buffer(), step.hidden_buffer()
     parts = []
     for part in step.slices:
         step.convolve(part, convolved, store=True)
-        parts.append(step.behind_second(part, grad, reduced, means, behind_third, convolved, grad_second, whole))
+        parts.append(step.behind_second(part, at_heads, convolved, grad_second, store=whole))
     found = torch.cat(parts).sum(0)
     grad_reduce, sum2 = found[:, : size.heads].t(), found[:, size.heads]
     grad_weight2 = norm2.inv * found[:, size.heads + 1]
     k2 = norm2.scale
-    behind_second = torch.stack([k2, -k2 * norm2.inv * grad_weight2 / count, -k2 * sum2 / count])
+    pull2 = k2 * norm2.inv * grad_weight2 / count
+    behind_second = torch.stack([k2, -pull2, pull2 * norm2.mean - k2 * sum2 / count])
 
     # The local convolution and the expansion.
     grad_maps = torch.empty_like(step.maps)
@@ -146,7 +141,7 @@ def backward(
     for part in step.slices:
         if not whole:
             step.convolve(part, convolved, store=True)
-            step.behind_second(part, grad, reduced, means, behind_third, convolved, grad_second, True)
+            step.behind_second(part, at_heads, convolved, grad_second, store=True)
         parts.append(step.deconvolve(part, convolved, grad_second, behind_second, grad_maps))
     found = torch.cat(parts).sum(0)
     moments, sum1, grad_kernel = found.split([size.heads, 1, size.kernel**2], 1)
@@ -157,7 +152,8 @@ def backward(
     pull1 = norm1.scale * norm1.inv * grad_weight1 / count
     mixed = group.expand.t() @ (pull1[:, None] * group.expand)
     behind_last[3] -= group.expand.t() @ (norm1.scale * sum1 / count)
-    step.finish(grad, reduced, means, behind_last, mixed, grad_maps)
+    for part in step.slices:
+        step.finish(part, (grad, reduced, means, behind_last), mixed, grad_maps)
     grad_expand = norm1.scale[:, None] * (
         moments - (norm1.inv * grad_weight1)[:, None] * (group.expand @ known.covariance)
     )
@@ -170,43 +166,42 @@ def backward(
 
 
 class Size(NamedTuple):
-    """What the kernels are compiled for, besides the numbers of samples and pixels.
+    """What the kernels are compiled for.
 
     Attributes:
         heads, hidden, kernel: H, H', side of the local kernels.
-        plane: pixels of a map.
         dtype: of the maps.
     """
 
     heads: int
     hidden: int
     kernel: int
-    plane: int
     dtype: torch.dtype
 
-    @property
-    def tile(self) -> int:
-        """Pixels of a program that are computed at a time: what the registers of its threads hold."""
-        return 64 if self.dtype.itemsize == 2 else 32
-
-    def pixels(self, samples: int) -> int:
-        return samples * self.plane
-
-    def constants(self, *names: str) -> dict[str, object]:
-        """The constants of these names, and TYPE."""
+    def constants(self, function: Any) -> dict[str, Any]:
+        """The constants of one of the kernels."""
+        name, half = function.fn.__name__, self.dtype.itemsize == 2
+        channels, tile = 16, 64 if half else 32
+        if name == "deconvolve_kernel":  # as many as its threads' registers hold
+            tile = 32 if self.dtype.itemsize < 8 else 16
+        elif name == "behind_second_kernel" and half:
+            # A product for 16 channels would be done by each warp anew.
+            channels, tile = min(64, max(16, triton.next_power_of_2(self.hidden))), 32
         values = {
             "HEADS": self.heads,
             "HP": max(16, triton.next_power_of_2(self.heads)),
             "HIDDEN": self.hidden,
-            "CH": 16,
+            "CH": channels,
             "K": self.kernel,
-            "P": self.tile,
+            "P": tile,
+            "TILES": 8,
+            "SIZE": 1024,
+            "TYPE": tl.float64 if self.dtype == torch.float64 else tl.float32,
         }
-        sums = tl.float64 if self.dtype == torch.float64 else tl.float32
-        return {name: values[name] for name in names} | {"TYPE": sums}
+        return {name: value for name, value in values.items() if name in function.arg_names}
 
     def options(self) -> dict[str, Any]:
-        """How the kernels are compiled."""
+        """How they are compiled."""
         return {"num_warps": 4, "num_stages": 1}
 
 
@@ -218,84 +213,103 @@ class _Step:
         self.group = Group(self.maps, None, eps, scale, parameters, SLICE)
         self.slices = self.group.slices
         self.rows, self.columns = maps.shape[2:]
+        self.plane = self.rows * self.columns
         kernel = self.group.kernel
-        self.size = Size(maps.shape[1], len(kernel), kernel.shape[-1], self.rows * self.columns, maps.dtype)
+        self.size = Size(maps.shape[1], len(kernel), kernel.shape[-1], maps.dtype)
+        if self.size.hidden * self.plane >= 2**30:
+            raise ModelError(f"kernels=triton: maps of {self.rows} x {self.columns} are too large; leave it out")
         self.kernel = kernel.contiguous()
-        self.reduced_by = self.group.reduce.to(maps.dtype).contiguous()
+        self.reduce_weight = self.group.reduce.to(maps.dtype).contiguous()
+
+    def _launch(self, function: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        function[grid](*arguments, **self.size.constants(function), **constants, **self.size.options())
+
+    def _pixelwise(self, function: Any, samples: int) -> int:
+        """How many programs take the pixels of so many samples."""
+        constants = self.size.constants(function)
+        return triton.cdiv(samples * self.plane, constants["P"] * constants.get("TILES", 1))
+
+    def _down(self, function: Any, samples: int) -> tuple[int, int, int]:
+        """For programs that go down the rows: how many side by side, and one above the other, and rows of each."""
+        run = triton.cdiv(self.rows, triton.cdiv(self.rows, ROWS))
+        tile = self.size.constants(function)["P"]
+        return triton.cdiv(samples * self.columns, tile), triton.cdiv(self.rows, run), run
+
+    def _chunks(self, function: Any) -> int:
+        return triton.cdiv(self.size.hidden, self.size.constants(function)["CH"])
+
+    def _expansion(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Means of the maps, weights with the first BatchNorm's scale, and what `expanded` adds."""
+        first, center = self.group.norms[0], self.group.center
+        weight = (first.scale[:, None] * self.group.expand).to(self.maps.dtype)
+        shift = first.bias
+        if self.maps.dtype.itemsize == 2:
+            shift = shift - weight.to(center.dtype) @ center
+        return center, weight, shift.contiguous()
 
     def hidden_buffer(self) -> Tensor:
         """For the expanded maps of any slice."""
-        samples = self.slices[0].stop
-        return self.maps.new_empty(samples, self.size.hidden, self.rows, self.columns)
+        return self.maps.new_empty(self.slices[0].stop, self.size.hidden, self.rows, self.columns)
 
-    def _down(self, part: slice) -> tuple[int, int, int]:
-        """Of the kernels that go down the rows: programs side by side, one above the other, rows of each."""
-        run = triton.cdiv(self.rows, triton.cdiv(self.rows, ROWS))
-        return triton.cdiv(_length(part) * self.columns, self.size.tile), triton.cdiv(self.rows, run), run
-
-    def _expansion(self) -> tuple[Tensor, Tensor]:
-        first = self.group.norms[0]
-        return (first.scale[:, None] * self.group.expand).to(self.maps.dtype), first.bias.contiguous()
+    def covariance(self, part: slice) -> Tensor:
+        """Products of the centred maps, summed: (H, H)."""
+        function, maps = ahead.covariance_kernel, self.maps[part]
+        programs = self._pixelwise(function, len(maps))
+        found = self.group.center.new_empty(programs, self.size.heads, self.size.heads)
+        self._launch(function, (programs,), maps, self.group.center, found, len(maps), self.plane)
+        return found.sum(0)
 
     def convolve(self, part: slice, convolved: Tensor, store: bool) -> Tensor:
         """What goes into the second BatchNorm, to `convolved` if it is to be stored: number, mean and squares of it."""
-        across, down, run = self._down(part)
-        constants = self.size.constants("HEADS", "HP", "HIDDEN", "CH", "K", "P")
+        function, maps = ahead.convolve_kernel, self.maps[part]
+        across, down, run = self._down(function, len(maps))
         found = self.group.center.new_empty(3, across * down, self.size.hidden)
-        grid = triton.cdiv(self.size.hidden, constants["CH"]), across, down
-        ahead.convolve_kernel[grid](
-            self.maps[part], self.group.center, *self._expansion(), self.kernel, convolved, found,
-            _length(part), self.rows, self.columns, run, STORE=store, **constants, **self.size.options(),
-        )  # fmt: skip
+        grid = self._chunks(function), across, down
+        sizes = len(maps), self.rows, self.columns, run
+        self._launch(function, grid, maps, *self._expansion(), self.kernel, convolved, found, *sizes, STORE=store)
         return found
 
     def reduce(self, part: slice, convolved: Tensor, reduced: Tensor) -> Tensor:
         """Write the reduced maps; see `reduce_kernel` for what it returns."""
-        programs = triton.cdiv(self.size.pixels(_length(part)), TILES * self.size.tile)
+        function, maps = ahead.reduce_kernel, self.maps[part]
+        programs = self._pixelwise(function, len(maps))
         found = self.group.center.new_empty(5, programs, self.size.heads)
-        ahead.reduce_kernel[(programs,)](
-            convolved, self.maps[part], self.group.center, *_affine(self.group.norms[1]), self.reduced_by,
-            reduced[part], found, _length(part), self.size.plane,
-            TILES=TILES, **self.size.constants("HEADS", "HP", "HIDDEN", "CH", "P"), **self.size.options(),
+        second = _affine(self.group.norms[1])
+        self._launch(
+            function, (programs,), convolved, maps, self.group.center, *second, self.reduce_weight, reduced[part],
+            found, len(maps), self.plane,
         )  # fmt: skip
         return found
 
     def combine(self, reduced: Tensor, means: Tensor, factors: Tensor, out: Tensor) -> None:
-        grid = len(out) * self.size.heads, triton.cdiv(self.size.plane, FLAT)
-        ahead.combine_kernel[grid](
-            reduced, self.maps, means, factors, out, self.size.plane, SIZE=FLAT, **self.size.constants("HEADS")
-        )
+        """See `combine_kernel`."""
+        function = ahead.combine_kernel
+        grid = len(out) * self.size.heads, triton.cdiv(self.plane, self.size.constants(function)["SIZE"])
+        self._launch(function, grid, reduced, self.maps, means, factors, out, self.plane)
 
-    def head_sums(self, grad: Tensor, reduced: Tensor, means: Tensor) -> Iterable[Tensor]:
+    def head_sums(self, grad: Tensor, reduced: Tensor, means: Tensor) -> tuple[Tensor, ...]:
         """Sums of g, g R and g A, (H,) each."""
-        grid = len(grad) * self.size.heads, triton.cdiv(self.size.plane, FLAT * FLAT_TILES)
-        found = means.new_empty(3, len(grad), self.size.heads, grid[1])
-        behind.head_sums_kernel[grid](
-            grad, reduced, self.maps, means, found, self.size.plane,
-            SIZE=FLAT, TILES=FLAT_TILES, **self.size.constants("HEADS"),
-        )  # fmt: skip
+        function = behind.head_sums_kernel
+        constants = self.size.constants(function)
+        programs = triton.cdiv(self.plane, constants["SIZE"] * constants["TILES"])
+        found = means.new_empty(3, len(grad), self.size.heads, programs)
+        grid = len(grad) * self.size.heads, programs
+        self._launch(function, grid, grad, reduced, self.maps, means, found, self.plane)
         return found.sum((1, 3)).unbind()
 
     def behind_second(
-        self,
-        part: slice,
-        grad: Tensor,
-        reduced: Tensor,
-        means: Tensor,
-        factors: Tensor,
-        convolved: Tensor,
-        grad_second: Tensor,
-        store: bool,
+        self, part: slice, at_heads: tuple[Tensor, ...], convolved: Tensor, grad_second: Tensor, store: bool
     ) -> Tensor:
         """The gradient of the second BatchNorm's output; see `behind_second_kernel` for what it returns."""
-        size, second = self.size, self.group.norms[1]
-        programs = triton.cdiv(size.pixels(_length(part)), TILES * size.tile)
-        constants = size.constants("HEADS", "HP", "HIDDEN", "CH", "P")
-        found = means.new_empty(programs, size.hidden, size.heads + 2)
-        behind.behind_second_kernel[(triton.cdiv(size.hidden, constants["CH"]), programs)](
-            grad[part], reduced[part], self.maps[part], means, factors, convolved, *_affine(second), second.mean,
-            self.reduced_by, grad_second, found, _length(part), size.plane,
-            TILES=TILES, STORE=store, **constants, **size.options(),
+        function, second = behind.behind_second_kernel, self.group.norms[1]
+        grad, reduced, means, factors = at_heads
+        samples = _length(part)
+        programs = self._pixelwise(function, samples)
+        found = means.new_empty(programs, self.size.hidden, self.size.heads + 2)
+        self._launch(
+            function, (self._chunks(function), programs), grad[part], reduced[part], self.maps[part], means, factors,
+            convolved, *_affine(second), second.mean, self.reduce_weight, grad_second, found, samples, self.plane,
+            STORE=store,
         )  # fmt: skip
         return found
 
@@ -303,24 +317,23 @@ class _Step:
         self, part: slice, convolved: Tensor, grad_second: Tensor, factors: Tensor, grad_maps: Tensor
     ) -> Tensor:
         """Down to the maps; see `deconvolve_kernel` for what it returns."""
-        size = self.size
-        across, down, run = self._down(part)
-        found = factors.new_empty(across * down, size.hidden, size.heads + 1 + size.kernel**2)
-        behind.deconvolve_kernel[(1, across, down)](
-            self.maps[part], self.group.center, *self._expansion(), self.kernel, convolved, grad_second,
-            self.group.norms[1].mean, factors, grad_maps[part], found,
-            _length(part), self.rows, self.columns, run,
-            **size.constants("HEADS", "HP", "HIDDEN", "CH", "K", "P"), **size.options(),
+        function, maps = behind.deconvolve_kernel, self.maps[part]
+        across, down, run = self._down(function, len(maps))
+        found = factors.new_empty(across * down, self.size.hidden, self.size.heads + 1 + self.size.kernel**2)
+        self._launch(
+            function, (1, across, down), maps, *self._expansion(), self.kernel, convolved, grad_second, factors,
+            grad_maps[part], found, len(maps), self.rows, self.columns, run,
         )  # fmt: skip
         return found
 
-    def finish(
-        self, grad: Tensor, reduced: Tensor, means: Tensor, factors: Tensor, mixed: Tensor, grad_maps: Tensor
-    ) -> None:
-        samples = len(grad)
-        behind.finish_kernel[(triton.cdiv(self.size.pixels(samples), self.size.tile),)](
-            grad, reduced, self.maps, means, factors, mixed.to(self.maps.dtype).contiguous(), grad_maps, samples,
-            self.size.plane, **self.size.constants("HEADS", "HP", "P"), **self.size.options(),
+    def finish(self, part: slice, at_heads: tuple[Tensor, ...], mixed: Tensor, grad_maps: Tensor) -> None:
+        """See `finish_kernel`."""
+        function, samples = behind.finish_kernel, _length(part)
+        grad, reduced, means, factors = at_heads
+        mixed = mixed.to(self.maps.dtype).contiguous()
+        self._launch(
+            function, (self._pixelwise(function, samples),), grad[part], reduced[part], self.maps[part], means,
+            factors, mixed, grad_maps[part], samples, self.plane,
         )  # fmt: skip
 
 

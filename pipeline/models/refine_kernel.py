@@ -18,6 +18,10 @@ Constants: `HEADS` and `HIDDEN` are H and H'; `HP` is H with padding to a size t
 computed at a time; `K` is the side of the local kernel.
 """
 
+# Triton grows tuples by adding others and has no starred entries.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
 import triton
@@ -89,18 +93,12 @@ def pixel(tile, samples, plane, P: tl.constexpr):
 
 
 @triton.jit
-def appended(values, value):
-    """A tuple with one more entry."""
-    return values + (value,)  # noqa: RUF005 (Triton has no starred entries)
-
-
-@triton.jit
 def pushed(values, value, COUNT: tl.constexpr):
     """A tuple of COUNT without its first entry and with another at its end."""
     out = ()
     for i in tl.static_range(COUNT - 1):
-        out = appended(out, values[i + 1])
-    return appended(out, value)
+        out = out + (values[i + 1],)
+    return out + (value,)
 
 
 @triton.jit
@@ -108,7 +106,7 @@ def zeros(COUNT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, TYPE: tl.conste
     """A tuple of COUNT matrices (A, B)."""
     out = ()
     for _ in tl.static_range(COUNT):
-        out = appended(out, tl.zeros((A, B), dtype=TYPE))
+        out = out + (tl.zeros((A, B), dtype=TYPE),)
     return out
 
 
@@ -118,7 +116,7 @@ def taps(kernel, channels, HIDDEN: tl.constexpr, K: tl.constexpr):
     out = ()
     for i in tl.static_range(K * K):
         weight = tl.load(kernel + channels * K * K + i, mask=channels < HIDDEN, other=0.0)
-        out = appended(out, weight[:, None])
+        out = out + (weight[:, None],)
     return out
 
 
@@ -183,7 +181,7 @@ def convolve_kernel(
             added = ()
             for reached in tl.static_range(K):
                 tap = weighting[(K - 1 - reached) * K + dx]
-                added = appended(added, sums[reached] + tap * hidden)
+                added = added + (sums[reached] + tap * hidden,)
             sums = added
         above = row - HALO
         if above >= first:

@@ -5,13 +5,16 @@ the second BatchNorm. The last two BatchNorms are linear in a pixel once their s
 `head_sums_kernel` are known, so the gradients behind them are combinations of g, R and A and are never written.
 """
 
+# Triton grows tuples by adding others and has no starred entries.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from pipeline.models.refine_kernel import (
-    appended,
     centered,
     column,
     expanded,
@@ -167,14 +170,14 @@ def deconvolve_kernel(
                 grad_c = tl.where(inside, of_d * d + of_c * c + of_one, 0.0)
                 added = ()
                 for dy in tl.static_range(K):
-                    added = appended(added, sums[dy] + weighting[dy * K + dx] * grad_c)
+                    added = added + (sums[dy] + weighting[dy * K + dx] * grad_c,)
                 sums = added
                 products = ()
                 for tap in tl.static_range(K * K):
                     if tap % K == dx:
-                        products = appended(products, grad_kernel[tap] + hidden[tap // K] * grad_c)
+                        products = products + (grad_kernel[tap] + hidden[tap // K] * grad_c,)
                     else:
-                        products = appended(products, grad_kernel[tap])
+                        products = products + (grad_kernel[tap],)
                 grad_kernel = products
             above = row - HALO
             if above >= first:

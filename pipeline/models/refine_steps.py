@@ -22,6 +22,16 @@ from pipeline.models.refine_group import Group, Norm, sum_places, total
 
 # Of expanded maps: half a gigabyte in half precision, of which there are one forward and two backward.
 SLICE = 2**28
+KERNELS = (
+    ahead.covariance_kernel,
+    ahead.convolve_kernel,
+    ahead.reduce_kernel,
+    ahead.combine_kernel,
+    behind.head_sums_kernel,
+    behind.behind_second_kernel,
+    behind.deconvolve_kernel,
+    behind.finish_kernel,
+)
 # Rows of a program that goes down them.
 ROWS = 32
 
@@ -202,7 +212,7 @@ class Size(NamedTuple):
 
     def options(self) -> dict[str, Any]:
         """How they are compiled."""
-        return {"num_warps": 4, "num_stages": 1}
+        return {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
 
 class _Step:

@@ -34,9 +34,9 @@ def step(refiner: nn.Module, maps: Tensor, real: Tensor | None, group: int | Non
     leaf = maps.detach().requires_grad_()
     out = refiner(leaf, real)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
-    (out * weights.to(out.dtype)).sum().backward()
+    (out * weights.to(out)).sum().backward()
     if norms:
-        update_groups(norms, torch.zeros(()), None)
+        update_groups(norms, torch.zeros((), device=maps.device), None)
     found = {"out": out.detach(), "maps": leaf.grad}
     found |= {name: p.grad for name, p in refiner.named_parameters()}
     return found | {name: b for name, b in refiner.named_buffers() if "running" in name or "tracked" in name}

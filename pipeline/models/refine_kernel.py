@@ -54,20 +54,25 @@ def centered(maps, offsets, inside, center, TYPE: tl.constexpr):
 
 
 @triton.jit
-def expanded(maps, offsets, inside, center, weights, shift, TYPE: tl.constexpr):
-    """The expanded maps behind the first ReLU6, (CH, P); what lies outside of the maps is up to the caller.
-
-    In half precision the maps are not centred: products are exact and summed in float32, so `shift` can do it.
-    """
-    x = tl.load(maps + offsets, mask=inside, other=0.0)
-    if x.dtype.primitive_bitwidth > 16:
-        x = x - center
-    return relu6(product(weights, x, TYPE) + shift)
+def clamped(x, top):
+    """ReLU6 for a top of 6."""
+    x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, top, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def relu6(x):
-    return tl.minimum(tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL), 6.0, propagate_nan=tl.PropagateNan.ALL)
+def expanded(maps, offsets, inside, real, center, weights, shift, TYPE: tl.constexpr):
+    """The expanded maps behind the first ReLU6, (CH, P), and 0 outside of the maps.
+
+    In half precision the maps are not centred: products are exact and summed in float32, so `shift` can do it.
+
+    Args:
+        inside, real: which pixels lie in the maps, (P,), and which heads there are, (HP,).
+    """
+    x = tl.load(maps + offsets, mask=inside[None, :] & real[:, None], other=0.0)
+    if x.dtype.primitive_bitwidth > 16:
+        x = x - center
+    return clamped(product(weights, x, TYPE) + shift, tl.where(inside, 6.0, 0.0).to(TYPE)[None, :])
 
 
 @triton.jit
@@ -142,7 +147,7 @@ def covariance_kernel(
 def convolve_kernel(
     maps, center, expand, bias, kernel, convolved, found, samples, rows, columns, run,
     HEADS: tl.constexpr, HP: tl.constexpr, HIDDEN: tl.constexpr, CH: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
-    STORE: tl.constexpr, TYPE: tl.constexpr,
+    STORE: tl.constexpr, SUM: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """Down the rows: what goes into the second BatchNorm, C = local(relu6(expand A + bias)).
 
@@ -152,7 +157,7 @@ def convolve_kernel(
         expand, bias: (H', H) in the type of the maps, with the first BatchNorm's scale, and (H',); see `expanded` for
             what is centred.
         convolved: (B, H', rows, columns), written if STORE.
-        found: (3, programs but for the chunks, H'): number, mean and squared differences of C.
+        found: (3, programs but for the chunks, H'): number, mean and squared differences of C, written if SUM.
     """
     HALO: tl.constexpr = K // 2
     heads, channels = tl.arange(0, HP), tl.program_id(0) * CH + tl.arange(0, CH)
@@ -175,9 +180,7 @@ def convolve_kernel(
             beside = x + dx - HALO
             inside = exists & (beside >= 0) & (beside < width)
             offsets = row * columns + dx - HALO
-            there = inside[None, :] & (heads < HEADS)[:, None]
-            hidden = expanded(source, offsets, there, means, weights, shift, TYPE)
-            hidden = tl.where(inside[None, :], hidden, 0.0)
+            hidden = expanded(source, offsets, inside, heads < HEADS, means, weights, shift, TYPE)
             added = ()
             for reached in tl.static_range(K):
                 tap = weighting[(K - 1 - reached) * K + dx]
@@ -185,20 +188,22 @@ def convolve_kernel(
             sums = added
         above = row - HALO
         if above >= first:
-            away = sums[0] - mean
-            mean += away / (above - first + 1).to(TYPE)
-            spread += away * (sums[0] - mean)
+            if SUM:
+                away = sums[0] - mean
+                mean += away / (above - first + 1).to(TYPE)
+                spread += away * (sums[0] - mean)
             if STORE:
                 there = exists[None, :] & (channels < HIDDEN)[:, None]
                 tl.store(target + above * columns, sums[0].to(convolved.dtype.element_ty), mask=there)
         sums = pushed(sums, tl.zeros((CH, P), dtype=TYPE), K)
-    n = tl.where(exists, (last - first).to(TYPE), 0.0)[None, :]
-    of_all, squares = merged(mean, spread, n)
-    programs = tl.num_programs(1) * tl.num_programs(2)
-    report = found + (tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)) * HIDDEN + channels
-    tl.store(report, tl.sum(n, 1) + tl.zeros((CH,), dtype=TYPE), mask=channels < HIDDEN)
-    tl.store(report + programs * HIDDEN, of_all, mask=channels < HIDDEN)
-    tl.store(report + 2 * programs * HIDDEN, squares, mask=channels < HIDDEN)
+    if SUM:
+        n = tl.where(exists, (last - first).to(TYPE), 0.0)[None, :]
+        of_all, squares = merged(mean, spread, n)
+        programs = tl.num_programs(1) * tl.num_programs(2)
+        report = found + (tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)) * HIDDEN + channels
+        tl.store(report, tl.sum(n, 1) + tl.zeros((CH,), dtype=TYPE), mask=channels < HIDDEN)
+        tl.store(report + programs * HIDDEN, of_all, mask=channels < HIDDEN)
+        tl.store(report + 2 * programs * HIDDEN, squares, mask=channels < HIDDEN)
 
 
 @triton.jit
@@ -230,7 +235,7 @@ def reduce_kernel(
             channels = start + tl.arange(0, CH)
             offsets = (sample * HIDDEN * plane + at)[None, :] + channels[:, None] * plane
             c = tl.load(convolved + offsets, mask=exists[None, :] & (channels < HIDDEN)[:, None], other=0.0)
-            hidden = relu6(column(scale, channels, HIDDEN) * c.to(TYPE) + column(shift, channels, HIDDEN))
+            hidden = clamped(column(scale, channels, HIDDEN) * c.to(TYPE) + column(shift, channels, HIDDEN), 6.0)
             out += product(matrix(reduce, heads, channels, HEADS, HIDDEN), hidden.to(c.dtype), TYPE)
         rounded = out.to(reduced.dtype.element_ty)
         offsets = (sample * HEADS * plane + at)[None, :] + heads[:, None] * plane

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from pipeline.models.refine_kernel import (
     centered,
+    clamped,
     column,
     expanded,
     matrix,
@@ -23,7 +24,6 @@ from pipeline.models.refine_kernel import (
     place,
     product,
     pushed,
-    relu6,
     taps,
     zeros,
 )
@@ -97,7 +97,7 @@ def behind_second_kernel(
         offsets = (sample * HIDDEN * plane + at)[None, :] + channels[:, None] * plane
         inside = exists[None, :] & (channels < HIDDEN)[:, None]
         c = tl.load(convolved + offsets, mask=inside, other=0.0).to(TYPE)
-        hidden = relu6(k * c + b)
+        hidden = clamped(k * c + b, 6.0)
         d = tl.where((hidden <= 0) | (hidden >= 6), 0.0, product(back, grad_r, TYPE))
         if STORE:
             tl.store(grad_second + offsets, d.to(grad_second.dtype.element_ty), mask=inside)
@@ -157,9 +157,7 @@ def deconvolve_kernel(
             row = first - HALO + i
             width, below = tl.where((row >= 0) & (row < rows), columns, 0), row + HALO
             taken = exists & (x < tl.where((below >= first) & (below < last), columns, 0))
-            inside = taken[None, :] & (heads < HEADS)[:, None]
-            h = expanded(maps, origin + below * columns, inside, means, weights, shift, TYPE)
-            h = tl.where(taken[None, :], h, 0.0)
+            h = expanded(maps, origin + below * columns, taken, heads < HEADS, means, weights, shift, TYPE)
             hidden = pushed(hidden, h, K)
             for dx in tl.static_range(K):
                 beside = x - (dx - HALO)

@@ -71,13 +71,13 @@ def forward(maps: Tensor, parameters: Sequence[Tensor], eps: float, scale: float
 
     whole = len(step.slices) == 1
     convolved = step.hidden_buffer()
-    found = torch.cat([step.convolve(part, convolved, store=whole) for part in step.slices], 1)
+    found = torch.cat([step.convolve(part, convolved, store=whole, measure=True) for part in step.slices], 1)
     group.learn(*_merged(found))
     reduced = torch.empty_like(step.maps)
     parts = []
     for part in step.slices:
         if not whole:
-            step.convolve(part, convolved, store=True)
+            step.convolve(part, convolved)
         parts.append(step.reduce(part, convolved, reduced))
     found = torch.cat(parts, 1)
     mean3, var3 = _merged(found[:3])
@@ -136,7 +136,7 @@ def backward(
     convolved, grad_second = step.hidden_buffer(), step.hidden_buffer()
     parts = []
     for part in step.slices:
-        step.convolve(part, convolved, store=True)
+        step.convolve(part, convolved)
         parts.append(step.behind_second(part, at_heads, convolved, grad_second, store=whole))
     found = torch.cat(parts).sum(0)
     grad_reduce, sum2 = found[:, : size.heads].t(), found[:, size.heads]
@@ -150,7 +150,7 @@ def backward(
     parts = []
     for part in step.slices:
         if not whole:
-            step.convolve(part, convolved, store=True)
+            step.convolve(part, convolved)
             step.behind_second(part, at_heads, convolved, grad_second, store=True)
         parts.append(step.deconvolve(part, convolved, grad_second, behind_second, grad_maps))
     found = torch.cat(parts).sum(0)
@@ -269,14 +269,16 @@ class _Step:
         self._launch(function, (programs,), maps, self.group.center, found, len(maps), self.plane)
         return found.sum(0)
 
-    def convolve(self, part: slice, convolved: Tensor, store: bool) -> Tensor:
-        """What goes into the second BatchNorm, to `convolved` if it is to be stored: number, mean and squares of it."""
+    def convolve(self, part: slice, convolved: Tensor, *, store: bool = True, measure: bool = False) -> Tensor:
+        """What goes into the second BatchNorm, to `convolved`; to be measured: its number, mean and squares."""
         function, maps = ahead.convolve_kernel, self.maps[part]
         across, down, run = self._down(function, len(maps))
         found = self.group.center.new_empty(3, across * down, self.size.hidden)
         grid = self._chunks(function), across, down
         sizes = len(maps), self.rows, self.columns, run
-        self._launch(function, grid, maps, *self._expansion(), self.kernel, convolved, found, *sizes, STORE=store)
+        self._launch(
+            function, grid, maps, *self._expansion(), self.kernel, convolved, found, *sizes, STORE=store, SUM=measure
+        )
         return found
 
     def reduce(self, part: slice, convolved: Tensor, reduced: Tensor) -> Tensor:

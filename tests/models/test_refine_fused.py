@@ -129,7 +129,7 @@ def test_they_compile(model: str, dtype: str, capability: int, tmp_path: Path) -
     size = refine_steps.Size(heads, hidden, 3, DTYPES[dtype])
     of_maps = {"maps", "convolved", "reduced", "out", "grad", "grad_second", "grad_maps", "expand", "reduce", "mixed"}
     for kernel in refine_steps.KERNELS:
-        constants = size.constants(kernel) | ({"STORE": True} if "STORE" in kernel.arg_names else {})
+        constants = size.constants(kernel) | {name: True for name in ("STORE", "SUM") if name in kernel.arg_names}
         names = dict.fromkeys(("samples", "rows", "columns", "run", "plane"), "i32")
         names |= dict.fromkeys(of_maps, f"*{dtype}") | dict.fromkeys(constants, "constexpr")
         sums = "*fp64" if dtype == "fp64" else "*fp32"

@@ -61,18 +61,19 @@ def clamped(x, top):
 
 
 @triton.jit
-def expanded(maps, offsets, inside, real, center, weights, shift, TYPE: tl.constexpr):
-    """The expanded maps behind the first ReLU6, (CH, P), and 0 outside of the maps.
+def expanded(maps, mask, center, weights, shift, top, TYPE: tl.constexpr):
+    """The expanded maps behind the first ReLU6, (CH, P).
 
     In half precision the maps are not centred: products are exact and summed in float32, so `shift` can do it.
 
     Args:
-        inside, real: which pixels lie in the maps, (P,), and which heads there are, (HP,).
+        maps, mask: where to read them and whether to, (HP, P).
+        top: 6 where a pixel lies in the maps and 0 outside.
     """
-    x = tl.load(maps + offsets, mask=inside[None, :] & real[:, None], other=0.0)
+    x = tl.load(maps, mask=mask, other=0.0)
     if x.dtype.primitive_bitwidth > 16:
         x = x - center
-    return clamped(product(weights, x, TYPE) + shift, tl.where(inside, 6.0, 0.0).to(TYPE)[None, :])
+    return clamped(product(weights, x, TYPE) + shift, top)
 
 
 @triton.jit
@@ -88,6 +89,21 @@ def place(samples, columns, P: tl.constexpr):
     """Of the P columns of a program that goes down rows: sample, column within the map, whether it exists."""
     index = tl.program_id(1) * P + tl.arange(0, P)
     return index // columns, index % columns, index < samples * columns
+
+
+@triton.jit
+def beside(x, exists, columns, DX: tl.constexpr):
+    """Whether the map has a column DX to the right, where it has `columns` (0 in a row outside of it)."""
+    return exists & (x + DX >= 0) & (x + DX < columns)
+
+
+@triton.jit
+def all_beside(x, exists, columns, K: tl.constexpr, TYPE: tl.constexpr):
+    """1 or 0 at each of the K horizontal shifts, from the leftmost on: a tuple of (1, P)."""
+    out = ()
+    for dx in tl.static_range(K):
+        out = out + (tl.where(beside(x, exists, columns, dx - K // 2), 1.0, 0.0).to(TYPE)[None, :],)
+    return out
 
 
 @triton.jit
@@ -163,39 +179,39 @@ def convolve_kernel(
     heads, channels = tl.arange(0, HP), tl.program_id(0) * CH + tl.arange(0, CH)
     sample, x, exists = place(samples, columns, P)
     plane = rows * columns
-    source = maps + (sample * HEADS * plane + x)[None, :] + heads[:, None] * plane
-    target = convolved + (sample * HIDDEN * plane + x)[None, :] + channels[:, None] * plane
+    inside = all_beside(x, exists, columns, K, TYPE)
     means, weights = column(center, heads, HEADS), matrix(expand, channels, heads, HIDDEN, HEADS)
     shift, weighting = column(bias, channels, HIDDEN), taps(kernel, channels, HIDDEN, K)
     first = tl.program_id(2) * run
     last = tl.minimum(first + run, rows)
+    here = maps + (sample * HEADS * plane + x)[None, :] + (heads * plane + (first - HALO) * columns)[:, None]
+    target = convolved + (sample * HIDDEN * plane + x)[None, :] + (channels * plane + first * columns)[:, None]
 
     mean = tl.zeros((CH, P), dtype=TYPE)
     spread = tl.zeros((CH, P), dtype=TYPE)
     sums = zeros(K, CH, P, TYPE)  # of the rows that this one reaches, from the one above on
     for i in range(last - first + 2 * HALO):
         row = first - HALO + i
-        width = tl.where((row >= 0) & (row < rows), columns, 0)
+        there = (row >= 0) & (row < rows)
+        width, top = tl.where(there, columns, 0), tl.where(there, 6.0, 0.0)
         for dx in tl.static_range(K):
-            beside = x + dx - HALO
-            inside = exists & (beside >= 0) & (beside < width)
-            offsets = row * columns + dx - HALO
-            hidden = expanded(source, offsets, inside, heads < HEADS, means, weights, shift, TYPE)
+            mask = beside(x, exists, width, dx - HALO)[None, :] & (heads < HEADS)[:, None]
+            hidden = expanded(here + dx - HALO, mask, means, weights, shift, inside[dx] * top.to(TYPE), TYPE)
             added = ()
             for reached in tl.static_range(K):
-                tap = weighting[(K - 1 - reached) * K + dx]
-                added = added + (sums[reached] + tap * hidden,)
+                added = added + (sums[reached] + weighting[(K - 1 - reached) * K + dx] * hidden,)
             sums = added
-        above = row - HALO
-        if above >= first:
+        if i >= 2 * HALO:
             if SUM:
                 away = sums[0] - mean
-                mean += away / (above - first + 1).to(TYPE)
+                mean += away / (i - 2 * HALO + 1)
                 spread += away * (sums[0] - mean)
             if STORE:
-                there = exists[None, :] & (channels < HIDDEN)[:, None]
-                tl.store(target + above * columns, sums[0].to(convolved.dtype.element_ty), mask=there)
+                mask = exists[None, :] & (channels < HIDDEN)[:, None]
+                tl.store(target, sums[0].to(convolved.dtype.element_ty), mask=mask)
+            target += columns
         sums = pushed(sums, tl.zeros((CH, P), dtype=TYPE), K)
+        here += columns
     if SUM:
         n = tl.where(exists, (last - first).to(TYPE), 0.0)[None, :]
         of_all, squares = merged(mean, spread, n)
@@ -228,22 +244,28 @@ def reduce_kernel(
     other = tl.zeros((HP, P), dtype=TYPE)
     common = tl.zeros((HP, P), dtype=TYPE)
     n = tl.zeros((1, P), dtype=TYPE)
+    scales, shifts, weights = (), (), ()  # in registers: the loop's loads would follow its stores
+    for start in tl.static_range(0, HIDDEN, CH):
+        channels = start + tl.arange(0, CH)
+        scales = scales + (column(scale, channels, HIDDEN),)
+        shifts = shifts + (column(shift, channels, HIDDEN),)
+        weights = weights + (matrix(reduce, heads, channels, HEADS, HIDDEN),)
     for i in range(TILES):
         sample, at, exists = pixel(tl.program_id(0) * TILES + i, samples, plane, P)
         out = tl.zeros((HP, P), dtype=TYPE)
-        for start in range(0, HIDDEN, CH):
-            channels = start + tl.arange(0, CH)
+        for chunk in tl.static_range((HIDDEN + CH - 1) // CH):
+            channels = chunk * CH + tl.arange(0, CH)
             offsets = (sample * HIDDEN * plane + at)[None, :] + channels[:, None] * plane
             c = tl.load(convolved + offsets, mask=exists[None, :] & (channels < HIDDEN)[:, None], other=0.0)
-            hidden = clamped(column(scale, channels, HIDDEN) * c.to(TYPE) + column(shift, channels, HIDDEN), 6.0)
-            out += product(matrix(reduce, heads, channels, HEADS, HIDDEN), hidden.to(c.dtype), TYPE)
+            hidden = clamped(scales[chunk] * c.to(TYPE) + shifts[chunk], 6.0)
+            out += product(weights[chunk], hidden.to(c.dtype), TYPE)
         rounded = out.to(reduced.dtype.element_ty)
         offsets = (sample * HEADS * plane + at)[None, :] + heads[:, None] * plane
         inside = exists[None, :] & (heads < HEADS)[:, None]
         tl.store(reduced + offsets, rounded, mask=inside)
         a = centered(maps, offsets, inside, means, TYPE).to(TYPE)
         n += exists[None, :].to(TYPE)
-        share = tl.where(exists[None, :], 1.0 / tl.maximum(n, 1.0), 0.0)
+        share = tl.where(exists, 1.0, 0.0).to(TYPE)[None, :] / (i + 1)
         away, other_away = rounded.to(TYPE) - mean, a - other
         mean += away * share
         other += other_away * share

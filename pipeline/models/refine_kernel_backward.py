@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 
 from pipeline.models.refine_kernel import (
+    all_beside,
+    beside,
     centered,
     clamped,
     column,
@@ -135,15 +137,17 @@ def deconvolve_kernel(
     heads = tl.arange(0, HP)
     sample, x, exists = place(samples, columns, P)
     plane = rows * columns
-    origin = (sample * HEADS * plane + x)[None, :] + heads[:, None] * plane
-    real = exists[None, :] & (heads < HEADS)[:, None]
-    means = column(center, heads, HEADS)
+    inside = all_beside(x, exists, columns, K, TYPE)
     first = tl.program_id(2) * run
     last = tl.minimum(first + run, rows)
+    origin = (sample * HEADS * plane + x)[None, :] + (heads * plane + first * columns)[:, None]
+    real = exists[None, :] & (heads < HEADS)[:, None]
+    means = column(center, heads, HEADS)
     for start in range(0, HIDDEN, CH):
         channels = start + tl.arange(0, CH)
         there = channels < HIDDEN
-        source = (sample * HIDDEN * plane + x)[None, :] + channels[:, None] * plane
+        offsets = (sample * HIDDEN * plane + x)[None, :] + (channels * plane + (first - HALO) * columns)[:, None]
+        at_second, at_convolved = grad_second + offsets, convolved + offsets
         weights, shift = matrix(expand, channels, heads, HIDDEN, HEADS), column(bias, channels, HIDDEN)
         weighting = taps(kernel, channels, HIDDEN, K)
         of_d, of_c = column(factors, channels, HIDDEN), column(factors + HIDDEN, channels, HIDDEN)
@@ -154,18 +158,20 @@ def deconvolve_kernel(
         total = tl.zeros((CH, P), dtype=TYPE)
         moments = tl.zeros((CH, HP), dtype=TYPE)
         for i in range(last - first + 2 * HALO):
-            row = first - HALO + i
-            width, below = tl.where((row >= 0) & (row < rows), columns, 0), row + HALO
-            taken = exists & (x < tl.where((below >= first) & (below < last), columns, 0))
-            h = expanded(maps, origin + below * columns, taken, heads < HEADS, means, weights, shift, TYPE)
+            below = first + i < last
+            mask = beside(x, exists, tl.where(below, columns, 0), 0)[None, :] & (heads < HEADS)[:, None]
+            top = inside[HALO] * tl.where(below, 6.0, 0.0).to(TYPE)
+            h = expanded(maps + origin + i * columns, mask, means, weights, shift, top, TYPE)
             hidden = pushed(hidden, h, K)
+            row = first - HALO + i
+            within = (row >= 0) & (row < rows)
+            width, share_of_one = tl.where(within, columns, 0), tl.where(within, 1.0, 0.0).to(TYPE)
             for dx in tl.static_range(K):
-                beside = x - (dx - HALO)
-                inside = (exists & (beside >= 0) & (beside < width))[None, :] & there[:, None]
-                offsets = source + row * columns - (dx - HALO)
-                d = tl.load(grad_second + offsets, mask=inside, other=0.0).to(TYPE)
-                c = tl.load(convolved + offsets, mask=inside, other=0.0).to(TYPE)
-                grad_c = tl.where(inside, of_d * d + of_c * c + of_one, 0.0)
+                # Seen from where its gradient goes a tap lies on the other side.
+                mask = beside(x, exists, width, HALO - dx)[None, :] & there[:, None]
+                d = tl.load(at_second + HALO - dx, mask=mask, other=0.0).to(TYPE)
+                c = tl.load(at_convolved + HALO - dx, mask=mask, other=0.0).to(TYPE)
+                grad_c = of_d * d + of_c * c + of_one * (inside[K - 1 - dx] * share_of_one)
                 added = ()
                 for dy in tl.static_range(K):
                     added = added + (sums[dy] + weighting[dy * K + dx] * grad_c,)
@@ -177,20 +183,21 @@ def deconvolve_kernel(
                     else:
                         products = products + (grad_kernel[tap],)
                 grad_kernel = products
-            above = row - HALO
-            if above >= first:
+            if i >= 2 * HALO:
                 outside = (hidden[0] <= 0) | (hidden[0] >= 6)
                 grad_e = tl.where(outside, 0.0, sums[0])
                 total += grad_e
                 rounded = grad_e.to(maps.dtype.element_ty)
-                a = centered(maps, origin + above * columns, real, means, TYPE)
+                above = origin + (i - 2 * HALO) * columns
+                a = centered(maps, above, real, means, TYPE)
                 moments += product(rounded, tl.trans(a), TYPE)
                 share = product(tl.trans(weights), rounded, TYPE)
-                target = grad_maps + origin + above * columns
                 if start > 0:
-                    share += tl.load(target, mask=real, other=0.0).to(TYPE)
-                tl.store(target, share.to(grad_maps.dtype.element_ty), mask=real)
+                    share += tl.load(grad_maps + above, mask=real, other=0.0).to(TYPE)
+                tl.store(grad_maps + above, share.to(grad_maps.dtype.element_ty), mask=real)
             sums = pushed(sums, tl.zeros((CH, P), dtype=TYPE), K)
+            at_second += columns
+            at_convolved += columns
         report = (tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)) * HIDDEN + channels
         report = found + report * (HEADS + 1 + K * K)
         tl.store(report[:, None] + heads[None, :], moments, mask=there[:, None] & (heads < HEADS)[None, :])

@@ -85,9 +85,9 @@ def merged(mean, spread, n):
 
 
 @triton.jit
-def place(samples, columns, P: tl.constexpr):
+def place(tile, samples, columns, P: tl.constexpr):
     """Of the P columns of a program that goes down rows: sample, column within the map, whether it exists."""
-    index = tl.program_id(1) * P + tl.arange(0, P)
+    index = tile * P + tl.arange(0, P)
     return index // columns, index % columns, index < samples * columns
 
 
@@ -167,7 +167,7 @@ def convolve_kernel(
 ):  # fmt: skip
     """Down the rows: what goes into the second BatchNorm, C = local(relu6(expand A + bias)).
 
-    Programs are (chunks of H', columns, runs of rows).
+    Programs are (columns x chunks of H', which so share what they read, runs of rows).
 
     Args:
         expand, bias: (H', H) in the type of the maps, with the first BatchNorm's scale, and (H',); see `expanded` for
@@ -176,13 +176,15 @@ def convolve_kernel(
         found: (3, programs but for the chunks, H'): number, mean and squared differences of C, written if SUM.
     """
     HALO: tl.constexpr = K // 2
-    heads, channels = tl.arange(0, HP), tl.program_id(0) * CH + tl.arange(0, CH)
-    sample, x, exists = place(samples, columns, P)
+    CHUNKS: tl.constexpr = (HIDDEN + CH - 1) // CH
+    tile = tl.program_id(0) // CHUNKS
+    heads, channels = tl.arange(0, HP), tl.program_id(0) % CHUNKS * CH + tl.arange(0, CH)
+    sample, x, exists = place(tile, samples, columns, P)
     plane = rows * columns
     inside = all_beside(x, exists, columns, K, TYPE)
     means, weights = column(center, heads, HEADS), matrix(expand, channels, heads, HIDDEN, HEADS)
     shift, weighting = column(bias, channels, HIDDEN), taps(kernel, channels, HIDDEN, K)
-    first = tl.program_id(2) * run
+    first = tl.program_id(1) * run
     last = tl.minimum(first + run, rows)
     here = maps + (sample * HEADS * plane + x)[None, :] + (heads * plane + (first - HALO) * columns)[:, None]
     target = convolved + (sample * HIDDEN * plane + x)[None, :] + (channels * plane + first * columns)[:, None]
@@ -207,16 +209,16 @@ def convolve_kernel(
                 mean += away / (i - 2 * HALO + 1)
                 spread += away * (sums[0] - mean)
             if STORE:
-                mask = exists[None, :] & (channels < HIDDEN)[:, None]
-                tl.store(target, sums[0].to(convolved.dtype.element_ty), mask=mask)
+                stored = exists[None, :] & (channels < HIDDEN)[:, None]
+                tl.store(target, sums[0].to(convolved.dtype.element_ty), mask=stored)
             target += columns
         sums = pushed(sums, tl.zeros((CH, P), dtype=TYPE), K)
         here += columns
     if SUM:
         n = tl.where(exists, (last - first).to(TYPE), 0.0)[None, :]
         of_all, squares = merged(mean, spread, n)
-        programs = tl.num_programs(1) * tl.num_programs(2)
-        report = found + (tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)) * HIDDEN + channels
+        programs = tl.num_programs(0) // CHUNKS * tl.num_programs(1)
+        report = found + (tile * tl.num_programs(1) + tl.program_id(1)) * HIDDEN + channels
         tl.store(report, tl.sum(n, 1) + tl.zeros((CH,), dtype=TYPE), mask=channels < HIDDEN)
         tl.store(report + programs * HIDDEN, of_all, mask=channels < HIDDEN)
         tl.store(report + 2 * programs * HIDDEN, squares, mask=channels < HIDDEN)

@@ -69,7 +69,7 @@ def behind_second_kernel(
 ):  # fmt: skip
     """Pixel by pixel: the gradient D of the second BatchNorm's output, and its sums.
 
-    Programs are (chunks of H', runs of tiles).
+    Programs are (runs of tiles, chunks of H').
 
     Args:
         means, factors: (2, H), and (4, H) with the gradient of R, factors · (g, R, A, 1).
@@ -79,7 +79,7 @@ def behind_second_kernel(
         found: (programs but for the chunks, H', H + 2): products of relu6(scale C + shift) with the gradient of R,
             the sum of D, and that of D (C - mean).
     """
-    heads, channels = tl.arange(0, HP), tl.program_id(0) * CH + tl.arange(0, CH)
+    heads, channels = tl.arange(0, HP), tl.program_id(1) * CH + tl.arange(0, CH)
     mean_r, mean_a = column(means, heads, HEADS), column(means + HEADS, heads, HEADS)
     of_g, of_r = column(factors, heads, HEADS), column(factors + HEADS, heads, HEADS)
     of_a, of_one = column(factors + 2 * HEADS, heads, HEADS), column(factors + 3 * HEADS, heads, HEADS)
@@ -89,7 +89,7 @@ def behind_second_kernel(
     moments = tl.zeros((CH, P), dtype=TYPE)
     products = tl.zeros((CH, HP), dtype=TYPE)
     for i in range(TILES):
-        sample, at, exists = pixel(tl.program_id(1) * TILES + i, samples, plane, P)
+        sample, at, exists = pixel(tl.program_id(0) * TILES + i, samples, plane, P)
         offsets = (sample * HEADS * plane + at)[None, :] + heads[:, None] * plane
         inside = exists[None, :] & (heads < HEADS)[:, None]
         g = tl.load(grad + offsets, mask=inside, other=0.0).to(TYPE)
@@ -106,7 +106,7 @@ def behind_second_kernel(
         sums += d
         moments += d * (c - m)
         products += product(hidden.to(grad_r.dtype), tl.trans(grad_r), TYPE)
-    report = found + (tl.program_id(1) * HIDDEN + channels) * (HEADS + 2)
+    report = found + (tl.program_id(0) * HIDDEN + channels) * (HEADS + 2)
     there = channels < HIDDEN
     tl.store(report[:, None] + heads[None, :], products, mask=there[:, None] & (heads < HEADS)[None, :])
     tl.store(report + HEADS, tl.sum(sums, 1), mask=there)
@@ -135,10 +135,10 @@ def deconvolve_kernel(
     """
     HALO: tl.constexpr = K // 2
     heads = tl.arange(0, HP)
-    sample, x, exists = place(samples, columns, P)
+    sample, x, exists = place(tl.program_id(0), samples, columns, P)
     plane = rows * columns
     inside = all_beside(x, exists, columns, K, TYPE)
-    first = tl.program_id(2) * run
+    first = tl.program_id(1) * run
     last = tl.minimum(first + run, rows)
     origin = (sample * HEADS * plane + x)[None, :] + (heads * plane + first * columns)[:, None]
     real = exists[None, :] & (heads < HEADS)[:, None]
@@ -198,7 +198,7 @@ def deconvolve_kernel(
             sums = pushed(sums, tl.zeros((CH, P), dtype=TYPE), K)
             at_second += columns
             at_convolved += columns
-        report = (tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)) * HIDDEN + channels
+        report = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * HIDDEN + channels
         report = found + report * (HEADS + 1 + K * K)
         tl.store(report[:, None] + heads[None, :], moments, mask=there[:, None] & (heads < HEADS)[None, :])
         tl.store(report + HEADS, tl.sum(total, 1), mask=there)
@@ -211,7 +211,7 @@ def deconvolve_kernel(
 @triton.jit
 def finish_kernel(
     grad, reduced, maps, means, factors, mixed, grad_maps, samples, plane,
-    HEADS: tl.constexpr, HP: tl.constexpr, P: tl.constexpr, TYPE: tl.constexpr,
+    HEADS: tl.constexpr, HP: tl.constexpr, P: tl.constexpr, TILES: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """Pixel by pixel: add to `grad_maps` what is linear, factors · (g, R, A, 1) - mixed A.
 
@@ -221,16 +221,18 @@ def finish_kernel(
         grad_maps: (B, H, plane).
     """
     heads = tl.arange(0, HP)
-    sample, at, exists = pixel(tl.program_id(0), samples, plane, P)
-    offsets = (sample * HEADS * plane + at)[None, :] + heads[:, None] * plane
-    inside = exists[None, :] & (heads < HEADS)[:, None]
     mean_r, mean_a = column(means, heads, HEADS), column(means + HEADS, heads, HEADS)
     of_g, of_r = column(factors, heads, HEADS), column(factors + HEADS, heads, HEADS)
     of_a, of_one = column(factors + 2 * HEADS, heads, HEADS), column(factors + 3 * HEADS, heads, HEADS)
-    g = tl.load(grad + offsets, mask=inside, other=0.0).to(TYPE)
-    r = tl.load(reduced + offsets, mask=inside, other=0.0).to(TYPE) - mean_r
-    a = tl.load(maps + offsets, mask=inside, other=0.0).to(TYPE) - mean_a
-    x = tl.load(grad_maps + offsets, mask=inside, other=0.0).to(TYPE)
-    x += of_g * g + of_r * r + of_a * a + of_one
-    x -= product(matrix(mixed, heads, heads, HEADS, HEADS), a.to(maps.dtype.element_ty), TYPE)
-    tl.store(grad_maps + offsets, x.to(grad_maps.dtype.element_ty), mask=inside)
+    weights = matrix(mixed, heads, heads, HEADS, HEADS)
+    for i in range(TILES):
+        sample, at, exists = pixel(tl.program_id(0) * TILES + i, samples, plane, P)
+        offsets = (sample * HEADS * plane + at)[None, :] + heads[:, None] * plane
+        inside = exists[None, :] & (heads < HEADS)[:, None]
+        g = tl.load(grad + offsets, mask=inside, other=0.0).to(TYPE)
+        r = tl.load(reduced + offsets, mask=inside, other=0.0).to(TYPE) - mean_r
+        a = tl.load(maps + offsets, mask=inside, other=0.0).to(TYPE) - mean_a
+        x = tl.load(grad_maps + offsets, mask=inside, other=0.0).to(TYPE)
+        x += of_g * g + of_r * r + of_a * a + of_one
+        x -= product(weights, a.to(maps.dtype.element_ty), TYPE)
+        tl.store(grad_maps + offsets, x.to(grad_maps.dtype.element_ty), mask=inside)

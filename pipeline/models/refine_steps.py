@@ -210,9 +210,12 @@ class Size(NamedTuple):
         }
         return {name: value for name, value in values.items() if name in function.arg_names}
 
-    def options(self) -> dict[str, Any]:
-        """How they are compiled."""
-        return {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+    def options(self, function: Any, measure: bool = False) -> dict[str, Any]:
+        """How one of them is compiled, `convolve_kernel` with or without its sums."""
+        options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+        if function.fn.__name__ == "convolve_kernel" and self.dtype.itemsize == 2 and self.kernel <= 3:
+            options["maxnreg"] = 168 if measure else 128  # three programs on a processor, or four
+        return options
 
 
 class _Step:
@@ -232,7 +235,8 @@ class _Step:
         self.reduce_weight = self.group.reduce.to(maps.dtype).contiguous()
 
     def _launch(self, function: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        function[grid](*arguments, **self.size.constants(function), **constants, **self.size.options())
+        options = self.size.options(function, constants.get("SUM", False))
+        function[grid](*arguments, **self.size.constants(function), **constants, **options)
 
     def _pixelwise(self, function: Any, samples: int) -> int:
         """How many programs take the pixels of so many samples."""
@@ -274,7 +278,7 @@ class _Step:
         function, maps = ahead.convolve_kernel, self.maps[part]
         across, down, run = self._down(function, len(maps))
         found = self.group.center.new_empty(3, across * down, self.size.hidden)
-        grid = self._chunks(function), across, down
+        grid = across * self._chunks(function), down
         sizes = len(maps), self.rows, self.columns, run
         self._launch(
             function, grid, maps, *self._expansion(), self.kernel, convolved, found, *sizes, STORE=store, SUM=measure
@@ -319,7 +323,7 @@ class _Step:
         programs = self._pixelwise(function, samples)
         found = means.new_empty(programs, self.size.hidden, self.size.heads + 2)
         self._launch(
-            function, (self._chunks(function), programs), grad[part], reduced[part], self.maps[part], means, factors,
+            function, (programs, self._chunks(function)), grad[part], reduced[part], self.maps[part], means, factors,
             convolved, *_affine(second), second.mean, self.reduce_weight, grad_second, found, samples, self.plane,
             STORE=store,
         )  # fmt: skip
@@ -333,7 +337,7 @@ class _Step:
         across, down, run = self._down(function, len(maps))
         found = factors.new_empty(across * down, self.size.hidden, self.size.heads + 1 + self.size.kernel**2)
         self._launch(
-            function, (1, across, down), maps, *self._expansion(), self.kernel, convolved, grad_second, factors,
+            function, (across, down), maps, *self._expansion(), self.kernel, convolved, grad_second, factors,
             grad_maps[part], found, len(maps), self.rows, self.columns, run,
         )  # fmt: skip
         return found

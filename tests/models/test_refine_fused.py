@@ -22,8 +22,8 @@ from tests.models.test_block_attention import resources
 
 ROOT = Path(__file__).parents[2]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-# Heads and expanded maps of Refiner-S and -M, and of -L.
-SIZES = {"refiner_vit_s": (12, 36), "refiner_vit_l": (16, 48)}
+# Heads and expanded maps of Refiner-S and -M, of -L, and some that fill nothing.
+SIZES = {"refiner_vit_s": (12, 36), "refiner_vit_l": (16, 48), "odd": (17, 34)}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_other_architectures_have_them_too() -> None:
     [
         ("refiner_vit_s", "bf16", 80),
         ("refiner_vit_s", "bf16", 90),
-        ("refiner_vit_s", "fp16", 90),
+        ("odd", "fp16", 80),
         ("refiner_vit_s", "fp32", 80),
         ("refiner_vit_l", "bf16", 90),
     ],
@@ -139,7 +139,7 @@ def test_they_compile(model: str, dtype: str, capability: int, tmp_path: Path) -
         made = triton.compile(
             ASTSource(kernel, types, constexprs=places, attrs=aligned),
             target=GPUTarget("cuda", capability, 32),
-            options=size.options(),
+            options=size.options(kernel, measure=True),
         )
         registers, spilled = resources(made.asm["cubin"], tmp_path)
         print(

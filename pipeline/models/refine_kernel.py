@@ -4,8 +4,8 @@ All maps of a pixel are a column of a matrix, so that the 1x1 convolutions are p
 side by side along the other axis. Kernels come in two forms:
 
 * Down the rows: a program takes `P` columns of the maps, which may belong to neighbouring samples, and walks down `run`
-  rows. It computes the expanded maps of a row at each horizontal shift of the local kernel, by reading the maps
-  there, and adds them to the rows that they reach: `K` evaluations for K x K taps, and nothing moves between threads.
+  rows. It computes the expanded maps of a row once, hands them to the neighbouring columns (a warp's threads hold a
+  row's columns, so this is a shuffle) and adds them to the rows that they reach. Its outermost columns are halo.
 * Pixel by pixel, where pixels don't meet: a program takes `TILES` times `P` of them, in the order of memory.
 
 Statistics are taken as they pass by, by Welford's method in every thread, then merged (Chan et al.): maps vary little
@@ -68,7 +68,7 @@ def expanded(maps, mask, center, weights, shift, top, TYPE: tl.constexpr):
 
     Args:
         maps, mask: where to read them and whether to, (HP, P).
-        top: 6 where a pixel lies in the maps and 0 outside.
+        top: 6 where a pixel lies in the maps and 0 outside, or one of them for all.
     """
     x = tl.load(maps, mask=mask, other=0.0)
     if x.dtype.primitive_bitwidth > 16:
@@ -85,25 +85,34 @@ def merged(mean, spread, n):
 
 
 @triton.jit
-def place(tile, samples, columns, P: tl.constexpr):
-    """Of the P columns of a program that goes down rows: sample, column within the map, whether it exists."""
-    index = tile * P + tl.arange(0, P)
-    return index // columns, index % columns, index < samples * columns
+def place(tile, samples, columns, HALO: tl.constexpr, P: tl.constexpr):
+    """Of the P columns of a program that goes down rows: sample, column within the map, whether it exists, and whether
+    it is the program's own; `HALO` on either side are the neighbours'."""
+    lane = tl.arange(0, P)
+    index = tile * (P - 2 * HALO) + lane - HALO
+    exists = (index >= 0) & (index < samples * columns)
+    return index // columns, index % columns, exists, exists & (lane >= HALO) & (lane < P - HALO)
 
 
 @triton.jit
-def beside(x, exists, columns, DX: tl.constexpr):
-    """Whether the map has a column DX to the right, where it has `columns` (0 in a row outside of it)."""
-    return exists & (x + DX >= 0) & (x + DX < columns)
-
-
-@triton.jit
-def all_beside(x, exists, columns, K: tl.constexpr, TYPE: tl.constexpr):
-    """1 or 0 at each of the K horizontal shifts, from the leftmost on: a tuple of (1, P)."""
+def edges(x, columns, K: tl.constexpr, TYPE: tl.constexpr):
+    """1 where the map has a column at each of the K horizontal shifts, from the leftmost on, else 0: K times (1, P)."""
     out = ()
     for dx in tl.static_range(K):
-        out = out + (tl.where(beside(x, exists, columns, dx - K // 2), 1.0, 0.0).to(TYPE)[None, :],)
+        beside = x + dx - K // 2
+        out = out + (tl.where((beside >= 0) & (beside < columns), 1.0, 0.0).to(TYPE)[None, :],)
     return out
+
+
+@triton.jit
+def shifted(values, edge, DX: tl.constexpr, A: tl.constexpr, P: tl.constexpr):
+    """Of (A, P) the column DX to the right, and 0 where `edge` says so; at the ends of the tile anything.
+
+    The middle is gathered as well, so that the compiler gives all the same layout in registers.
+    """
+    lane = tl.minimum(tl.maximum(tl.arange(0, P) + DX, 0), P - 1)
+    there = tl.gather(values, tl.broadcast_to(lane[None, :], (A, P)), 1)
+    return there if DX == 0 else there * edge
 
 
 @triton.jit
@@ -179,9 +188,9 @@ def convolve_kernel(
     CHUNKS: tl.constexpr = (HIDDEN + CH - 1) // CH
     tile = tl.program_id(0) // CHUNKS
     heads, channels = tl.arange(0, HP), tl.program_id(0) % CHUNKS * CH + tl.arange(0, CH)
-    sample, x, exists = place(tile, samples, columns, P)
+    sample, x, exists, own = place(tile, samples, columns, HALO, P)
     plane = rows * columns
-    inside = all_beside(x, exists, columns, K, TYPE)
+    inside = edges(x, columns, K, TYPE)
     means, weights = column(center, heads, HEADS), matrix(expand, channels, heads, HIDDEN, HEADS)
     shift, weighting = column(bias, channels, HIDDEN), taps(kernel, channels, HIDDEN, K)
     first = tl.program_id(1) * run
@@ -195,13 +204,13 @@ def convolve_kernel(
     for i in range(last - first + 2 * HALO):
         row = first - HALO + i
         there = (row >= 0) & (row < rows)
-        width, top = tl.where(there, columns, 0), tl.where(there, 6.0, 0.0)
+        mask = (exists & (x < tl.where(there, columns, 0)))[None, :] & (heads < HEADS)[:, None]
+        hidden = expanded(here, mask, means, weights, shift, tl.where(there, 6.0, 0.0).to(TYPE), TYPE)
         for dx in tl.static_range(K):
-            mask = beside(x, exists, width, dx - HALO)[None, :] & (heads < HEADS)[:, None]
-            hidden = expanded(here + dx - HALO, mask, means, weights, shift, inside[dx] * top.to(TYPE), TYPE)
+            beside = shifted(hidden, inside[dx], dx - HALO, CH, P)
             added = ()
             for reached in tl.static_range(K):
-                added = added + (sums[reached] + weighting[(K - 1 - reached) * K + dx] * hidden,)
+                added = added + (sums[reached] + weighting[(K - 1 - reached) * K + dx] * beside,)
             sums = added
         if i >= 2 * HALO:
             if SUM:
@@ -209,13 +218,13 @@ def convolve_kernel(
                 mean += away / (i - 2 * HALO + 1)
                 spread += away * (sums[0] - mean)
             if STORE:
-                stored = exists[None, :] & (channels < HIDDEN)[:, None]
+                stored = own[None, :] & (channels < HIDDEN)[:, None]
                 tl.store(target, sums[0].to(convolved.dtype.element_ty), mask=stored)
             target += columns
         sums = pushed(sums, tl.zeros((CH, P), dtype=TYPE), K)
         here += columns
     if SUM:
-        n = tl.where(exists, (last - first).to(TYPE), 0.0)[None, :]
+        n = tl.where(own, (last - first).to(TYPE), 0.0)[None, :]
         of_all, squares = merged(mean, spread, n)
         programs = tl.num_programs(0) // CHUNKS * tl.num_programs(1)
         report = found + (tile * tl.num_programs(1) + tl.program_id(1)) * HIDDEN + channels

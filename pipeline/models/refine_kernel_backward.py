@@ -15,17 +15,17 @@ import triton
 import triton.language as tl
 
 from pipeline.models.refine_kernel import (
-    all_beside,
-    beside,
     centered,
     clamped,
     column,
+    edges,
     expanded,
     matrix,
     pixel,
     place,
     product,
     pushed,
+    shifted,
     taps,
     zeros,
 )
@@ -135,14 +135,14 @@ def deconvolve_kernel(
     """
     HALO: tl.constexpr = K // 2
     heads = tl.arange(0, HP)
-    sample, x, exists = place(tl.program_id(0), samples, columns, P)
+    sample, x, exists, own = place(tl.program_id(0), samples, columns, HALO, P)
     plane = rows * columns
-    inside = all_beside(x, exists, columns, K, TYPE)
+    inside = edges(x, columns, K, TYPE)
     first = tl.program_id(1) * run
     last = tl.minimum(first + run, rows)
     origin = (sample * HEADS * plane + x)[None, :] + (heads * plane + first * columns)[:, None]
-    real = exists[None, :] & (heads < HEADS)[:, None]
-    means = column(center, heads, HEADS)
+    real = own[None, :] & (heads < HEADS)[:, None]
+    means, top = column(center, heads, HEADS), tl.where(own, 6.0, 0.0).to(TYPE)[None, :]
     for start in range(0, HIDDEN, CH):
         channels = start + tl.arange(0, CH)
         there = channels < HIDDEN
@@ -159,27 +159,27 @@ def deconvolve_kernel(
         moments = tl.zeros((CH, HP), dtype=TYPE)
         for i in range(last - first + 2 * HALO):
             below = first + i < last
-            mask = beside(x, exists, tl.where(below, columns, 0), 0)[None, :] & (heads < HEADS)[:, None]
-            top = inside[HALO] * tl.where(below, 6.0, 0.0).to(TYPE)
+            mask = real & (x < tl.where(below, columns, 0))[None, :]
             h = expanded(maps + origin + i * columns, mask, means, weights, shift, top, TYPE)
+            h = shifted(h * tl.where(below, 1.0, 0.0).to(TYPE), top, 0, CH, P)
             hidden = pushed(hidden, h, K)
             row = first - HALO + i
             within = (row >= 0) & (row < rows)
-            width, share_of_one = tl.where(within, columns, 0), tl.where(within, 1.0, 0.0).to(TYPE)
+            mask = (exists & (x < tl.where(within, columns, 0)))[None, :] & there[:, None]
+            d = tl.load(at_second, mask=mask, other=0.0).to(TYPE)
+            c = tl.load(at_convolved, mask=mask, other=0.0).to(TYPE)
+            grad_c = of_d * d + of_c * c + of_one * tl.where(within, 1.0, 0.0).to(TYPE)
             for dx in tl.static_range(K):
                 # Seen from where its gradient goes a tap lies on the other side.
-                mask = beside(x, exists, width, HALO - dx)[None, :] & there[:, None]
-                d = tl.load(at_second + HALO - dx, mask=mask, other=0.0).to(TYPE)
-                c = tl.load(at_convolved + HALO - dx, mask=mask, other=0.0).to(TYPE)
-                grad_c = of_d * d + of_c * c + of_one * (inside[K - 1 - dx] * share_of_one)
+                beside = shifted(grad_c, inside[K - 1 - dx], HALO - dx, CH, P)
                 added = ()
                 for dy in tl.static_range(K):
-                    added = added + (sums[dy] + weighting[dy * K + dx] * grad_c,)
+                    added = added + (sums[dy] + weighting[dy * K + dx] * beside,)
                 sums = added
                 products = ()
                 for tap in tl.static_range(K * K):
                     if tap % K == dx:
-                        products = products + (grad_kernel[tap] + hidden[tap // K] * grad_c,)
+                        products = products + (grad_kernel[tap] + hidden[tap // K] * beside,)
                     else:
                         products = products + (grad_kernel[tap],)
                 grad_kernel = products

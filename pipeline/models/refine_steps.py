@@ -192,8 +192,8 @@ class Size(NamedTuple):
         """The constants of one of the kernels."""
         name, half = function.fn.__name__, self.dtype.itemsize == 2
         channels, tile = 16, 64 if half else 32
-        if name == "deconvolve_kernel":  # as many as its threads' registers hold
-            tile = 32 if self.dtype.itemsize < 8 else 16
+        if name in ("convolve_kernel", "deconvolve_kernel"):
+            tile = 32  # a warp, so that its threads hold neighbours
         elif name == "behind_second_kernel" and half:
             # A product for 16 channels would be done by each warp anew.
             channels, tile = min(64, max(16, triton.next_power_of_2(self.hidden))), 32
@@ -210,12 +210,9 @@ class Size(NamedTuple):
         }
         return {name: value for name, value in values.items() if name in function.arg_names}
 
-    def options(self, function: Any, measure: bool = False) -> dict[str, Any]:
-        """How one of them is compiled, `convolve_kernel` with or without its sums."""
-        options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
-        if function.fn.__name__ == "convolve_kernel" and self.dtype.itemsize == 2 and self.kernel <= 3:
-            options["maxnreg"] = 168 if measure else 128  # three programs on a processor, or four
-        return options
+    def options(self) -> dict[str, Any]:
+        """How they are compiled."""
+        return {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
 
 class _Step:
@@ -235,8 +232,7 @@ class _Step:
         self.reduce_weight = self.group.reduce.to(maps.dtype).contiguous()
 
     def _launch(self, function: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        options = self.size.options(function, constants.get("SUM", False))
-        function[grid](*arguments, **self.size.constants(function), **constants, **options)
+        function[grid](*arguments, **self.size.constants(function), **constants, **self.size.options())
 
     def _pixelwise(self, function: Any, samples: int) -> int:
         """How many programs take the pixels of so many samples."""
@@ -246,8 +242,8 @@ class _Step:
     def _down(self, function: Any, samples: int) -> tuple[int, int, int]:
         """For programs that go down the rows: how many side by side, and one above the other, and rows of each."""
         run = triton.cdiv(self.rows, triton.cdiv(self.rows, ROWS))
-        tile = self.size.constants(function)["P"]
-        return triton.cdiv(samples * self.columns, tile), triton.cdiv(self.rows, run), run
+        own = self.size.constants(function)["P"] - self.size.kernel + 1
+        return triton.cdiv(samples * self.columns, own), triton.cdiv(self.rows, run), run
 
     def _chunks(self, function: Any) -> int:
         return triton.cdiv(self.size.hidden, self.size.constants(function)["CH"])

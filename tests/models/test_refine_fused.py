@@ -139,13 +139,13 @@ def test_they_compile(model: str, dtype: str, capability: int, tmp_path: Path) -
         made = triton.compile(
             ASTSource(kernel, types, constexprs=places, attrs=aligned),
             target=GPUTarget("cuda", capability, 32),
-            options=size.options(kernel, measure=True),
+            options=size.options(),
         )
         registers, spilled = resources(made.asm["cubin"], tmp_path)
         print(
             f"{kernel.__name__} sm_{capability} {dtype} {heads} heads: {registers} registers, {spilled} bytes spilled"
         )
-        assert not spilled or dtype in ("fp32", "fp64")
+        assert not spilled or dtype == "fp32" or model == "odd"
         if "HP" in constants:
             assert ("mma" in made.asm["ptx"]) == (dtype != "fp32")
         assert made.metadata.shared <= 160 * 1024  # of a processor of an A100

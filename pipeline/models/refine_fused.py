@@ -1,8 +1,8 @@
 """The released refiner trained by kernels of this package: what `refine_lean` computes, with fewer passes over maps.
 
-It keeps the maps and the reduced maps for the backward pass, as `refine_lean` does. The expanded maps are written once
-in each pass, where they go into the second BatchNorm, whose statistics have to be known, and so is the gradient behind
-it. All else happens in registers; see `refine_steps` and `refine_kernel`.
+It keeps the maps and the reduced maps for the backward pass, as `refine_lean` does. The expanded maps are written in
+one place, before the second BatchNorm, which has to see all of them; in the backward pass so is the gradient behind it.
+All else happens in registers; see `refine_steps` and `refine_kernel`.
 
 It is opt-in (`kernels="triton"`): it rounds otherwise than PyTorch, so a run has it or not from its first step.
 """

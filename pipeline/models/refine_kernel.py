@@ -105,14 +105,14 @@ def edges(x, columns, K: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
-def shifted(values, edge, DX: tl.constexpr, A: tl.constexpr, P: tl.constexpr):
-    """Of (A, P) the column DX to the right, and 0 where `edge` says so; at the ends of the tile anything.
+def neighbours(values, DX: tl.constexpr, A: tl.constexpr, P: tl.constexpr):
+    """Of (A, P) the columns DX to the right; at the ends of the tile anything.
 
-    The middle is gathered as well, so that the compiler gives all the same layout in registers.
+    For DX = 0 nothing changes but which thread holds what: one column of pixels each, as they are loaded. Where
+    products meet loaded pixels this keeps the compiler from going back and forth.
     """
     lane = tl.minimum(tl.maximum(tl.arange(0, P) + DX, 0), P - 1)
-    there = tl.gather(values, tl.broadcast_to(lane[None, :], (A, P)), 1)
-    return there if DX == 0 else there * edge
+    return tl.gather(values, tl.broadcast_to(lane[None, :], (A, P)), 1)
 
 
 @triton.jit
@@ -207,7 +207,9 @@ def convolve_kernel(
         mask = (exists & (x < tl.where(there, columns, 0)))[None, :] & (heads < HEADS)[:, None]
         hidden = expanded(here, mask, means, weights, shift, tl.where(there, 6.0, 0.0).to(TYPE), TYPE)
         for dx in tl.static_range(K):
-            beside = shifted(hidden, inside[dx], dx - HALO, CH, P)
+            beside = neighbours(hidden, dx - HALO, CH, P)
+            if dx != HALO:
+                beside *= inside[dx]
             added = ()
             for reached in tl.static_range(K):
                 added = added + (sums[reached] + weighting[(K - 1 - reached) * K + dx] * beside,)

@@ -21,11 +21,11 @@ from pipeline.models.refine_kernel import (
     edges,
     expanded,
     matrix,
+    neighbours,
     pixel,
     place,
     product,
     pushed,
-    shifted,
     taps,
     zeros,
 )
@@ -100,7 +100,8 @@ def behind_second_kernel(
         inside = exists[None, :] & (channels < HIDDEN)[:, None]
         c = tl.load(convolved + offsets, mask=inside, other=0.0).to(TYPE)
         hidden = clamped(k * c + b, 6.0)
-        d = tl.where((hidden <= 0) | (hidden >= 6), 0.0, product(back, grad_r, TYPE))
+        d = neighbours(product(back, grad_r, TYPE), 0, CH, P)
+        d = tl.where((hidden <= 0) | (hidden >= 6), 0.0, d)
         if STORE:
             tl.store(grad_second + offsets, d.to(grad_second.dtype.element_ty), mask=inside)
         sums += d
@@ -161,8 +162,8 @@ def deconvolve_kernel(
             below = first + i < last
             mask = real & (x < tl.where(below, columns, 0))[None, :]
             h = expanded(maps + origin + i * columns, mask, means, weights, shift, top, TYPE)
-            h = shifted(h * tl.where(below, 1.0, 0.0).to(TYPE), top, 0, CH, P)
-            hidden = pushed(hidden, h, K)
+            h = h * tl.where(below, 1.0, 0.0).to(TYPE)
+            hidden = pushed(hidden, neighbours(h, 0, CH, P), K)
             row = first - HALO + i
             within = (row >= 0) & (row < rows)
             mask = (exists & (x < tl.where(within, columns, 0)))[None, :] & there[:, None]
@@ -171,7 +172,9 @@ def deconvolve_kernel(
             grad_c = of_d * d + of_c * c + of_one * tl.where(within, 1.0, 0.0).to(TYPE)
             for dx in tl.static_range(K):
                 # Seen from where its gradient goes a tap lies on the other side.
-                beside = shifted(grad_c, inside[K - 1 - dx], HALO - dx, CH, P)
+                beside = neighbours(grad_c, HALO - dx, CH, P)
+                if dx != HALO:
+                    beside *= inside[K - 1 - dx]
                 added = ()
                 for dy in tl.static_range(K):
                     added = added + (sums[dy] + weighting[dy * K + dx] * beside,)
@@ -234,5 +237,5 @@ def finish_kernel(
         a = tl.load(maps + offsets, mask=inside, other=0.0).to(TYPE) - mean_a
         x = tl.load(grad_maps + offsets, mask=inside, other=0.0).to(TYPE)
         x += of_g * g + of_r * r + of_a * a + of_one
-        x -= product(weights, a.to(maps.dtype.element_ty), TYPE)
+        x -= neighbours(product(weights, a.to(maps.dtype.element_ty), TYPE), 0, HP, P)
         tl.store(grad_maps + offsets, x.to(grad_maps.dtype.element_ty), mask=inside)

@@ -191,12 +191,12 @@ class Size(NamedTuple):
     def constants(self, function: Any) -> dict[str, Any]:
         """The constants of one of the kernels."""
         name, half = function.fn.__name__, self.dtype.itemsize == 2
-        channels, tile = 16, 64 if half else 32
-        if name in ("convolve_kernel", "deconvolve_kernel"):
-            tile = 32  # a warp, so that its threads hold neighbours
-        elif name == "behind_second_kernel" and half:
+        channels, tile = 16, 32  # a warp's threads hold one column of pixels each
+        if half and name in ("covariance_kernel", "reduce_kernel"):
+            tile = 64
+        elif half and name == "behind_second_kernel":
             # A product for 16 channels would be done by each warp anew.
-            channels, tile = min(64, max(16, triton.next_power_of_2(self.hidden))), 32
+            channels = min(64, max(16, triton.next_power_of_2(self.hidden)))
         values = {
             "HEADS": self.heads,
             "HP": max(16, triton.next_power_of_2(self.heads)),

@@ -62,6 +62,8 @@ def test_names() -> None:
         assert whole._compiled_call_impl is not None and layers._compiled_call_impl is None
         for model, compiled in ((whole, False), (layers, True)):
             assert {m._compiled_call_impl is not None for m in encoder_layers(model)} == {compiled}
+        fused = [m for m in contender("refiner_vit_s+triton", 32).build().modules() if isinstance(m, OfficialRefiner)]
+        assert len(fused) == 8 and all(m.fused for m in fused)
     assert any(isinstance(m, FoldedOfficial) for m in folded.build().modules())
     theirs = contender("timm:vit_tiny_patch16_224", None)
     assert (theirs.side, type(theirs.build()).__module__) == (224, "timm.models.vision_transformer")
@@ -72,6 +74,7 @@ MISTAKES: dict[str, tuple[str, int | None, str]] = {
     "way": ("nest_tiny+folded", None, "after the plus comes fold, checkpoint, maps"),
     "no maps": ("nest_tiny+maps", None, "refines no attention maps"),
     "no blocks": ("hvt_ti_1+triton", None, "the kernels are for the blocks of a NesT"),
+    "linear": ("refiner_vit_s_linear+triton", None, "refines by flavour=official, not linear"),
     "large blocks": ("nest_tiny+triton", None, "for blocks of 16 or 64 tokens, these have 196"),
     "timm's way": ("timm:swin_tiny_patch4_window7_224+fold", None, "only models of this package"),
     "timm's model": ("timm:nest_tny", None, "timm can't build it"),

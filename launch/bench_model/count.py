@@ -7,8 +7,9 @@ norms, activations and sums count none, but their bytes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,12 +33,14 @@ class Counts:
         params: of the model.
         batch: images that the others are counted for.
         infer, train: (operations, bytes) of every operation of a forward pass, and of a forward and a backward pass.
+        kinds: by phase, bytes of all operations of a kind (`aten::mm`), those that move most first.
     """
 
     params: int
     batch: int
     infer: list[tuple[int, int]]
     train: list[tuple[int, int]]
+    kinds: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def flops(self) -> float:
@@ -78,7 +81,8 @@ def count(build: Callable[[], nn.Module], side: int, batch: int, train: bool = T
         with training, _FlashAttention():
             logits = model(images)
             F.cross_entropy(logits, torch.empty(batch, device="meta", dtype=torch.int64)).backward()
-    return Counts(params, batch, inference.operations, training.operations)
+    kinds = {phase: dict(one.kinds.most_common()) for phase, one in (("infer", inference), ("train", training))}
+    return Counts(params, batch, inference.operations, training.operations, kinds)
 
 
 class _Counter(TorchDispatchMode):
@@ -87,6 +91,7 @@ class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[tuple[int, int]] = []
+        self.kinds: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -100,6 +105,7 @@ class _Counter(TorchDispatchMode):
         # A tensor that was expanded is read from the memory of the small one.
         moved = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
         self.operations.append((flops, moved))
+        self.kinds[func._schema.name] += moved
         return out
 
 

@@ -18,6 +18,10 @@ from pipeline.errors import UserError
 from pipeline.tracking.environment import device_name, key_versions
 
 
+# Kinds of operations that are told of a model, those that move most.
+_KINDS = 16
+
+
 def bench_model(
     names: Sequence[str],
     against: str | None,
@@ -95,6 +99,9 @@ def count_models(names: Sequence[str], batch: int, side: int | None, command: st
             row[phase] = {
                 "gflops_per_image": counts.flops * (3 if phase == "train" else 1) / 1e9,
                 "unfused_megabytes_per_image": counts.bytes(phase) / 1e6,
+                "megabytes_by_operation": {
+                    kind: moved / counts.batch / 1e6 for kind, moved in list(counts.kinds[phase].items())[:_KINDS]
+                },
                 "unfused_bound_images_per_second": {gpu: counts.bound(phase, peak) for gpu, peak in PEAKS.items()},
                 "arithmetic_bound_images_per_second": {
                     gpu: 1e12 * peak.half / (counts.flops * (3 if phase == "train" else 1))

@@ -139,6 +139,9 @@ def test_operations_are_those_of_the_table(name: str) -> None:
     trained = sum(flops for flops, _ in counted.train) / 2
     assert 2.9 * counted.flops < trained < 3.6 * counted.flops
     assert counted.bytes("train") > 2 * counted.bytes("infer")
+    for phase, kinds in counted.kinds.items():
+        assert sum(kinds.values()) == pytest.approx(2 * counted.bytes(phase))
+        assert list(kinds.values()) == sorted(kinds.values(), reverse=True) and next(iter(kinds)).startswith("aten::")
 
 
 def test_bytes_of_known_operations() -> None:

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.block_attention import block_attention, runs_here
+from pipeline.models.block_attention import block_attention
 from pipeline.models.errors import ModelError, check_heads
+from pipeline.models.kernels import runs_here
 
 
 class Attention(nn.Module):

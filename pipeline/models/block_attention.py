@@ -9,17 +9,14 @@ It is opt-in (`Nest(kernels="triton")`): it rounds otherwise than PyTorch's, so 
 
 from __future__ import annotations
 
-import os
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.models.errors import ModelError
+from pipeline.models.kernels import triton_module
 
-# Triton runs kernels in Python where this is set, on the CPU too: for tests.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TOKENS, HEAD_DIMS = (16, 64), (16, 32, 64, 128)
 
 
@@ -38,11 +35,6 @@ def check_block_attention(tokens: int, head_dim: int, attn_drop: float) -> None:
         )
 
 
-def runs_here(x: Tensor) -> bool:
-    """Whether the kernels can work on this tensor; elsewhere (on a CPU) the same is computed by PyTorch."""
-    return x.is_cuda or INTERPRETED
-
-
 def block_attention(qkv: Tensor, num_heads: int, kv_heads: int) -> Tensor:
     """Attention over the second axis, with gradients.
 
@@ -57,18 +49,9 @@ def block_attention(qkv: Tensor, num_heads: int, kv_heads: int) -> Tensor:
     return torch.ops.rookery.block_attention(qkv, num_heads, kv_heads)
 
 
-def _kernels() -> ModuleType:
-    # Imported here because it takes a second, and because a CPU, which has no use for it, may not have it.
-    try:
-        from pipeline.models import block_kernel
-    except ImportError as error:
-        raise ModelError(f"kernels=triton: the package triton can't be imported ({error}); install it") from error
-    return block_kernel
-
-
 @torch.library.custom_op("rookery::block_attention", mutates_args=())
 def _forward(qkv: Tensor, num_heads: int, kv_heads: int) -> Tensor:
-    return _kernels().forward(qkv, num_heads, kv_heads)
+    return triton_module("block_kernel").forward(qkv, num_heads, kv_heads)
 
 
 @_forward.register_fake
@@ -79,7 +62,7 @@ def _(qkv: Tensor, num_heads: int, kv_heads: int) -> Tensor:
 
 @torch.library.custom_op("rookery::block_attention_backward", mutates_args=())
 def _backward(grad: Tensor, qkv: Tensor, num_heads: int, kv_heads: int) -> Tensor:
-    return _kernels().backward(grad, qkv, num_heads, kv_heads)
+    return triton_module("block_kernel").backward(grad, qkv, num_heads, kv_heads)
 
 
 @_backward.register_fake

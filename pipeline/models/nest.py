@@ -22,6 +22,7 @@ from pipeline.models.block_attention import check_block_attention
 from pipeline.models.blocks import blockify, unblockify
 from pipeline.models.drop_path import drop_path_rates
 from pipeline.models.errors import ModelError, check_choice, check_ints, check_positive, check_rates
+from pipeline.models.kernels import Kernels
 from pipeline.models.layers import EncoderLayer, Gelu, MapLayer, Mlp, hidden_width, run_layers, truncated_normal_
 from pipeline.models.pos_embed import Mode, resize_blocks
 from pipeline.models.refine import Refine, make_attention, map_uses
@@ -31,7 +32,6 @@ NORM_EPS = 1e-6
 INIT_STD = 0.02
 
 AttentionKind = Literal["mha", "mqa"]
-Kernels = Literal["torch", "triton"]
 PosEmbed = Literal["block", "shared"]
 Init = Literal["official", "timm"]
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from pipeline.models import ModelError, create_model
-from pipeline.models.block_attention import block_attention, runs_here
+from pipeline.models.block_attention import block_attention
+from pipeline.models.kernels import runs_here
 from tests.models.block_attention_cases import LAYOUTS, SHAPES, TYPES, attention
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,33 @@
+"""Kernels of this package in place of PyTorch's: the models' option `kernels`, and where Triton's can run."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+from typing import Literal
+
+from torch import Tensor
+
+from pipeline.models.errors import ModelError
+
+Kernels = Literal["torch", "triton"]
+# Triton runs kernels in Python where this is set, on the CPU too: for tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def runs_here(x: Tensor) -> bool:
+    """Whether Triton's kernels can work on this tensor; elsewhere (on a CPU) the same is computed by PyTorch."""
+    return x.is_cuda or INTERPRETED
+
+
+def triton_module(name: str) -> ModuleType:
+    """A module of `pipeline.models` that needs Triton: this takes a second, and a CPU, without use for it, may lack it.
+
+    Raises:
+        ModelError: there is no Triton.
+    """
+    try:
+        return importlib.import_module(f"pipeline.models.{name}")
+    except ImportError as error:
+        raise ModelError(f"kernels=triton: the package triton can't be imported ({error}); install it") from error

@@ -6,15 +6,50 @@ operation that rounds once (`linear`), not several on float32 copies.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.models.errors import ModelError
+
+if TYPE_CHECKING:
+    from pipeline.models.refine_maps import OfficialRefiner
+
+# What refines one group: its place in the batch, its maps, the parameters as `Group` takes them -> refined maps, places
+# of the statistics, mean and biased variance of each BatchNorm.
+Refined = Callable[[slice, Tensor, Sequence[Tensor]], tuple[Tensor, float | Tensor, Sequence[Tensor]]]
 # Elements of the expanded maps of one slice: 128 MB in half precision, of which up to eight exist at a time.
 SLICE = 2**26
+
+
+def refine_groups(refiner: OfficialRefiner, maps: Tensor, refined: Refined) -> Tensor:
+    """Refine the maps group by group, and have the BatchNorms take note of the statistics: (B, H, N, N) -> same shape.
+
+    Raises:
+        ModelError: the batch can't be cut into the groups of the BatchNorms.
+    """
+    norms = (refiner.bn1, refiner.bn2, refiner.bn3, refiner.adapt_bn)
+    group = norms[0].group or len(maps)
+    if len(maps) % group:
+        raise ModelError(f"{len(maps)} samples can't be cut into groups of {group} for BatchNorm")
+    device = maps.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        maps = maps.to(torch.get_autocast_dtype(device))
+    convs = (refiner.expand, refiner.local, refiner.reduce)
+    parameters = [p for conv, norm in zip(convs, norms, strict=False) for p in (conv.weight, norm.weight, norm.bias)]
+    parameters += [norms[3].weight, norms[3].bias]
+    parts = []
+    for first in range(0, len(maps), group):
+        part = slice(first, first + group)
+        out, count, statistics = refined(part, maps[part], parameters)
+        parts.append(out)
+        for norm, mean, var in zip(norms, statistics[::2], statistics[1::2], strict=True):
+            norm.note(mean, var, count)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Norm(NamedTuple):
@@ -49,6 +84,9 @@ class Norm(NamedTuple):
 class Group:
     """The maps of one group, and what is known of them: statistics are learnt one after the other.
 
+    Args:
+        elements: of the expanded maps of a slice at most; None: `SLICE`.
+
     Attributes:
         slices: of samples.
         count: places of the statistics, 0-D.
@@ -58,7 +96,13 @@ class Group:
     """
 
     def __init__(
-        self, maps: Tensor, real: Tensor | None, eps: float, scale: float, parameters: Sequence[Tensor]
+        self,
+        maps: Tensor,
+        real: Tensor | None,
+        eps: float,
+        scale: float,
+        parameters: Sequence[Tensor],
+        elements: int | None = None,
     ) -> None:
         self.maps, self.real, self.eps, self.scale = maps, real, eps, scale
         expand, weight1, bias1, kernel, weight2, bias2, reduce, weight3, bias3, weight4, bias4 = map(
@@ -66,7 +110,7 @@ class Group:
         )
         self.expand, self.kernel, self.reduce = expand.flatten(1), kernel, reduce.flatten(1)
         self._affine = ((weight1, bias1), (weight2, bias2), (weight3, bias3), (weight4, bias4))
-        step = max(1, SLICE // (len(expand) * maps[0, 0].numel()))
+        step = max(1, (elements or SLICE) // (len(expand) * maps[0, 0].numel()))
         self.slices = [slice(i, min(i + step, len(maps))) for i in range(0, len(maps), step)]
         everywhere = expand.new_full((), maps[:, 0].numel())
         self.count = everywhere if real is None else real.sum(dtype=expand.dtype)
@@ -133,6 +177,12 @@ def linear(shift: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
     for x, k in terms:
         out = torch.addcmul(out, x, wide(k), out=result)
     return out
+
+
+def as_typed(maps: Tensor) -> AbstractContextManager[object]:
+    """Without autocast, which the meta device doesn't know: types are chosen here."""
+    device = maps.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def sum_places(x: Tensor) -> Tensor:

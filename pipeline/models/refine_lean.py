@@ -17,7 +17,7 @@ where one is padding, or None. Maps are computed in the type of the input, stati
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,8 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.models.errors import ModelError
-from pipeline.models.refine_group import Group, accurate, sum_places, total, wide
+from pipeline.models.refine_group import Group, accurate, as_typed, refine_groups, sum_places, total, wide
 
 if TYPE_CHECKING:
     from pipeline.models.refine_maps import OfficialRefiner
@@ -38,26 +37,13 @@ def refine_lean(refiner: OfficialRefiner, maps: Tensor, real: Tensor | None) -> 
     Raises:
         ModelError: the batch can't be cut into the groups of the BatchNorms.
     """
-    norms = (refiner.bn1, refiner.bn2, refiner.bn3, refiner.adapt_bn)
-    group = norms[0].group or len(maps)
-    if len(maps) % group:
-        raise ModelError(f"{len(maps)} samples can't be cut into groups of {group} for BatchNorm")
-    device = maps.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        maps = maps.to(torch.get_autocast_dtype(device))
-    convs = (refiner.expand, refiner.local, refiner.reduce)
-    parameters = [p for conv, norm in zip(convs, norms, strict=False) for p in (conv.weight, norm.weight, norm.bias)]
-    parameters += [norms[3].weight, norms[3].bias]
-    refined = []
-    for first in range(0, len(maps), group):
-        places = None if real is None else real[first : first + group]
-        out, count, *statistics = LeanRefiner.apply(
-            maps[first : first + group], places, norms[0].eps, refiner.scale, *parameters
-        )
-        refined.append(out)
-        for norm, mean, var in zip(norms, statistics[::2], statistics[1::2], strict=True):
-            norm.note(mean, var, count)
-    return refined[0] if len(refined) == 1 else torch.cat(refined)
+
+    def refined(part: slice, some: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        places = None if real is None else real[part]
+        out, count, *statistics = LeanRefiner.apply(some, places, refiner.bn1.eps, refiner.scale, *parameters)
+        return out, count, statistics
+
+    return refine_groups(refiner, maps, refined)
 
 
 class LeanRefiner(torch.autograd.Function):
@@ -69,7 +55,7 @@ class LeanRefiner(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, maps: Tensor, real: Tensor | None, eps: float, scale: float, *parameters: Tensor) -> Any:
-        with _as_typed(maps):
+        with as_typed(maps):
             group = Group(maps, real, eps, scale, parameters)
             out, reduced = _forward(group)
         ctx.save_for_backward(maps, real, reduced, group.center, group.covariance, *group.statistics, *parameters)
@@ -82,7 +68,7 @@ class LeanRefiner(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
         maps, real, reduced, center, covariance, *rest = ctx.saved_tensors
         statistics, parameters = rest[:8], rest[8:]
-        with _as_typed(maps):
+        with as_typed(maps):
             group = Group(maps, real, ctx.eps, ctx.scale, parameters)
             group.center, group.covariance = center, covariance
             for mean, var in zip(statistics[::2], statistics[1::2], strict=True):
@@ -204,9 +190,3 @@ def _relu6_backward(grad: Tensor, x: Tensor) -> Tensor:
 def _outer(a: Tensor, b: Tensor) -> Tensor:
     """Sum over samples and places: (b, C, N, N) and (b, C', N, N) -> (C, C')."""
     return accurate(a.flatten(2) @ b.flatten(2).transpose(1, 2)).sum(0)
-
-
-def _as_typed(maps: Tensor) -> AbstractContextManager[object]:
-    """Without autocast, which the meta device doesn't know: types are chosen here."""
-    device = maps.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

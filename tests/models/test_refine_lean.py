@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models import ModelError, create_model, refine_group, set_lean
-from pipeline.models.batch_norm import group_statistics, update_groups
+from pipeline.models.batch_norm import group_statistics
 from pipeline.models.layers import MapLayer
 from pipeline.models.refine_maps import LinearRefiner, OfficialRefiner
+from tests.models.refiner_step import assert_same, kept_bytes, some_maps, step, with_weights
 
 Make = Callable[[], nn.Module]
 FORMS: dict[str, Make] = {
@@ -28,55 +29,17 @@ FORMS: dict[str, Make] = {
 
 
 def pair(make: Make, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
-    """The plain refiner and the lean one, with equal weights far from their initial values, in training."""
-    generator = torch.Generator().manual_seed(7)
-    plain = make()
-    for name, parameter in plain.named_parameters():
-        values = torch.rand(parameter.shape, generator=generator)
-        # Weights of BatchNorms wide enough for ReLU6 to cut at both of its ends.
-        parameter.data = 6 * values if "bn" in name and name.endswith("weight") else 4 * values - 2
+    """The plain refiner and the lean one."""
+    plain = with_weights(make())
     lean = copy.deepcopy(plain)
     assert set_lean(lean) == 1
     return plain.to(dtype).train(), lean.to(dtype).train()
-
-
-def some_maps(batch: int, heads: int, rows: int, columns: int, contiguous: bool = True) -> Tensor:
-    generator = torch.Generator().manual_seed(rows)
-    shape = (batch, heads, rows, columns) if contiguous else (rows, columns, batch, heads)
-    maps = (2 * torch.randn(shape, generator=generator, dtype=torch.float64)).softmax(-1)
-    return (maps if contiguous else maps.permute(2, 3, 0, 1)).clone(memory_format=torch.preserve_format)
 
 
 def some_padding(batch: int, tokens: int) -> Tensor:
     lengths = torch.arange(batch) % (tokens - 2) + 3
     tokens_there = (torch.arange(tokens) < lengths[:, None]).double()
     return tokens_there[:, None, :, None] * tokens_there[:, None, None, :]
-
-
-def step(refiner: nn.Module, maps: Tensor, real: Tensor | None, group: int | None) -> dict[str, Tensor]:
-    """Everything that a training step leaves behind."""
-    norms = group_statistics(refiner, group) if group else []
-    leaf = maps.detach().requires_grad_()
-    out = refiner(leaf, real)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
-    (out * weights.to(out.dtype)).sum().backward()
-    if norms:
-        update_groups(norms, torch.zeros(()), None)
-    found = {"out": out.detach(), "maps": leaf.grad}
-    found |= {name: p.grad for name, p in refiner.named_parameters()}
-    return found | {name: b for name, b in refiner.named_buffers() if "running" in name or "tracked" in name}
-
-
-def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
-    assert got.keys() == wanted.keys()
-    # Biases before a BatchNorm have no gradient but rounding, so the largest of all gradients is the measure.
-    largest = max(float(t.abs().max()) for name, t in wanted.items() if "running" not in name)
-    for name, value in wanted.items():
-        assert got[name].dtype == value.dtype and got[name].shape == value.shape
-        scale = max(float(value.abs().max()), 1e-3 * largest)
-        error = float((got[name] - value).abs().max()) / scale
-        # Running averages move by float32 factors in both.
-        assert error < max(tolerance, 1e-6 if "running" in name else 0.0), f"{name}: off by {error:.2e}"
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -155,23 +118,6 @@ def test_half_precision_is_no_worse_than_the_plain_path(form, dtype):
         errors[name] = {n: float((found[n].double() - exact[n]).norm() / exact[n].norm()) for n in ("out", "maps")}
     for name, error in errors["lean"].items():
         assert error < 1.3 * errors["plain"][name] + 1e-3, errors
-
-
-def kept_bytes(run: Callable[[], Any], at_least: int) -> int:
-    """Of the tensors of some size that autograd keeps, each storage once, parameters not."""
-    storages: dict[int, int] = {}
-    held = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.nbytes() >= at_least and not isinstance(tensor, nn.Parameter):
-            storages[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        held.append(run())
-    return sum(storages.values())
 
 
 # Maps of one per head that an encoder layer keeps, its own softmax included.

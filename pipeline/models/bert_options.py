@@ -64,6 +64,8 @@ class BertOptions:
             return
         if self.refine.sharing:
             raise ModelError("refine.sharing=true is for image models: every layer of BERT has queries and keys")
+        if self.refine.kernels != "torch":
+            raise ModelError(f"refine.kernels={self.refine.kernels} is for image models: its maps have no padding")
         maps = self.heads * self.refine.expansion
         if not self.refine.reduction and (self.refine_start == "identity" or self.dim % maps):
             raise ModelError(

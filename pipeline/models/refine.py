@@ -10,6 +10,8 @@ from torch import nn
 
 from pipeline.models.attention import Attention, MapAttention
 from pipeline.models.errors import ModelError, check_bools, check_choice, check_ints, check_keys
+from pipeline.models.kernels import Kernels
+from pipeline.models.refine_fused import check_refine_fused
 from pipeline.models.refine_maps import LinearRefiner, OfficialRefiner
 
 Flavour = Literal["official", "linear"]
@@ -27,6 +29,7 @@ class Refine:
         sharing: refined layers have no queries and keys and take the maps of the layer before.
         blocks: the refined layers, counted from 0 over the whole model; None: all, or with sharing every second layer
             of each run of layers with equal sequence lengths.
+        kernels: "torch", or "triton": `refine_fused` trains the official flavour on a GPU.
     """
 
     flavour: Flavour = "linear"
@@ -35,15 +38,19 @@ class Refine:
     reduction: bool = True
     sharing: bool = False
     blocks: tuple[int, ...] | None = None
+    kernels: Kernels = "torch"
 
     def __post_init__(self) -> None:
         check_choice("refine.flavour", self.flavour, Flavour)
+        check_choice("kernels", self.kernels, Kernels)
         check_ints(1, **{"refine.expansion": self.expansion, "refine.kernel": self.kernel})
         check_bools(**{"refine.reduction": self.reduction, "refine.sharing": self.sharing})
         if self.kernel % 2 == 0:
             raise ModelError(f"refine.kernel={self.kernel} has no middle: choose an odd one (1, 3, 5)")
         if self.flavour == "official" and not self.reduction:
             raise ModelError("refine.reduction=false needs refine.flavour=linear: the shortcut of the official one")
+        if self.kernels == "triton" and self.flavour != "official":
+            raise ModelError(f"kernels=triton refines by flavour=official, not {self.flavour}: leave it out")
 
     @classmethod
     def of(cls, options: Self | Mapping[str, Any] | None) -> Self | None:
@@ -64,7 +71,11 @@ class Refine:
         """A refiner for the maps of one layer."""
         if self.flavour == "linear":
             return LinearRefiner(num_heads, self.expansion, self.kernel, self.reduction)
-        return OfficialRefiner(num_heads, self.expansion, self.kernel, head_dim**-0.5 if self.sharing else 1.0)
+        refiner = OfficialRefiner(num_heads, self.expansion, self.kernel, head_dim**-0.5 if self.sharing else 1.0)
+        if self.kernels == "triton":
+            check_refine_fused(num_heads, self.kernel)
+            refiner.fused = True
+        return refiner
 
 
 class MapUse(NamedTuple):

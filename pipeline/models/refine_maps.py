@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from pipeline.models.batch_norm import BatchNorm2d
 from pipeline.models.errors import ModelError
+from pipeline.models.kernels import runs_here
+from pipeline.models.refine_fused import refine_fused
 from pipeline.models.refine_lean import refine_lean
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -111,6 +113,8 @@ class OfficialRefiner(nn.Module):
 
     Attributes:
         lean: in training, keep two maps per head for the backward pass in place of twenty; see `set_lean`.
+        fused: the same by kernels of this package, in training on a GPU; with padding it is `lean` that counts there,
+            elsewhere nothing changes.
     """
 
     def __init__(self, num_heads: int, expansion: int, kernel: int, scale: float) -> None:
@@ -126,6 +130,7 @@ class OfficialRefiner(nn.Module):
         self.bn3 = BatchNorm2d(num_heads, eps=BN_EPS)
         self.adapt_bn = BatchNorm2d(num_heads, eps=BN_EPS)
         self.lean = False
+        self.fused = False
 
     def forward(self, maps: Tensor, real: Tensor | None = None) -> Tensor:
         """(B, H, N, N) -> (B, H, N, N).
@@ -133,8 +138,11 @@ class OfficialRefiner(nn.Module):
         Args:
             real: where tokens meet tokens, as in `LinearRefiner`; statistics are taken over these places alone.
         """
-        if self.lean and self.training and torch.is_grad_enabled():
-            return refine_lean(self, maps, real)
+        if self.training and torch.is_grad_enabled():
+            if self.fused and real is None and runs_here(maps):
+                return refine_fused(self, maps)
+            if self.lean:
+                return refine_lean(self, maps, real)
         if real is None:
             x = F.relu6(self.bn1(self.expand(maps)))
             x = F.relu6(self.bn2(self.local(x)))

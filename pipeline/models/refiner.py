@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.models.dense import DenseOutput, DenseRequest
 from pipeline.models.errors import ModelError, check_bools, check_choice, check_ints, check_positive
+from pipeline.models.kernels import Kernels
 from pipeline.models.pool import Pool
 from pipeline.models.refine import Flavour, Refine
 from pipeline.models.refine_maps import fold_refiners
@@ -52,6 +53,7 @@ class Refiner(TokenTransformer):
             aux head's; 0: class token only.
         pool: hierarchical pooling of the tokens (`Pool`), or None. The class token passes by.
         drop_path_rate, drop_rate, attn_drop_rate: as in `Hvt`.
+        kernels: "torch", or "triton": the official flavour is trained by `refine_fused` on a GPU.
 
     Attributes:
         token_grid: side of the grid of patch tokens; None with pooling.
@@ -85,6 +87,7 @@ class Refiner(TokenTransformer):
         drop_path_rate: float = 0.1,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
+        kernels: Kernels = "torch",
     ) -> None:
         check_choice("stem", stem, Stem)
         check_ints(1, in_chans=in_chans, embed_dim=embed_dim, num_heads=num_heads)
@@ -109,7 +112,7 @@ class Refiner(TokenTransformer):
             class_token=True,
             pool=Pool.of(pool),
             pool_pos_embed=True,
-            refine=Refine.of(refine | {"sharing": sharing, "blocks": blocks}),
+            refine=Refine.of(refine | {"sharing": sharing, "blocks": blocks, "kernels": kernels}),
             residual_scale=residual_scale,
             layer_scale=layer_scale or None,
             drop_path_rate=drop_path_rate,

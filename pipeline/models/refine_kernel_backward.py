@@ -1,0 +1,241 @@
+"""The Triton kernels behind `refine_fused`, backward; forms, shapes and constants are those of `refine_kernel`.
+
+A is the maps and R the reduced maps, both less their means here, g the gradient of the refined maps, C what goes into
+the second BatchNorm. The last two BatchNorms are linear in a pixel once their statistics and the sums of
+`head_sums_kernel` are known, so the gradients behind them are combinations of g, R and A and are never written.
+"""
+
+# Triton grows tuples by adding others and has no starred entries.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pipeline.models.refine_kernel import (
+    centered,
+    clamped,
+    column,
+    edges,
+    expanded,
+    matrix,
+    neighbours,
+    pixel,
+    place,
+    product,
+    pushed,
+    taps,
+    zeros,
+)
+
+
+@triton.jit
+def head_sums_kernel(
+    grad, reduced, maps, means, found, plane,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, TILES: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    """Sums of g, g R and g A over `TILES` times `SIZE` pixels of one map.
+
+    Args:
+        means: of R and A, (2, H).
+        found: (3, B, H, programs of a map).
+    """
+    map_number, head = tl.program_id(0), tl.program_id(0) % HEADS
+    source = map_number.to(tl.int64) * plane
+    mean_r, mean_a = tl.load(means + head), tl.load(means + HEADS + head)
+    sums = tl.zeros((SIZE,), dtype=TYPE)
+    sums_r = tl.zeros((SIZE,), dtype=TYPE)
+    sums_a = tl.zeros((SIZE,), dtype=TYPE)
+    for i in range(TILES):
+        at = (tl.program_id(1) * TILES + i) * SIZE + tl.arange(0, SIZE)
+        g = tl.load(grad + source + at, mask=at < plane, other=0.0).to(TYPE)
+        sums += g
+        sums_r += g * (tl.load(reduced + source + at, mask=at < plane, other=0.0).to(TYPE) - mean_r)
+        sums_a += g * (tl.load(maps + source + at, mask=at < plane, other=0.0).to(TYPE) - mean_a)
+    step = tl.num_programs(0) * tl.num_programs(1)
+    report = found + map_number * tl.num_programs(1) + tl.program_id(1)
+    tl.store(report, tl.sum(sums))
+    tl.store(report + step, tl.sum(sums_r))
+    tl.store(report + 2 * step, tl.sum(sums_a))
+
+
+@triton.jit
+def behind_second_kernel(
+    grad, reduced, maps, means, factors, convolved, scale, shift, mean, reduce, grad_second, found, samples, plane,
+    HEADS: tl.constexpr, HP: tl.constexpr, HIDDEN: tl.constexpr, CH: tl.constexpr, P: tl.constexpr,
+    TILES: tl.constexpr, STORE: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    """Pixel by pixel: the gradient D of the second BatchNorm's output, and its sums.
+
+    Programs are (runs of tiles, chunks of H').
+
+    Args:
+        means, factors: (2, H), and (4, H) with the gradient of R, factors · (g, R, A, 1).
+        convolved, scale, shift, mean: C, the second BatchNorm as scale C + shift, and the mean of C.
+        reduce: (H, H'), in the type of the maps.
+        grad_second: D, (B, H', plane), written if STORE.
+        found: (programs but for the chunks, H', H + 2): products of relu6(scale C + shift) with the gradient of R,
+            the sum of D, and that of D (C - mean).
+    """
+    heads, channels = tl.arange(0, HP), tl.program_id(1) * CH + tl.arange(0, CH)
+    mean_r, mean_a = column(means, heads, HEADS), column(means + HEADS, heads, HEADS)
+    of_g, of_r = column(factors, heads, HEADS), column(factors + HEADS, heads, HEADS)
+    of_a, of_one = column(factors + 2 * HEADS, heads, HEADS), column(factors + 3 * HEADS, heads, HEADS)
+    k, b, m = column(scale, channels, HIDDEN), column(shift, channels, HIDDEN), column(mean, channels, HIDDEN)
+    back = tl.trans(matrix(reduce, heads, channels, HEADS, HIDDEN))
+    sums = tl.zeros((CH, P), dtype=TYPE)
+    moments = tl.zeros((CH, P), dtype=TYPE)
+    products = tl.zeros((CH, HP), dtype=TYPE)
+    for i in range(TILES):
+        sample, at, exists = pixel(tl.program_id(0) * TILES + i, samples, plane, P)
+        offsets = (sample * HEADS * plane + at)[None, :] + heads[:, None] * plane
+        inside = exists[None, :] & (heads < HEADS)[:, None]
+        g = tl.load(grad + offsets, mask=inside, other=0.0).to(TYPE)
+        r = tl.load(reduced + offsets, mask=inside, other=0.0).to(TYPE) - mean_r
+        a = tl.load(maps + offsets, mask=inside, other=0.0).to(TYPE) - mean_a
+        grad_r = tl.where(inside, of_g * g + of_r * r + of_a * a + of_one, 0.0).to(maps.dtype.element_ty)
+        offsets = (sample * HIDDEN * plane + at)[None, :] + channels[:, None] * plane
+        inside = exists[None, :] & (channels < HIDDEN)[:, None]
+        c = tl.load(convolved + offsets, mask=inside, other=0.0).to(TYPE)
+        hidden = clamped(k * c + b, 6.0)
+        d = neighbours(product(back, grad_r, TYPE), 0, CH, P)
+        d = tl.where((hidden <= 0) | (hidden >= 6), 0.0, d)
+        if STORE:
+            tl.store(grad_second + offsets, d.to(grad_second.dtype.element_ty), mask=inside)
+        sums += d
+        moments += d * (c - m)
+        products += product(hidden.to(grad_r.dtype), tl.trans(grad_r), TYPE)
+    report = found + (tl.program_id(0) * HIDDEN + channels) * (HEADS + 2)
+    there = channels < HIDDEN
+    tl.store(report[:, None] + heads[None, :], products, mask=there[:, None] & (heads < HEADS)[None, :])
+    tl.store(report + HEADS, tl.sum(sums, 1), mask=there)
+    tl.store(report + HEADS + 1, tl.sum(moments, 1), mask=there)
+
+
+@triton.jit
+def deconvolve_kernel(
+    maps, center, expand, bias, kernel, convolved, grad_second, factors, grad_maps, found,
+    samples, rows, columns, run,
+    HEADS: tl.constexpr, HP: tl.constexpr, HIDDEN: tl.constexpr, CH: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
+    TYPE: tl.constexpr,
+):  # fmt: skip
+    """Down the rows: from D to the maps, but for what the statistics of the first BatchNorm add.
+
+    With dC = factors · (D, C, 1) and h = relu6(e), e = expand A + bias: the gradient of h is the transposed
+    convolution of dC, that of e is the same where 0 < e < 6, and that of A is expandᵀ times this.
+
+    A program takes its chunks of H' one after the other and adds up their shares of `grad_maps` in place.
+
+    Args:
+        expand, bias: as in `convolve_kernel`.
+        factors: (3, H').
+        grad_maps: (B, H, rows, columns), written.
+        found: (programs, H', H + 1 + K²): products of the gradient of e with A, its sum, and the gradient of `kernel`.
+    """
+    HALO: tl.constexpr = K // 2
+    heads = tl.arange(0, HP)
+    sample, x, exists, own = place(tl.program_id(0), samples, columns, HALO, P)
+    plane = rows * columns
+    inside = edges(x, columns, K, TYPE)
+    first = tl.program_id(1) * run
+    last = tl.minimum(first + run, rows)
+    origin = (sample * HEADS * plane + x)[None, :] + (heads * plane + first * columns)[:, None]
+    real = own[None, :] & (heads < HEADS)[:, None]
+    means, top = column(center, heads, HEADS), tl.where(own, 6.0, 0.0).to(TYPE)[None, :]
+    for start in range(0, HIDDEN, CH):
+        channels = start + tl.arange(0, CH)
+        there = channels < HIDDEN
+        offsets = (sample * HIDDEN * plane + x)[None, :] + (channels * plane + (first - HALO) * columns)[:, None]
+        at_second, at_convolved = grad_second + offsets, convolved + offsets
+        weights, shift = matrix(expand, channels, heads, HIDDEN, HEADS), column(bias, channels, HIDDEN)
+        weighting = taps(kernel, channels, HIDDEN, K)
+        of_d, of_c = column(factors, channels, HIDDEN), column(factors + HIDDEN, channels, HIDDEN)
+        of_one = column(factors + 2 * HIDDEN, channels, HIDDEN)
+        hidden = zeros(K, CH, P, TYPE)  # of the rows that this one's dC reaches, from the one above on
+        sums = zeros(K, CH, P, TYPE)  # of their gradients
+        grad_kernel = zeros(K * K, CH, P, TYPE)
+        total = tl.zeros((CH, P), dtype=TYPE)
+        moments = tl.zeros((CH, HP), dtype=TYPE)
+        for i in range(last - first + 2 * HALO):
+            below = first + i < last
+            mask = real & (x < tl.where(below, columns, 0))[None, :]
+            h = expanded(maps + origin + i * columns, mask, means, weights, shift, top, TYPE)
+            h = h * tl.where(below, 1.0, 0.0).to(TYPE)
+            hidden = pushed(hidden, neighbours(h, 0, CH, P), K)
+            row = first - HALO + i
+            within = (row >= 0) & (row < rows)
+            mask = (exists & (x < tl.where(within, columns, 0)))[None, :] & there[:, None]
+            d = tl.load(at_second, mask=mask, other=0.0).to(TYPE)
+            c = tl.load(at_convolved, mask=mask, other=0.0).to(TYPE)
+            grad_c = of_d * d + of_c * c + of_one * tl.where(within, 1.0, 0.0).to(TYPE)
+            for dx in tl.static_range(K):
+                # Seen from where its gradient goes a tap lies on the other side.
+                beside = neighbours(grad_c, HALO - dx, CH, P)
+                if dx != HALO:
+                    beside *= inside[K - 1 - dx]
+                added = ()
+                for dy in tl.static_range(K):
+                    added = added + (sums[dy] + weighting[dy * K + dx] * beside,)
+                sums = added
+                products = ()
+                for tap in tl.static_range(K * K):
+                    if tap % K == dx:
+                        products = products + (grad_kernel[tap] + hidden[tap // K] * beside,)
+                    else:
+                        products = products + (grad_kernel[tap],)
+                grad_kernel = products
+            if i >= 2 * HALO:
+                outside = (hidden[0] <= 0) | (hidden[0] >= 6)
+                grad_e = tl.where(outside, 0.0, sums[0])
+                total += grad_e
+                rounded = grad_e.to(maps.dtype.element_ty)
+                above = origin + (i - 2 * HALO) * columns
+                a = centered(maps, above, real, means, TYPE)
+                moments += product(rounded, tl.trans(a), TYPE)
+                share = product(tl.trans(weights), rounded, TYPE)
+                if start > 0:
+                    share += tl.load(grad_maps + above, mask=real, other=0.0).to(TYPE)
+                tl.store(grad_maps + above, share.to(grad_maps.dtype.element_ty), mask=real)
+            sums = pushed(sums, tl.zeros((CH, P), dtype=TYPE), K)
+            at_second += columns
+            at_convolved += columns
+        report = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * HIDDEN + channels
+        report = found + report * (HEADS + 1 + K * K)
+        tl.store(report[:, None] + heads[None, :], moments, mask=there[:, None] & (heads < HEADS)[None, :])
+        tl.store(report + HEADS, tl.sum(total, 1), mask=there)
+        for tap in tl.static_range(K * K):
+            tl.store(report + HEADS + 1 + tap, tl.sum(grad_kernel[tap], 1), mask=there)
+        # What one thread wrote to `grad_maps`, another may read for the next chunk.
+        tl.debug_barrier()
+
+
+@triton.jit
+def finish_kernel(
+    grad, reduced, maps, means, factors, mixed, grad_maps, samples, plane,
+    HEADS: tl.constexpr, HP: tl.constexpr, P: tl.constexpr, TILES: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    """Pixel by pixel: add to `grad_maps` what is linear, factors · (g, R, A, 1) - mixed A.
+
+    Args:
+        means, factors: (2, H) and (4, H).
+        mixed: (H, H), in the type of the maps.
+        grad_maps: (B, H, plane).
+    """
+    heads = tl.arange(0, HP)
+    mean_r, mean_a = column(means, heads, HEADS), column(means + HEADS, heads, HEADS)
+    of_g, of_r = column(factors, heads, HEADS), column(factors + HEADS, heads, HEADS)
+    of_a, of_one = column(factors + 2 * HEADS, heads, HEADS), column(factors + 3 * HEADS, heads, HEADS)
+    weights = matrix(mixed, heads, heads, HEADS, HEADS)
+    for i in range(TILES):
+        sample, at, exists = pixel(tl.program_id(0) * TILES + i, samples, plane, P)
+        offsets = (sample * HEADS * plane + at)[None, :] + heads[:, None] * plane
+        inside = exists[None, :] & (heads < HEADS)[:, None]
+        g = tl.load(grad + offsets, mask=inside, other=0.0).to(TYPE)
+        r = tl.load(reduced + offsets, mask=inside, other=0.0).to(TYPE) - mean_r
+        a = tl.load(maps + offsets, mask=inside, other=0.0).to(TYPE) - mean_a
+        x = tl.load(grad_maps + offsets, mask=inside, other=0.0).to(TYPE)
+        x += of_g * g + of_r * r + of_a * a + of_one
+        x -= neighbours(product(weights, a.to(maps.dtype.element_ty), TYPE), 0, HP, P)
+        tl.store(grad_maps + offsets, x.to(grad_maps.dtype.element_ty), mask=inside)

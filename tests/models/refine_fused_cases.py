@@ -1,0 +1,200 @@
+"""The kernels of `refine_fused` in Triton's interpreter, against the plain path: prints what was found as JSON.
+
+A process of its own (`TRITON_INTERPRET=1 python -m tests.models.refine_fused_cases`): Triton decides once, when it is
+imported, whether kernels are interpreted. The interpreter has no bfloat16 products.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.models import create_model, refine_steps
+from pipeline.models.refine_maps import OfficialRefiner
+from tests.models.refiner_step import errors, kept_bytes, some_maps, step, with_weights
+
+
+class Case(NamedTuple):
+    """A refiner and its maps: samples, heads, expansion, side of the local kernels, rows and columns of a map.
+
+    Attributes:
+        group: samples of a group of statistics; None: all.
+        slices: that the expanded maps of a group are computed in.
+        contiguous: how the maps lie in memory.
+        dtype: name of their type.
+    """
+
+    samples: int
+    heads: int
+    expansion: int
+    kernel: int
+    rows: int
+    columns: int
+    group: int | None = None
+    slices: int = 1
+    contiguous: bool = True
+    dtype: str = "float64"
+
+
+# A program takes 16 or 32 columns of float64, and 32 rows: these fit, leave a rest, and are fewer than one has.
+CASES = {
+    "small": Case(4, 3, 3, 3, 7, 7),
+    "wide": Case(4, 3, 3, 3, 5, 11),
+    "many rows": Case(2, 3, 1, 3, 37, 3),
+    "one sample": Case(1, 2, 3, 3, 4, 35),
+    "one head": Case(2, 1, 6, 3, 6, 5),
+    "one row": Case(3, 2, 2, 3, 1, 9),
+    "twelve heads": Case(2, 12, 3, 3, 6, 6),
+    "more heads than channels of a product": Case(2, 17, 1, 1, 3, 8),
+    "kernel 1": Case(4, 2, 1, 1, 5, 11),
+    "kernel 5": Case(2, 4, 2, 5, 5, 6),
+    "slices": Case(3, 3, 3, 3, 5, 7, slices=3),
+    "groups and slices": Case(4, 3, 3, 3, 5, 7, group=2, slices=2),
+    "not contiguous": Case(2, 3, 3, 3, 6, 4, contiguous=False),
+    "float32": Case(4, 3, 3, 3, 7, 7, dtype="float32"),
+}
+SMALL: dict[str, Any] = {
+    "img_size": 16,
+    "patch_size": 8,
+    "stem": "patch",
+    "embed_dim": 12,
+    "num_heads": 3,
+    "depth": 2,
+    "num_classes": 5,
+    "drop_path_rate": 0.0,
+}
+
+
+def differences(case: Case, device: str = "cpu") -> tuple[dict[str, float], dict[str, float]]:
+    """Largest errors of what a training step leaves behind over the largest value: by the kernels, and by PyTorch."""
+    plain = with_weights(OfficialRefiner(case.heads, case.expansion, case.kernel, 0.176)).to(device).train()
+    maps = some_maps(case.samples, case.heads, case.rows, case.columns, case.contiguous).to(device)
+    assert maps.is_contiguous() == case.contiguous
+    exact = step(copy.deepcopy(plain).double(), maps, None, case.group)
+    dtype = getattr(torch, case.dtype)
+    elements = (case.group or case.samples) * plain.expand.out_channels * maps[0, 0].numel()
+    before, refine_steps.SLICE = refine_steps.SLICE, -(-elements // case.slices)
+    found = []
+    for fused in (True, False):
+        refiner = copy.deepcopy(plain).to(dtype)
+        refiner.fused = fused
+        left = step(refiner, maps.to(dtype), None, case.group)
+        found.append(errors({name: value.double() for name, value in left.items()}, exact))
+    refine_steps.SLICE = before
+    return found[0], found[1]
+
+
+def worst(found: dict[str, float], running: bool) -> float:
+    return max(error for name, error in found.items() if ("running" in name) == running)
+
+
+def half_precision(dtype: torch.dtype, device: str = "cpu") -> dict[str, dict[str, float]]:
+    """Errors against float64 under autocast, of the kernels and of PyTorch, on maps as flat as fresh ones are."""
+    plain = with_weights(OfficialRefiner(3, 3, 3, 0.176)).to(device).train()
+    flat = (0.05 * torch.randn(3, 3, 20, 20, generator=torch.Generator().manual_seed(9)).double()).softmax(-1)
+    flat = flat.to(device)
+    exact = step(copy.deepcopy(plain).double(), flat, None, None)
+    found = {}
+    for name in ("plain", "fused"):
+        refiner = copy.deepcopy(plain)
+        refiner.fused = name == "fused"
+        with torch.autocast(device, dtype):
+            left = step(refiner, flat.float(), None, None)
+        assert all(left[n].dtype == torch.float32 for n in exact if n != "out" and "tracked" not in n)
+        # The gradient of the third BatchNorm's bias is nothing but rounding.
+        names = [n for n in exact if n != "bn3.bias" and "running" not in n and "tracked" not in n]
+        found[name] = {n: float((left[n].double() - exact[n]).norm() / exact[n].norm()) for n in names}
+    return found
+
+
+def models() -> tuple[nn.Module, nn.Module]:
+    """Two Refiners of the same weights: with PyTorch's operations and with the kernels."""
+    torch.manual_seed(0)
+    plain = create_model("refiner_vit_s", **SMALL)
+    ours = create_model("refiner_vit_s", **SMALL, kernels="triton")
+    ours.load_state_dict(plain.state_dict())
+    return plain.train(), ours.train()
+
+
+def whole_model() -> float:
+    """The largest error of logits and gradients of a Refiner in float64."""
+    images, labels = torch.randn(3, 3, 16, 16, dtype=torch.float64), torch.tensor([0, 3, 4])
+    found: list[dict[str, Tensor]] = []
+    for model in models():
+        logits = model.double()(images)
+        F.cross_entropy(logits, labels).backward()
+        found.append({"logits": logits.detach(), **{name: p.grad for name, p in model.named_parameters()}})
+    return max(errors(found[1], found[0]).values())
+
+
+def training(steps: int) -> list[list[float]]:
+    """Losses of the same training with and without the kernels."""
+    images, labels = torch.randn(2, 3, 16, 16), torch.tensor([0, 3])
+    losses: list[list[float]] = []
+    for model in models():
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses.append([])
+        for _ in range(steps):
+            loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(float(loss.detach()))
+    return losses
+
+
+def kept() -> float:
+    """Of the maps that autograd keeps, how many times those of one per head."""
+    refiner = with_weights(OfficialRefiner(3, 3, 3, 0.176)).train()
+    refiner.fused = True
+    maps = some_maps(2, 3, 12, 12).float().requires_grad_()
+    size = maps.untyped_storage().nbytes()
+    return kept_bytes(lambda: refiner(maps), size // 4) / size
+
+
+def compiled() -> float:
+    """The largest error through torch.compile, in one graph."""
+    refiner = with_weights(OfficialRefiner(2, 2, 3, 0.176)).double().train()
+    refiner.fused = True
+    traced = copy.deepcopy(refiner)
+    traced.forward = torch.compile(traced.forward, backend="aot_eager", fullgraph=True)
+    maps = some_maps(2, 2, 5, 5)
+    return max(errors(step(traced, maps, None, 1), step(refiner, maps, None, 1)).values())
+
+
+def operator() -> dict[str, str]:
+    """What PyTorch's own check of an operator finds."""
+    refiner = with_weights(OfficialRefiner(2, 1, 1, 0.176)).double()
+    norms = (refiner.bn1, refiner.bn2, refiner.bn3)
+    parameters = [
+        p for conv, norm in zip((refiner.expand, refiner.local, refiner.reduce), norms, strict=True)
+        for p in (conv.weight, norm.weight, norm.bias)
+    ]  # fmt: skip
+    parameters += [refiner.adapt_bn.weight, refiner.adapt_bn.bias]
+    maps = some_maps(2, 2, 3, 3).requires_grad_()
+    return torch.library.opcheck(torch.ops.rookery.refine.default, (maps, parameters, 1e-5, 0.176))
+
+
+def main() -> None:
+    print(
+        json.dumps(
+            {
+                "values": {name: differences(case) for name, case in CASES.items()},
+                "half": half_precision(torch.float16),
+                "model": whole_model(),
+                "training": training(15),
+                "kept": kept(),
+                "compiled": compiled(),
+                "operator": operator(),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from launch.bench_model.measure import bench_model, tell
 from pipeline.models import create_model, fold_refiners, num_drop_paths, set_drop_path_noise, set_lean
 from pipeline.models.block_attention import block_attention
+from pipeline.models.refine_maps import OfficialRefiner
 from pipeline.models.timm_weights import from_timm
 from pipeline.tracking.environment import device_name, key_versions
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NEST, SWIN, VIT = "timm:nest_tiny_jx", "timm:swin_tiny_patch4_window7_224", "timm:vit_small_patch16_224"
 OTHERS = [SWIN, VIT, "timm:deit_small_patch16_224"]
-REFINERS = ["refiner_vit_s", "refiner_vit_s+maps", "refiner_vit_s+checkpoint"]
+REFINERS = ["refiner_vit_s", "refiner_vit_s+maps", "refiner_vit_s+checkpoint", "refiner_vit_s+triton"]
 # Pictures of 32 px, blocks of 16 tokens: PyTorch's attention and ours.
 CIFAR = ["nest_tiny_cifar", "nest_tiny_cifar+triton"]
 HVTS = ["deit_small", "hvt_ti_1", *(f"hvt_s_{pools}" for pools in range(5))]
@@ -60,9 +61,15 @@ PARTS = {
     ),
     "hvts": Part(HVTS, HVTS[0], 256, repeats=3, seconds=0.5),
     "refiners": Part(
-        ["refiner_vit_m+maps", "refiner_vit_l+maps"], "refiner_vit_m+maps", 64, phases=("train",), repeats=3
+        [f"refiner_vit_{size}+{way}" for size in "ml" for way in ("maps", "triton")],
+        "refiner_vit_m+maps",
+        64,
+        phases=("train",),
+        repeats=3,
     ),
-    "refiner_448": Part(["refiner_vit_l+maps"], "refiner_vit_l+maps", 64, phases=("train",), side=448, repeats=3),
+    "refiner_448": Part(
+        ["refiner_vit_l+maps", "refiner_vit_l+triton"], "refiner_vit_l+maps", 64, phases=("train",), side=448, repeats=3
+    ),
     "compiled_refiner": Part(REFINERS, REFINERS[0], 128, compiled=True, phases=("train",), repeats=3, seconds=0.5),
 }
 _SMALL = ["deit_tiny", "timm:vit_tiny_patch16_224", "refiner_vit_s+maps"]
@@ -126,8 +133,7 @@ def check(command: str, tiny: bool) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
 
     def add(name: str, got: Sequence[Tensor], wanted: Sequence[Tensor], allowed: float) -> None:
-        pairs = list(zip(got, wanted, strict=True))
-        error = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+        error = _error(got, wanted)
         found.append({"name": name, "error": error, "allowed": allowed, "passed": error <= allowed})
 
     nest, theirs, side = _nests(tiny)
@@ -149,7 +155,23 @@ def check(command: str, tiny: bool) -> dict[str, Any]:
         for dtype, allowed in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)):
             for shape in ((37, 16, 3, 1, 64), (5, 64, 4, 4, 32)):
                 add(f"attention in blocks {shape}, {dtype}", *_block_attention(shape, dtype), allowed)
+        for dtype, allowed in ((torch.float64, 1e-9), (torch.float32, 1e-3), (torch.bfloat16, 0.05)):
+            for shape in ((3, 12, 197), (5, 16, 50)):
+                # Half precision moves a pixel past a bend of ReLU6 here and there, whoever computes.
+                lean = 2 * _error(*_refined(shape, dtype, fused=False))
+                add(f"refined maps {shape}, {dtype}", *_refined(shape, dtype, fused=True), max(allowed, lean))
+        model = _refiner("refiner_vit_s", tiny)
+        images = torch.randn(4, 3, model.img_size, model.img_size, device=DEVICE, generator=_seeded()).double()
+        plain = _step(model, images, False)
+        for module in model.modules():
+            if isinstance(module, OfficialRefiner):
+                module.fused = True
+        add("refiner_vit_s by kernels, fp64", _step(model, images, False), plain, 1e-6)
     return {"command": command, "device": device_name(), "versions": key_versions(), "checks": found}
+
+
+def _error(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, wanted, strict=True))
 
 
 def _block_attention(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
@@ -168,6 +190,25 @@ def _block_attention(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[list[T
         expected.detach(),
         *torch.autograd.grad(expected, plain, above.double()),
     ]
+
+
+def _refined(shape: tuple[int, ...], dtype: torch.dtype, fused: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Output and gradients for (samples, heads, tokens) by the kernels or `refine_lean`, and by plain float64."""
+    samples, heads, tokens = shape
+    torch.manual_seed(0)
+    plain = OfficialRefiner(heads, 3, 3, 0.176).to(DEVICE, torch.float64).train()
+    maps = torch.randn(samples, heads, tokens, tokens, device=DEVICE, generator=_seeded()).softmax(-1).to(dtype)
+    above = torch.randn(maps.shape, device=DEVICE, generator=_seeded()).to(dtype)
+    ours = copy.deepcopy(plain).to(torch.promote_types(dtype, torch.float32))
+    ours.fused, ours.lean = fused, not fused
+    found = []
+    for refiner, leaf in ((ours, maps.clone()), (plain, maps.double())):
+        out = refiner(leaf.requires_grad_())
+        out.backward(above.to(out.dtype))
+        # The third BatchNorm's bias has no gradient but rounding.
+        grads = [p.grad for name, p in refiner.named_parameters() if name != "bn3.bias" and p.grad is not None]
+        found.append([t.detach().double() for t in (out, leaf.grad, *grads) if t is not None])
+    return found[0], found[1]
 
 
 def _nests(tiny: bool) -> tuple[nn.Module, nn.Module, int]:

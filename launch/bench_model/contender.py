@@ -19,7 +19,7 @@ _WAYS = {
     "fold": "refiners folded into fewer operations; inference only",
     "checkpoint": "encoder layers recomputed in the backward pass",
     "maps": "no expanded attention maps kept for the backward pass",
-    "triton": "this package's attention kernels for small blocks, of a NesT",
+    "triton": "this package's kernels: attention in small blocks of a NesT, refined maps of a released Refiner",
 }
 
 
@@ -64,8 +64,8 @@ def contender(name: str, side: int | None) -> Contender:
 
 
 def _ours(name: str, side: int, way: str) -> nn.Module:
-    if way == "triton" and model_info(name).family != "nest":
-        raise UserError(f"{name}+triton: the kernels are for the blocks of a NesT")
+    if way == "triton" and model_info(name).family not in ("nest", "refiner"):
+        raise UserError(f"{name}+triton: the kernels are for the blocks of a NesT and for the maps of a Refiner")
     kernels = {"kernels": "triton"} if way == "triton" else {}
     model = create_model(name, img_size=side, drop_path_rate=_DROP_PATH, **kernels)
     if way == "checkpoint":

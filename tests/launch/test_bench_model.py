@@ -57,6 +57,8 @@ def test_names() -> None:
         assert contender("deit_tiny+checkpoint", None).build().grad_checkpointing
         attention = [m for m in contender("nest_tiny_cifar+triton", None).build().modules() if isinstance(m, Attention)]
         assert len(attention) == 12 and all(m.small for m in attention)
+        fused = [m for m in contender("refiner_vit_s+triton", 32).build().modules() if isinstance(m, OfficialRefiner)]
+        assert len(fused) == 8 and all(m.fused for m in fused)
     assert any(isinstance(m, FoldedOfficial) for m in folded.build().modules())
     theirs = contender("timm:vit_tiny_patch16_224", None)
     assert (theirs.side, type(theirs.build()).__module__) == (224, "timm.models.vision_transformer")
@@ -67,6 +69,7 @@ MISTAKES: dict[str, tuple[str, int | None, str]] = {
     "way": ("nest_tiny+folded", None, "after the plus comes fold, checkpoint, maps"),
     "no maps": ("nest_tiny+maps", None, "refines no attention maps"),
     "no blocks": ("hvt_ti_1+triton", None, "the kernels are for the blocks of a NesT"),
+    "linear": ("refiner_vit_s_linear+triton", None, "refines by flavour=official, not linear"),
     "large blocks": ("nest_tiny+triton", None, "for blocks of 16 or 64 tokens, these have 196"),
     "timm's way": ("timm:swin_tiny_patch4_window7_224+fold", None, "only models of this package"),
     "timm's model": ("timm:nest_tny", None, "timm can't build it"),

@@ -17,7 +17,6 @@ from launch.bench_model.runner import DTYPES, Phase, fits
 from pipeline.errors import UserError
 from pipeline.tracking.environment import device_name, key_versions
 
-
 # Kinds of operations that are told of a model, those that move most.
 _KINDS = 16
 

@@ -24,6 +24,7 @@ from pipeline.data.augment.mixing import draw_mix
 from pipeline.data.loader import TrainBatch
 from pipeline.hashing import seed64
 from pipeline.models import num_drop_paths
+from pipeline.train.determinism import use_deterministic_kernels
 from pipeline.train.distributed import World
 from pipeline.train.engines import Engine, make_engine
 from pipeline.train.objective import Objective
@@ -79,7 +80,7 @@ def measure(job: BenchJob, world: World) -> dict[str, Any]:
         by itself, repeats x processes; empty with one process. `memory_gb`: peak of every process.
     """
     config = RunConfig.model_validate_json(job.config)
-    torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
+    use_deterministic_kernels(config.train.deterministic)
     together = _stepper(config, world, make_engine(initial_model(config, world), config, world))
     _block(together, job.warmup, world)
     memory = world.gather(_peak_gb(world.device))

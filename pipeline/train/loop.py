@@ -8,11 +8,10 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipeline.config import RunConfig
 from pipeline.resolve import resolve
 from pipeline.train.checkpoint import Checkpoint, CheckpointStore
+from pipeline.train.determinism import use_deterministic_kernels
 from pipeline.train.distributed import World
 from pipeline.train.engines import Engine
 from pipeline.train.garbage import collected_by_hand
@@ -43,7 +42,7 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
     run = resolve(config, world.size)
     config, plan, task = run.config, run.plan, run.task
     check_same_command(run, world)
-    torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
+    use_deterministic_kernels(config.train.deterministic)
     with ExitStack() as stack:
         recorder = Recorder.open(run, world, stack)
         work = task.begin(run, world)

@@ -231,6 +231,7 @@ def test_what_does_not_fit_is_told(pretrained: tuple[Path, Any], tmp_path: Path)
     ("options", "told"),
     [
         ({"refine": {"sharing": True}}, "every layer of BERT has queries"),
+        ({"refine": {"flavour": "official", "kernels": "triton"}}, "refine.kernels=triton is for image models"),
         ({"refine": {"kernel": 2}}, "refine.kernel=2 has no middle"),
         ({"refine": {"blocks": [7]}}, "names layer 7; the model has layers 0 to 1"),
         (

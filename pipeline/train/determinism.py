@@ -12,4 +12,4 @@ def use_deterministic_kernels(wanted: bool) -> None:
     such memory, and to fill it is another pass through memory for many tensors.
     """
     torch.use_deterministic_algorithms(wanted, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -14,9 +14,9 @@ from pipeline.errors import UserError
 from pipeline.export import check, onnx_file
 from pipeline.export.check import CheckFailed, images
 from pipeline.export.onnx_file import MODEL, OPSETS, SIDECAR, write_onnx
-from pipeline.models import list_models
 from tests.conftest import missing
 from tests.export.sources import CLASSES, source
+from tests.models.structures import one_of_each
 
 try:
     onnx_file.require_packages()
@@ -32,7 +32,7 @@ def _packages() -> None:
         missing(f"ONNX left out: {_absent}")
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", one_of_each())
 def test_onnxruntime_agrees(name: str, tmp_path: Path) -> None:
     found = write_onnx(tmp_path, source(name))
     assert 0 < found < 1e-5  # rounding, not luck: two programs never agree to the bit

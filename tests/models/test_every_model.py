@@ -25,6 +25,7 @@ from pipeline.models import (
 from pipeline.models.drop_path import DropPath
 from pipeline.train.optim import decay_groups
 from tests.conftest import missing
+from tests.models.structures import one_of_each
 
 
 def small_nest(info: ModelInfo) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def test_autocast_bfloat16(name):
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients.values())
 
 
-@every_model
+@pytest.mark.parametrize("name", one_of_each())
 def test_compiles_to_one_graph(name):
     torch._dynamo.reset()
     model = small(name).train()

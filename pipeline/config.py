@@ -7,17 +7,16 @@ is filled in by `pipeline.resolve`; the filled-in config is saved with the run a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from pipeline.config_conflicts import conflicts
 from pipeline.config_section import Directory, PlainName, Section
 from pipeline.config_task import ClassifyConfig, TaskConfig
 from pipeline.data.augment.settings import AugmentConfig, EvalTransformConfig, MixConfig
 from pipeline.data.cache_room import CacheOptions
 from pipeline.durations import Duration, Epochs, Interval
-from pipeline.errors import UserError
 
 
 def _empty_for_null(value: Any) -> Any:
@@ -297,68 +296,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        conflicts = list(self._conflicts())
-        if conflicts:
-            raise ValueError("\n".join(conflicts))
+        found = list(conflicts(self))
+        if found:
+            raise ValueError("\n".join(found))
         return self
-
-    def _conflicts(self) -> Iterator[str]:
-        if self.task.kind == "language":
-            yield from self._pictures_in_language()
-        batch, lanes = self.train.global_batch_size, self.data.lanes
-        if lanes is not None and batch % lanes:
-            yield (
-                f"data.lanes={lanes} does not divide train.global_batch_size={batch}; "
-                f"set data.lanes to a divisor of {batch} (or leave it out)"
-            )
-        if self.model.init_head == "new" and self.model.init is None:
-            yield "model.init_head=new goes with weights to start from: set model.init, or leave model.init_head out"
-        if self.eval.weights == "ema" and self.train.ema_decay is None:
-            yield "eval.weights=ema needs an average to evaluate: set train.ema_decay (0.9999, say)"
-        if self.data.resident:
-            yield from self._not_resident()
-        if self.explain.images and self.data.val is None:
-            yield "explain.images draws after evaluations, and there is no split for them: set data.val"
-        if self.engine.offload_optimizer and (self.engine.name != "deepspeed" or self.engine.zero_stage == 0):
-            yield "engine.offload_optimizer=true goes with engine.name=deepspeed and engine.zero_stage=1, 2 or 3"
-        if self.checkpoint.compact and self.engine.name != "ddp":
-            yield f"checkpoint.compact=true goes with engine.name=ddp, not {self.engine.name}: leave it out"
-        peak, schedule = self.optim.peak_lr(batch), self.optim.schedule
-        for key, rate in (("min_lr", schedule.min_lr), ("warmup_lr", schedule.warmup_lr)):
-            if rate > peak:
-                yield f"optim.schedule.{key}={rate:g} is above the peak learning rate {peak:g}; lower it"
-        objective = self.objective
-        if not objective.token_labels:
-            for key in ("mix_token", "official_roi_order"):
-                if getattr(objective, key):
-                    yield f"objective.{key}=true goes with labels for tokens: set objective.token_labels=true"
-            if objective.cls_weight == 0:
-                yield "objective.cls_weight=0 leaves no labels to learn from: set objective.token_labels=true"
-        elif objective.cls_weight == objective.dense_weight == 0:
-            yield "objective.cls_weight=0 and objective.dense_weight=0 leave nothing to learn: set one of them above 0"
-        try:
-            self.augment.mean_std(self.model.in_chans)
-        except UserError as error:
-            yield str(error)
-
-    def _not_resident(self) -> Iterator[str]:
-        """What `data.resident` can't be together with."""
-        fault = self.augment.off_device()
-        if self.task.kind == "language":
-            fault = "task=language has no pictures"
-        elif self.data.augment_by == "pillow":
-            fault = "data.augment_by=pillow augments on the host"
-        elif self.objective.token_labels:
-            fault = "objective.token_labels=true reads label maps from the shards"
-        if fault is not None:
-            yield f"data.resident=true keeps pictures on the device and augments them there, but {fault}: leave it out"
-
-    def _pictures_in_language(self) -> Iterator[str]:
-        for section in ("augment", "eval_transform", "mix", "objective", "explain"):
-            if getattr(self, section) != type(self).model_fields[section].default:
-                yield f"{section} is for pictures, and task=language has none: leave it out"
-        for key in ("img_size", "drop_path_rate"):
-            if getattr(self.model, key) is not None:
-                yield f"model.{key} is of image models, and task=language has none: leave it out"
-        if self.tracking.register_model is not None:
-            yield "tracking.register_model registers picture classifiers: leave it out with task=language"

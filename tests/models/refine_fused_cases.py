@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models import create_model, refine_steps
+from pipeline.models import create_model, refine_calls
 from pipeline.models.refine_maps import OfficialRefiner
 from tests.models.refiner_step import errors, kept_bytes, some_maps, step, with_weights
 
@@ -79,14 +79,14 @@ def differences(case: Case, device: str = "cpu") -> tuple[dict[str, float], dict
     exact = step(copy.deepcopy(plain).double(), maps, None, case.group)
     dtype = getattr(torch, case.dtype)
     elements = (case.group or case.samples) * plain.expand.out_channels * maps[0, 0].numel()
-    before, refine_steps.SLICE = refine_steps.SLICE, -(-elements // case.slices)
+    before, refine_calls.SLICE = refine_calls.SLICE, -(-elements // case.slices)
     found = []
     for fused in (True, False):
         refiner = copy.deepcopy(plain).to(dtype)
         refiner.fused = fused
         left = step(refiner, maps.to(dtype), None, case.group)
         found.append(errors({name: value.double() for name, value in left.items()}, exact))
-    refine_steps.SLICE = before
+    refine_calls.SLICE = before
     return found[0], found[1]
 
 

@@ -123,12 +123,12 @@ def test_they_compile(model: str, dtype: str, capability: int, tmp_path: Path) -
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from pipeline.models import refine_steps
+    from pipeline.models import refine_calls
 
     heads, hidden = SIZES[model]
-    size = refine_steps.Size(heads, hidden, 3, DTYPES[dtype])
+    size = refine_calls.Size(heads, hidden, 3, DTYPES[dtype])
     of_maps = {"maps", "convolved", "reduced", "out", "grad", "grad_second", "grad_maps", "expand", "reduce", "mixed"}
-    for kernel in refine_steps.KERNELS:
+    for kernel in refine_calls.KERNELS:
         constants = size.constants(kernel) | {name: True for name in ("STORE", "SUM") if name in kernel.arg_names}
         names = dict.fromkeys(("samples", "rows", "columns", "run", "plane"), "i32")
         names |= dict.fromkeys(of_maps, f"*{dtype}") | dict.fromkeys(constants, "constexpr")

@@ -20,14 +20,16 @@ def on_device(
     Args:
         augment: carries out the plans of batches that come without images.
 
-    On a GPU each copy runs in a stream of its own. The host is ahead of the GPU, so it runs while the GPU still
-    computes the step before; the step itself waits for it on the GPU, and the host never does.
+    On a GPU copies, and what is done to pictures there, run in a stream of their own. The host is ahead of the GPU, so
+    they run while the GPU still computes the step before; the step itself waits for them on the GPU, and the host never
+    does.
     """
     if device.type != "cuda":
         for batch in batches:
             yield _finished(batch, finish, augment)
         return
     stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))  # which brought the pictures of `augment` there
     for batch in batches:
         with torch.cuda.stream(stream):
             moved = TrainBatch(
@@ -43,13 +45,14 @@ def on_device(
                 replaced=batch.replaced,
                 plan=None if batch.plan is None else batch.plan.to(device),
             )
+            ready = _finished(moved, finish, augment)
         compute = torch.cuda.current_stream(device)
         compute.wait_stream(stream)
-        for tensor in _tensors(moved):
+        for tensor in _tensors(ready):
             if tensor.is_cuda:
                 # Its memory, of the copying stream, must not be used again before the step has read it.
                 tensor.record_stream(compute)
-        yield _finished(moved, finish, augment)
+        yield ready
 
 
 def _finished(batch: TrainBatch, finish: Finish, augment: DeviceAugment | None) -> TrainBatch:

@@ -7,6 +7,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 
 from bench.cifar_resnet import train_resnet
 from pipeline.config_load import load_config
+from pipeline.errors import UserError
 from pipeline.tracking.environment import device_name, key_versions
-from pipeline.tracking.files import read_json, write_text
+from pipeline.tracking.files import check_place, read_json, read_lines, write_text
 from pipeline.tracking.metrics import read_metrics
+from pipeline.tracking.run_dir import SESSIONS_NAME
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "configs" / "nest" / "tiny_cifar10_fast.yaml"
@@ -37,26 +40,49 @@ TINY = [
 
 def main() -> int:
     """Run what was asked for, and write the file after each run."""
+    try:
+        return run(asked())
+    except UserError as error:
+        print(f"bench/cifar.sh: {error}", file=sys.stderr)
+        return 2
+
+
+def asked() -> argparse.Namespace:
+    """The options, checked before anything is trained."""
     parser = argparse.ArgumentParser(description="NesT-T and a ResNet-18 on the same CIFAR-10; see bench/cifar.sh.")
     parser.add_argument("shards", type=Path, help="what `rookery prep` made: holds train/ and test/")
-    parser.add_argument("--only", default="resnet,nest")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--epochs", type=int, help="of both; default: the recipe's for NesT, 100 for the ResNet")
-    parser.add_argument("--runs", type=Path, default=Path("runs/cifar_bench"))
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "cifar10.json")
+    parser.add_argument("--only", type=listed(kind_named), default=[resnet, nest])
+    parser.add_argument("--seeds", type=listed(natural), default=[0, 1, 2])
+    parser.add_argument("--epochs", type=natural, help="of both; default: the recipe's for NesT, 100 for the ResNet")
+    parser.add_argument("--runs", type=Path, help="folder of the runs; default: runs/cifar_bench, with --tiny ..._tiny")
+    parser.add_argument("--out", type=Path, help="default: bench/results/cifar10.json, with --tiny in --runs")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     for split in ("train", "test"):
         if not (options.shards / split / "manifest.json").exists():
             parser.error(f"{options.shards}: no {split}/manifest.json there; prepare it with `rookery prep`")
+    if options.tiny and options.epochs is not None:
+        parser.error("--tiny takes a few steps: leave --epochs out")
+    if options.epochs == 0:
+        parser.error("--epochs 0 trains nothing")
     if not torch.cuda.is_available() and not options.tiny:
         parser.error("there is no GPU here; --tiny tries the script on a CPU")
-    kinds = {"resnet": resnet, "nest": nest}
-    if unknown := set(options.only.split(",")) - kinds.keys():
-        parser.error(f"--only {','.join(sorted(unknown))}: there is {', '.join(kinds)}")
-    for kind in options.only.split(","):
-        for seed in map(int, options.seeds.split(",")):
-            status = kinds[kind](options, seed)
+    options.runs = options.runs or Path("runs/cifar_bench_tiny" if options.tiny else "runs/cifar_bench")
+    options.out = options.out or (options.runs if options.tiny else ROOT / "bench" / "results") / "cifar10.json"
+    try:
+        options.runs.mkdir(parents=True, exist_ok=True)
+        check_place(options.runs, "--runs")
+        check_place(options.out.parent, "--out")
+    except OSError as error:
+        raise UserError(f"{options.runs}: can't be made ({error.strerror}); choose another --runs") from error
+    return options
+
+
+def run(options: argparse.Namespace) -> int:
+    """The runs, one after the other; the exit status of the first that fails."""
+    for kind in options.only:
+        for seed in options.seeds:
+            status = kind(options, seed)
             write_text(options.out, json.dumps(report(options.runs), indent=1) + "\n")
             if status:
                 return status
@@ -65,7 +91,7 @@ def main() -> int:
 
 def nest(options: argparse.Namespace, seed: int) -> int:
     """One training by the command that a user would give; the exit status."""
-    name = f"nest-{options.epochs or 'recipe'}-{seed}"
+    name = f"{'tiny-' if options.tiny else ''}nest-{options.epochs or 'recipe'}-{seed}"
     command = [sys.executable, "-c", "from launch.cli import app; app()", "train", str(RECIPE), f"name={name}"]
     command += [f"out={options.runs}", *overrides(options, seed), "tracking.mlflow=false", "--nproc", "1"]
     return subprocess.run(command).returncode
@@ -74,7 +100,7 @@ def nest(options: argparse.Namespace, seed: int) -> int:
 def resnet(options: argparse.Namespace, seed: int) -> int:
     """One training of the ResNet, unless it is done."""
     epochs = options.epochs or 100
-    folder = options.runs / f"resnet18-{epochs}-{seed}"
+    folder = options.runs / (f"tiny-resnet-{seed}" if options.tiny else f"resnet18-{epochs}-{seed}")
     if (folder / "result.json").exists():
         return 0
     length = [] if options.tiny else [f"train.epochs={epochs}", "eval.every=10ep"]
@@ -83,6 +109,27 @@ def resnet(options: argparse.Namespace, seed: int) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def listed(of: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """What stands between commas."""
+
+    def words(text: str) -> list[Any]:
+        return [of(word) for word in text.split(",")]
+
+    return words
+
+
+def kind_named(word: str) -> Callable[[argparse.Namespace, int], int]:
+    if word not in ("resnet", "nest"):
+        raise argparse.ArgumentTypeError(f"{word!r}: there is resnet and nest")
+    return resnet if word == "resnet" else nest
+
+
+def natural(word: str) -> int:
+    if not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"{word!r} is no number of 0 or more")
+    return int(word)
 
 
 def overrides(options: argparse.Namespace, seed: int) -> list[str]:
@@ -103,10 +150,12 @@ def report(runs: Path) -> dict[str, Any]:
         row: dict[str, Any] = {"name": folder.name, "top1": result["top1"], "minutes": result["wall_seconds"] / 60}
         if (folder / "metrics.jsonl").exists():
             lines = list(read_metrics(folder))
-            # By the clock of the run, which counts what each start took before its first step.
-            began = max(line["time"] for line in lines) - result["wall_seconds"]
-            seen = [line for line in lines if line["kind"] == "eval"]
-            row["curve"] = [[line["epoch"], (line["time"] - began) / 60, line["top1"]] for line in seen]
+            minutes = minutes_of(lines, read_lines(folder / SESSIONS_NAME))
+            row["curve"] = [
+                [line["epoch"], when, line["top1"]]
+                for line, when in zip(lines, minutes, strict=True)
+                if line["kind"] == "eval"
+            ]
             rates = sorted(line["images_per_second"] for line in lines if line["kind"] == "train")
             row["images_per_second"] = rates[len(rates) // 2]
         else:
@@ -114,6 +163,20 @@ def report(runs: Path) -> dict[str, Any]:
         table.append(row)
     command = shlex.join(["bench/cifar.sh", *sys.argv[1:]])
     return {"command": command, "device": device_name(), "versions": key_versions(), "runs": table}
+
+
+def minutes_of(lines: list[dict[str, Any]], sessions: list[dict[str, Any]]) -> list[float]:
+    """When each line was written, by the time that the run was at work: without pauses, and what a kill threw away."""
+    starts = [session["time"] for session in sessions if session["event"] == "start"]
+    before, at, found = 0.0, 0, []
+    last = starts[0]
+    for line in lines:
+        while at + 1 < len(starts) and line["time"] >= starts[at + 1]:
+            before, at = before + last - starts[at], at + 1
+            last = starts[at]
+        last = line["time"]
+        found.append((before + last - starts[at]) / 60)
+    return found
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 #   bench/cifar.sh shards/cifar10 [--only resnet,nest] [--seeds 0,1,2] [--epochs 150] [--runs runs/cifar_bench]
 #                  [--out bench/results/cifar10.json] [--tiny]
 #
-# A run that was ended goes on when the same command is started again; what is finished is not done twice.
-# --tiny takes small models and few steps, on a CPU too, to try the script itself.
+# Started again after it was ended, it goes on with the NesT, begins anew with the ResNet that was not done, and does
+# nothing twice. --tiny takes small models and few steps, on a CPU too, to try the script itself; it writes elsewhere.
 set -euo pipefail
 root=$(realpath "$(dirname "$0")/..")
 PYTHONPATH=$root exec "$root/.venv/bin/python" "$root/bench/cifar.py" "$@"

@@ -229,7 +229,7 @@ class CheckpointConfig(Section):
     compact: bool = Field(
         False,
         description="keep AdamW's moments in bfloat16, two thirds of the size; the run itself goes on from the rounded "
-        "ones, so that every save is part of what is computed; engine.name=ddp",
+        "ones, so that `every` is part of what is computed; engine.name=ddp",
     )
     margin_seconds: float = Field(
         300,

@@ -32,7 +32,7 @@ def conflicts(config: RunConfig) -> Iterator[str]:
     if config.engine.offload_optimizer and (config.engine.name != "deepspeed" or config.engine.zero_stage == 0):
         yield "engine.offload_optimizer=true goes with engine.name=deepspeed and engine.zero_stage=1, 2 or 3"
     if config.checkpoint.compact and config.engine.name != "ddp":
-        yield f"checkpoint.compact=true goes with engine.name=ddp, not {config.engine.name}: leave it out"
+        yield f"checkpoint.compact=true goes with engine.name=ddp, not {config.engine.name}: set it to false"
     peak, schedule = config.optim.peak_lr(batch), config.optim.schedule
     for key, rate in (("min_lr", schedule.min_lr), ("warmup_lr", schedule.warmup_lr)):
         if rate > peak:
@@ -62,7 +62,7 @@ def _not_resident(config: RunConfig) -> Iterator[str]:
     elif config.objective.token_labels:
         fault = "objective.token_labels=true reads label maps from the shards"
     if fault is not None:
-        yield f"data.resident=true keeps pictures on the device and augments them there, but {fault}: leave it out"
+        yield f"data.resident=true augments pictures on the device, but {fault}; or set data.resident=false"
 
 
 def _pictures_in_language(config: RunConfig) -> Iterator[str]:

@@ -104,7 +104,7 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
                 with meter.paused():
                     recorder.bad_samples(state, quarantine)
                     state.seconds = recorder.seconds()
-                    saver.save(state.step, asdict(state), engine)
+                    saver.save(state.step, asdict(state), engine, plan.saves_always(state.step))
             if status is not None and state.step < plan.end_step:
                 saver.wait()
                 raise Stopped(status)

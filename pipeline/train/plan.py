@@ -68,3 +68,7 @@ class Plan:
 
     def saves(self, step: int) -> bool:
         return step % self.save_every == 0 or step == self.end_step
+
+    def saves_always(self, step: int) -> bool:
+        """Whether a run saves after this step however it is stopped and started again."""
+        return step % self.save_every == 0 or step == self.total_steps

@@ -33,10 +33,10 @@ class Saver:
         self._thread: Thread | None = None
         self._fault: BaseException | None = None
 
-    def save(self, step: int, progress: dict[str, Any], engine: Engine) -> None:
-        """Save the engine and the loop's progress; collective. See `CheckpointStore.save`."""
+    def save(self, step: int, progress: dict[str, Any], engine: Engine, planned: bool = True) -> None:
+        """Save the engine and the loop's progress; collective. See `CheckpointStore.save` and `Engine.snapshot`."""
         self.wait()
-        write = engine.snapshot()
+        write = engine.snapshot(planned)
 
         def job() -> None:
             try:

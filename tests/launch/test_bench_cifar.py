@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bench.cifar import minutes_of
 from bench.cifar_resnet import resnet18
 from data_prep.options import PrepOptions
 from data_prep.prepare import prepare
@@ -31,8 +32,8 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
-def bench(folder: Path, shards: Path, seeds: str = "0") -> subprocess.CompletedProcess[str]:
-    script = [str(ROOT / "bench" / "cifar.sh"), str(shards), "--tiny", "--seeds", seeds, "--out", "out.json"]
+def bench(folder: Path, shards: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    script = [str(ROOT / "bench" / "cifar.sh"), str(shards), "--tiny", "--seeds", "0", "--out", "out.json", *options]
     return subprocess.run(script, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
 
 
@@ -44,7 +45,7 @@ def test_both_train_once(shards: Path, tmp_path: Path) -> None:
     done = bench(tmp_path, shards)
     assert done.returncode == 0, done.stdout + done.stderr
     runs = {run["name"]: run for run in written(tmp_path)["runs"]}
-    assert runs.keys() == {"nest-recipe-0", "resnet18-100-0"}
+    assert runs.keys() == {"tiny-nest-recipe-0", "tiny-resnet-0"}
     for run in runs.values():
         assert [epoch for epoch, _, _ in run["curve"]] == [0.5, 1.0]
         assert 0 < run["curve"][0][1] < run["curve"][1][1] <= run["minutes"] + 0.1
@@ -56,9 +57,33 @@ def test_both_train_once(shards: Path, tmp_path: Path) -> None:
     assert {run["name"]: run for run in written(tmp_path)["runs"]} == runs
 
 
-def test_mistakes(tmp_path: Path) -> None:
-    done = bench(tmp_path, tmp_path)
-    assert done.returncode == 2 and "no train/manifest.json there" in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "no train/manifest.json there"),
+        (["--seeds", "a"], "'a' is no number of 0 or more"),
+        (["--seeds", ""], "'' is no number of 0 or more"),
+        (["--only", "nest,vit"], "'vit': there is resnet and nest"),
+        (["--epochs", "5"], "leave --epochs out"),
+        (["--runs", "/proc/x"], "choose another --runs"),
+        (["--out", "/proc/x/y.json"], "/proc/x"),
+    ],
+)
+def test_mistakes(options: list[str], expected: str, tmp_path: Path) -> None:
+    for split in ("train", "test") if options else ():
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "manifest.json").write_text("{}")
+    done = bench(tmp_path, tmp_path, *options)
+    assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
+
+
+def test_minutes_leave_pauses_out() -> None:
+    """Two starts, 100 s apart, of which the first was killed 20 s after its last line that is kept."""
+    sessions = [{"event": "start", "time": 1000.0}, {"event": "start", "time": 1100.0}, {"event": "end", "time": 0.0}]
+    lines = [{"time": time} for time in (1010.0, 1030.0, 1106.0, 1166.0)]
+    assert minutes_of(lines, sessions) == pytest.approx([1 / 6, 0.5, 0.6, 1.6])
+    never = [{"event": "start", "time": 900.0}, *sessions]
+    assert minutes_of(lines, never) == pytest.approx([1 / 6, 0.5, 0.6, 1.6])
 
 
 def test_the_resnet_is_the_known_one() -> None:

@@ -10,6 +10,7 @@ import torch
 from pipeline.tracking.metrics import read_metrics
 from pipeline.train.again import newest_step
 from pipeline.train.engines.whole import MOMENTS, STATE, WholeState
+from pipeline.train.export import WEIGHTS
 from tests.train.conftest import Rookery, write_recipe
 from tests.train.forked import ForkServer
 from tests.train.test_bad_data import wait_for
@@ -33,6 +34,14 @@ def test_killed_and_resumed_as_if_left_alone(recipe: Path, fork_server: ForkServ
     assert newest_step(cut) < 24
     fork_server.train(recipe, COMPACT, "name=cut", nproc=2)
     check_same_run(whole, cut)
+
+    # What is saved between the planned steps is not rounded, or the stop would show.
+    stopped = tmp_path / "runs" / "stopped"
+    fork_server.train(recipe, COMPACT, "name=stopped", "train.stop_after=7steps", nproc=2)
+    between = torch.load(stopped / "checkpoints" / "step-00000007" / STATE, weights_only=True)["moments"]
+    assert {state[name].dtype for state in between.values() for name in MOMENTS} == {torch.float32}
+    fork_server.train(recipe, COMPACT, "name=stopped", nproc=2)
+    assert (stopped / "final" / WEIGHTS).read_bytes() == (whole / "final" / WEIGHTS).read_bytes()
 
     fork_server.train(recipe, "name=usual", nproc=2)
     losses = [[line["loss"] for line in read_metrics(run) if line["kind"] == "train"] for run in (whole, usual)]

@@ -61,8 +61,12 @@ class Engine(ABC):
         """All weights on the CPU of rank 0 (an empty dict elsewhere)."""
 
     @abstractmethod
-    def snapshot(self) -> Callable[[Path, World], None]:
+    def snapshot(self, planned: bool = True) -> Callable[[Path, World], None]:
         """Copy everything needed to go on, so that training may.
+
+        Args:
+            planned: a run saves at this step whatever happens to it. Only then may `checkpoint.compact` round, the
+                state that training goes on from as well: so a stop in between changes nothing.
 
         Returns:
             What writes the copy into a checkpoint's directory, together with the processes of the given world. Each

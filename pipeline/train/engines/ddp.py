@@ -62,8 +62,9 @@ class DdpEngine(NativeEngine):
             return {}
         return {k: v.detach().cpu() for k, v in self.eval_model(weights).state_dict().items()}
 
-    def snapshot(self) -> Callable[[Path, World], None]:
-        if self.compact:
+    def snapshot(self, planned: bool = True) -> Callable[[Path, World], None]:
+        compact = self.compact and planned
+        if compact:
             self._round_moments()
         if not self.world.is_main:
             return lambda directory, world: None
@@ -71,7 +72,7 @@ class DdpEngine(NativeEngine):
         updates = 0 if self.ema is None else int(self.ema.n_averaged)
         state = self.optimizer.state
         moments = {
-            name: copied(state[p], torch.bfloat16 if self.compact else None)
+            name: copied(state[p], torch.bfloat16 if compact else None)
             for name, p in self.plain.named_parameters()
             if p in state
         }

@@ -128,7 +128,7 @@ class DeepSpeedEngine(Engine):
         whole = self._state_dict(values)
         return {k: v.cpu() for k, v in whole.items()} if self.world.is_main else {}
 
-    def snapshot(self) -> Callable[[Path, World], None]:
+    def snapshot(self, planned: bool = True) -> Callable[[Path, World], None]:
         model, moments = copied(self.full_weights("model")), self._moments()
         average = None if self.average is None else copied(self.full_weights("ema"))
         if not self.world.is_main:

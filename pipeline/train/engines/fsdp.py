@@ -84,7 +84,7 @@ class FsdpEngine(NativeEngine):
         gathered = get_model_state_dict(self.eval_model(weights), options=options)
         return cast(dict[str, torch.Tensor], gathered) if self.world.is_main else {}
 
-    def snapshot(self) -> Callable[[Path, World], None]:
+    def snapshot(self, planned: bool = True) -> Callable[[Path, World], None]:
         state = self._state(copied=True)
 
         def write(directory: Path, world: World) -> None:

@@ -223,6 +223,9 @@ def model(
         torch.set_num_threads(threads)
     command = shlex.join(["rookery", *sys.argv[1:]])
     if count:
+        for given, option in ((against, "--against"), (compiled, "--compile"), (batch == "auto", "--batch auto")):
+            if given:
+                raise UserError(f"--count times nothing, and has no use for {option}: leave it out")
         report = count_models(names, _batch(batch) or 1, side, command)
     else:
         report = bench_model(

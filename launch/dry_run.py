@@ -9,7 +9,8 @@ from rich.table import Table
 
 from launch.cache_line import size_text
 from launch.workers import Nodes
-from pipeline.resolve import Resolved
+from pipeline.data.loader import load_sample
+from pipeline.resolve import Resolved, training_shards
 from pipeline.train.forecast import (
     Activations,
     States,
@@ -37,7 +38,10 @@ def print_forecast(run: Resolved, job: Nodes, images_per_second: float | None) -
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, value in _lines(run, job, activations, images_per_second).items():
+    lines = _lines(run, job, activations, images_per_second)
+    if run.config.data.resident:
+        lines["resident"] = _resident(run, job)
+    for name, value in lines.items():
         table.add_row(name, value)
     wire = count_wire(run.config, states[0], run.params, job.world_size)
     table.add_row("network", f"each process sends {wire / 1e6:,.1f} MB a step, as rings do, and receives as much")
@@ -63,6 +67,22 @@ def _lines(run: Resolved, job: Nodes, activations: Activations, images_per_secon
         f"shards of {size_text(node.epoch)} per node",
         "time": _SPEED_HINT if images_per_second is None else _hours(run, world, images_per_second),
     }
+
+
+def _resident(run: Resolved, job: Nodes) -> str:
+    """What `data.resident` keeps on each device, taking all pictures to be as large as the first."""
+    config, size = run.config, run.config.model.img_size
+    assert size is not None, "resolve fills in the image size"
+    channels = config.model.in_chans
+    picture = load_sample(training_shards(config), 0, channels).picture
+    training = run.train.num_samples * picture.width * picture.height * channels
+    line = (
+        f"{run.train.num_samples:,} pictures of {picture.width}x{picture.height}, read once: {training / 1e6:,.1f} MB"
+    )
+    if run.val is not None:
+        evaluation = -(-run.val.num_samples // job.world_size) * size * size * channels * 4
+        line += f"; inputs of evaluation: {evaluation / 1e6:,.1f} MB"
+    return f"{line}; on each device, besides the memory below"
 
 
 def _memory(run: Resolved, ranks: list[States], activations: int) -> Table:

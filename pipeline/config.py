@@ -89,8 +89,8 @@ class DataConfig(Section):
     )
     resident: bool = Field(
         False,
-        description="decode both splits once, keep them in the memory of every device, and augment there; their "
-        "pictures must have one size",
+        description="decode each split once, keep it in the memory of every device, and augment there; its pictures "
+        "must have one size",
     )
     max_bad_samples: int | None = Field(
         None,

@@ -24,6 +24,7 @@ _TIMM = {
 }
 # How pydantic tells the type that it expected.
 _KIND = "Input should be a valid "
+_FLAG = ("bool_parsing", "bool_type")
 _SECTION_EXPECTED = ("model_type", "dict_type", "model_attributes_type", "union_tag_not_found")
 
 
@@ -60,6 +61,9 @@ def _mistakes(error: ValidationError, tree: dict[str, Any], model: type[BaseMode
         if all(detail["msg"].startswith(_KIND) for detail in meant):
             kinds = " or ".join(dict.fromkeys(detail["msg"].removeprefix(_KIND) for detail in meant))
             meant = [{**meant[0], "msg": _KIND + kinds}]
+        elif {detail["type"] for detail in meant} <= {*_FLAG, "literal_error"} and len(meant) > 1:
+            words = " or ".join(d["ctx"]["expected"] for d in meant if d["type"] == "literal_error")
+            meant = [{**meant[0], "msg": f"Input should be true, false or {words}"}]
         mistakes += [(path, line) for detail in meant for line in _describe(detail, path, tree, model).splitlines()]
     return mistakes
 

@@ -289,6 +289,8 @@ def test_name_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file:
         ("optim.lr.x=1", 'optim.lr: should be a valid number'),
         # values
         ("optim.lr=abc", "override: optim.lr=abc: should be a valid number"),
+        ("train.compile=layer", "override: train.compile=layer: should be true, false or 'layers'"),
+        ("train.activation_checkpointing=3.5", "train.activation_checkpointing=3.5: should be true, false or 'maps'"),
         ("optim.lr=.inf", "should be a finite number"),
         ("optim.lr=0", "optim.lr=0: should be greater than 0"),
         ("optim.betas=[0.9]", "optim.betas=[0.9]: too few values"),

@@ -12,6 +12,7 @@ from torch import nn
 from pipeline.errors import UserError
 from pipeline.models import create_model, fold_refiners, model_info, set_lean
 from pipeline.models.compiled import compile_model
+from pipeline.models.refine_maps import LinearRefiner, OfficialRefiner
 
 # The same stochastic depth for everybody: its cost does not depend on the rate, as long as there is one.
 _DROP_PATH = 0.1
@@ -54,7 +55,7 @@ def contender(name: str, side: int | None) -> Contender:
     """
     model, plus, way = name.partition("+")
     if plus and way not in _WAYS:
-        raise UserError(f"{name}: after the plus comes {', '.join(_WAYS)}")
+        raise UserError(f"{name}: after the plus comes one of {', '.join(_WAYS)}")
     if model.startswith(_TIMM):
         if plus:
             raise UserError(f"{name}: only models of this package have +{way}")
@@ -77,7 +78,11 @@ def _ours(name: str, side: int, way: str) -> nn.Module:
         compile_model(model, way == "compile" or "layers")
     elif way == "maps" and not set_lean(model):
         raise UserError(f"{name}+maps: this model refines no attention maps")
-    return fold_refiners(model) if way == "fold" else model
+    elif way == "fold":
+        if not any(isinstance(m, LinearRefiner | OfficialRefiner) for m in model.modules()):
+            raise UserError(f"{name}+fold: this model refines no attention maps")
+        return fold_refiners(model)
+    return model
 
 
 def _timm(name: str, side: int | None) -> Contender:

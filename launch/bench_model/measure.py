@@ -55,6 +55,8 @@ def bench_model(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _check(names, against, precision, batch, device)
     contenders = [contender(model, side) for model in names]
+    if device.type == "cpu" and any(name.endswith("+triton") for name in names):
+        tell("+triton is for a GPU: on this CPU PyTorch computes in its place")
     plan = Plan(repeats, seconds, precision, compiled, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device_name()
     limits = peak_of(name)
@@ -89,6 +91,7 @@ def count_models(names: Sequence[str], batch: int, side: int | None, command: st
     Raises:
         UserError: no such model, or it can't be built for this side.
     """
+    _check_names(names)
     table = []
     for one in (contender(name, side) for name in names):
         tell(f"counting {one.name}")
@@ -112,17 +115,21 @@ def count_models(names: Sequence[str], batch: int, side: int | None, command: st
 
 
 def _check(names: Sequence[str], against: str | None, precision: str, batch: int | None, device: torch.device) -> None:
-    if not names:
-        raise UserError("bench model: name one model at least, such as nest_tiny or timm:nest_tiny_jx")
-    twice = next((name for name in names if list(names).count(name) > 1), None)
-    if twice is not None:
-        raise UserError(f"{twice} is named twice")
+    _check_names(names)
     if against is not None and against not in names:
         raise UserError(f"--against {against}: it must be one of the models that are measured: {', '.join(names)}")
     if precision not in DTYPES:
         raise UserError(f"--precision {precision}: there is {', '.join(DTYPES)}")
     if batch is None and device.type != "cuda":
         raise UserError("--batch auto looks for the largest batch that fits on a GPU, and there is none; give a number")
+
+
+def _check_names(names: Sequence[str]) -> None:
+    if not names:
+        raise UserError("bench model: name one model at least, such as nest_tiny or timm:nest_tiny_jx")
+    twice = next((name for name in names if list(names).count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{twice} is named twice")
 
 
 def _largest(one: Contender, phase: Phase, precision: str, device: torch.device) -> int:

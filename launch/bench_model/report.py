@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+_WIDTH = 160
+
 
 def print_report(report: dict[str, Any]) -> None:
     """Print the table."""
@@ -34,7 +36,7 @@ def print_report(report: dict[str, Any]) -> None:
             "-" if row["peak_gb"] is None else f"{row['peak_gb']:.2f}",
             "-" if row["first_step_seconds"] is None else f"{row['first_step_seconds']:.1f} s",
         )
-    console = Console(highlight=False, emoji=False, markup=False)
+    console = _console()
     console.print(table)
     than = f" than {report['against']} in the same round" if report["against"] else ""
     console.print(
@@ -65,4 +67,11 @@ def print_counts(report: dict[str, Any]) -> None:
                 f"{1000 * flops / moved:.0f}",
                 *(f"{bounds[gpu]:,.0f}" for gpu in ("a100", "h100", "h200")),
             )
-    Console(highlight=False, emoji=False, markup=False).print(table)
+    _console().print(table)
+
+
+def _console() -> Console:
+    """As wide as the tables: a terminal wraps what is too long for it, where rich would cut figures off."""
+    console = Console(highlight=False, emoji=False, markup=False)
+    console.width = max(console.width, _WIDTH)
+    return console

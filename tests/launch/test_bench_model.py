@@ -24,8 +24,9 @@ from launch.bench_cli import _batch, _phases
 from launch.bench_model.batch import largest
 from launch.bench_model.contender import Contender, contender
 from launch.bench_model.count import Counts, count
-from launch.bench_model.measure import bench_model
+from launch.bench_model.measure import bench_model, count_models
 from launch.bench_model.peaks import PEAKS, peak_of
+from launch.bench_model.report import print_counts
 from launch.bench_model.rounds import Found, Plan, rows, take_turns
 from launch.bench_model.runner import Runner
 from pipeline.errors import UserError
@@ -71,8 +72,10 @@ def test_names() -> None:
 
 MISTAKES: dict[str, tuple[str, int | None, str]] = {
     "model": ("nest_tny", None, "did you mean 'nest_tiny'"),
-    "way": ("nest_tiny+folded", None, "after the plus comes fold, checkpoint, maps"),
+    "way": ("nest_tiny+folded", None, "after the plus comes one of fold, checkpoint, maps"),
     "no maps": ("nest_tiny+maps", None, "refines no attention maps"),
+    "nothing to fold": ("nest_tiny+fold", None, "refines no attention maps"),
+    "two ways": ("nest_tiny+layers+compile", None, "after the plus comes one of"),
     "no blocks": ("hvt_ti_1+triton", None, "the kernels are for the blocks of a NesT"),
     "linear": ("refiner_vit_s_linear+triton", None, "refines by flavour=official, not linear"),
     "large blocks": ("nest_tiny+triton", None, "for blocks of 16 or 64 tokens, these have 196"),
@@ -250,6 +253,28 @@ def test_the_command(tmp_path: Path, threads: None) -> None:
     assert report["models"][0]["times_faster"] == {"median": 1, "min": 1, "max": 1}
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--against", "deit_tiny"], "--count times nothing, and has no use for --against"),
+        (["--compile"], "no use for --compile"),
+        (["--batch", "auto"], "no use for --batch auto"),
+        (["deit_tiny"], "deit_tiny is named twice"),
+    ],
+)
+def test_what_a_count_has_no_use_for(options: list[str], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        CliRunner().invoke(cli._commands, ["bench", "model", "deit_tiny", "--count", *options], catch_exceptions=False)
+
+
+def test_no_figure_is_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
+    """A pipe is taken for a terminal of 80 columns."""
+    names = ["timm:swin_tiny_patch4_window7_224", "nest_tiny"]
+    print_counts(count_models(names, 2, None, ""))
+    said = capsys.readouterr().out
+    assert "…" not in said and all(name in said for name in names)
+
+
 def test_the_command_counts(tmp_path: Path) -> None:
     out = tmp_path / "counts.json"
     options = ["--count", "--side", "32", "--batch", "2", "--out", str(out)]
@@ -268,7 +293,7 @@ def test_the_core_needs_torch_alone() -> None:
     program = f"""
 import sys
 for name in {blocked}: sys.modules[name] = None
-from launch.bench_model.measure import bench_model
+from launch.bench_model.measure import bench_model, count_models
 report = bench_model(["nest_micro"], None, ["infer"], 1, "fp32", False, None, 1, 0.0, None, "")
 print(report["models"][0]["images_per_second"]["median"] > 0)
 """

@@ -102,3 +102,10 @@ def test_what_it_can_not_do(
 ) -> None:
     done = rookery("train", written(tree, tmp_path), ON, override, check=2)
     assert expected in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+
+
+def test_the_dry_run_counts_it(tree: dict[str, Any], rookery: Rookery, tmp_path: Path) -> None:
+    said = " ".join(rookery("train", written(tree, tmp_path), ON, "--dry-run", "--nproc", 2).stdout.split())
+    sizes = f"{1437 * 64 / 1e6:,.1f} MB; inputs of evaluation: {180 * 256 * 4 / 1e6:,.1f} MB"
+    assert f"1,437 pictures of 8x8, read once: {sizes}" in said
+    assert "read once" not in rookery("train", written(tree, tmp_path), OFF, "--dry-run").stdout

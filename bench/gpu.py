@@ -71,6 +71,10 @@ PARTS = {
         ["refiner_vit_l+maps", "refiner_vit_l+triton"], "refiner_vit_l+maps", 64, phases=("train",), side=448, repeats=3
     ),
     "compiled_refiner": Part(REFINERS, REFINERS[0], 128, compiled=True, phases=("train",), repeats=3, seconds=0.5),
+    # How soon a compiled training starts: as one, and layer by layer.
+    "starts": Part(
+        ["nest_base", "nest_base+compile", "nest_base+layers"], "nest_base", 128, phases=("train",), repeats=3
+    ),
 }
 _SMALL = ["deit_tiny", "timm:vit_tiny_patch16_224", "refiner_vit_s+maps"]
 TINY = {

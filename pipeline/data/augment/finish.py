@@ -10,6 +10,10 @@ import torch
 from pipeline.data.augment.settings import AugmentConfig
 
 
+# Values of a batch whose boxes a GPU erases all at once: several numbers for each of them take their time and memory.
+_AT_ONCE = 2**23
+
+
 class Erased(NamedTuple):
     """Boxes of a batch that are erased after normalisation.
 
@@ -51,7 +55,9 @@ class Finish:
             self.mean, self.std, self.most = (t.to(pixels.device) for t in (self.mean, self.std, self.most))
         images = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(self.most)
         images = images.sub_(self.mean).div_(self.std)
-        return self._erase(images, erased) if images.device.type == "cpu" else self.erase_all(images, erased)
+        if images.is_cuda and images.numel() <= _AT_ONCE:
+            return self.erase_all(images, erased)
+        return self._erase(images, erased)
 
     def on_host(self, pixels: np.ndarray, erased: Erased, out: torch.Tensor | None = None) -> torch.Tensor:
         """The same inputs to the bit, of (B, H, W, C) uint8 in the memory of the host, by one compiled loop.
@@ -67,7 +73,7 @@ class Finish:
         return self._erase(images, Erased(erased.boxes, torch.as_tensor(erased.noise)))
 
     def erase_all(self, images: torch.Tensor, erased: Erased) -> torch.Tensor:
-        """What `_erase` does box by box, in a few operations on the whole batch: a GPU is busy, its host is not."""
+        """What `_erase` does box by box, in a few operations on the whole batch: for small pictures, of which there are many."""
         boxes = np.asarray(erased.boxes)
         batch, channels, height, width = images.shape
         # Of every sample its box, empty where it has none, and where the box's noise begins.

@@ -73,8 +73,6 @@ class _Chunks(Dataset):
     def __getitem__(self, i: int) -> _Chunk | Failed:
         try:
             return self._chunk(self.samples_of(i))
-        except BadSample:
-            raise
         except UserError as error:
             return Failed(str(error))
 

@@ -9,7 +9,6 @@ import torch
 
 from pipeline.data.augment.settings import AugmentConfig
 
-
 # Values of a batch whose boxes a GPU erases all at once: several numbers for each of them take their time and memory.
 _AT_ONCE = 2**23
 
@@ -73,7 +72,7 @@ class Finish:
         return self._erase(images, Erased(erased.boxes, torch.as_tensor(erased.noise)))
 
     def erase_all(self, images: torch.Tensor, erased: Erased) -> torch.Tensor:
-        """What `_erase` does box by box, in a few operations on the whole batch: for small pictures, of which there are many."""
+        """What `_erase` does box by box, in a few operations on the whole batch: for many small pictures."""
         boxes = np.asarray(erased.boxes)
         batch, channels, height, width = images.shape
         # Of every sample its box, empty where it has none, and where the box's noise begins.

@@ -35,7 +35,7 @@ from pipeline.hashing import uniform
 
 __all__ = ["Batches", "EvalBatch", "EvalDataset", "StepDataset", "TrainBatch"]
 
-DROP_PATH_STREAM = 101
+_DROP_PATH_STREAM = 101
 
 # Gives the picture of the next sample of a batch, or the part that it is told.
 _Load = Callable[..., Any]
@@ -141,6 +141,11 @@ def load_sample(
     return Decoded(read.key, picture, read.label, maps)
 
 
+def drop_path_uniforms(seed: int, epoch: int, ids: np.ndarray, branches: int) -> torch.Tensor:
+    """(b, branches) float32 in [0, 1) for samples `ids` (b,), copies told apart: what decides on stochastic depth."""
+    return torch.from_numpy(uniform(seed, _DROP_PATH_STREAM, epoch, ids[:, None], np.arange(branches)))
+
+
 @contextmanager
 def _naming(key: str, shards: ShardSet) -> Iterator[None]:
     """Say which sample a mistake is about."""
@@ -223,7 +228,7 @@ class StepDataset(Dataset):
             images,
             torch.tensor([sample.label for sample in samples]),
             torch.tensor(used),
-            torch.from_numpy(uniform(seed, DROP_PATH_STREAM, chosen.epoch, ids[:, None], np.arange(self.drop_paths))),
+            drop_path_uniforms(seed, chosen.epoch, ids, self.drop_paths),
             draw_mix(self.mix, seed, step, chosen.lanes, order.chunk, self.img_size),
             self._tokens(step, chosen.lanes, samples, warps),
             erased,

@@ -33,7 +33,7 @@ def compile_model(
         return
     layers = encoder_layers(model)
     assert layers, "every registered model has encoder layers"
-    # Sizes are constants, even if a sequence gets shorter from layer to layer: code for any size is slower.
+    # Code for each length of a sequence, also where it gets shorter from layer to layer, rather than for any.
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, _VERSIONS)
     for layer in layers:

@@ -32,6 +32,15 @@ from pipeline.models.refine_kernel import (
 
 
 @triton.jit
+def at_pixels(grad, reduced, maps, offsets, inside, mean_r, mean_a, TYPE: tl.constexpr):
+    """g, R and A; outside of the maps what is left of 0 less the means."""
+    g = tl.load(grad + offsets, mask=inside, other=0.0).to(TYPE)
+    r = tl.load(reduced + offsets, mask=inside, other=0.0).to(TYPE) - mean_r
+    a = tl.load(maps + offsets, mask=inside, other=0.0).to(TYPE) - mean_a
+    return g, r, a
+
+
+@triton.jit
 def head_sums_kernel(
     grad, reduced, maps, means, found, plane,
     HEADS: tl.constexpr, SIZE: tl.constexpr, TILES: tl.constexpr, TYPE: tl.constexpr,
@@ -92,9 +101,7 @@ def behind_second_kernel(
         sample, at, exists = pixel(tl.program_id(0) * TILES + i, samples, plane, P)
         offsets = (sample * HEADS * plane + at)[None, :] + heads[:, None] * plane
         inside = exists[None, :] & (heads < HEADS)[:, None]
-        g = tl.load(grad + offsets, mask=inside, other=0.0).to(TYPE)
-        r = tl.load(reduced + offsets, mask=inside, other=0.0).to(TYPE) - mean_r
-        a = tl.load(maps + offsets, mask=inside, other=0.0).to(TYPE) - mean_a
+        g, r, a = at_pixels(grad, reduced, maps, offsets, inside, mean_r, mean_a, TYPE)
         grad_r = tl.where(inside, of_g * g + of_r * r + of_a * a + of_one, 0.0).to(maps.dtype.element_ty)
         offsets = (sample * HIDDEN * plane + at)[None, :] + channels[:, None] * plane
         inside = exists[None, :] & (channels < HIDDEN)[:, None]
@@ -232,9 +239,7 @@ def finish_kernel(
         sample, at, exists = pixel(tl.program_id(0) * TILES + i, samples, plane, P)
         offsets = (sample * HEADS * plane + at)[None, :] + heads[:, None] * plane
         inside = exists[None, :] & (heads < HEADS)[:, None]
-        g = tl.load(grad + offsets, mask=inside, other=0.0).to(TYPE)
-        r = tl.load(reduced + offsets, mask=inside, other=0.0).to(TYPE) - mean_r
-        a = tl.load(maps + offsets, mask=inside, other=0.0).to(TYPE) - mean_a
+        g, r, a = at_pixels(grad, reduced, maps, offsets, inside, mean_r, mean_a, TYPE)
         x = tl.load(grad_maps + offsets, mask=inside, other=0.0).to(TYPE)
         x += of_g * g + of_r * r + of_a * a + of_one
         x -= neighbours(product(weights, a.to(maps.dtype.element_ty), TYPE), 0, HP, P)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.models import create_model
 from pipeline.models.block_attention import block_attention
+from tests.models.short_training import losses_of
 
 # Blocks, tokens, heads, keys, channels of a head.
 SHAPES = [
@@ -100,17 +101,7 @@ def whole_model(attention: str) -> float:
 def training(steps: int) -> list[list[float]]:
     """Losses of the same training with and without the kernels."""
     images, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 3])
-    losses = []
-    for model in models(attention="mqa"):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        losses.append([])
-        for _ in range(steps):
-            loss = F.cross_entropy(model(images), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[-1].append(float(loss.detach()))
-    return losses
+    return [losses_of(model, images, labels, steps) for model in models(attention="mqa")]
 
 
 def compiled() -> float:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pipeline.models import create_model, refine_calls
 from pipeline.models.refine_maps import OfficialRefiner
 from tests.models.refiner_step import errors, kept_bytes, some_maps, step, with_weights
+from tests.models.short_training import losses_of
 
 
 class Case(NamedTuple):
@@ -136,17 +137,7 @@ def whole_model() -> float:
 def training(steps: int) -> list[list[float]]:
     """Losses of the same training with and without the kernels."""
     images, labels = torch.randn(2, 3, 16, 16), torch.tensor([0, 3])
-    losses: list[list[float]] = []
-    for model in models():
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        losses.append([])
-        for _ in range(steps):
-            loss = F.cross_entropy(model(images), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[-1].append(float(loss.detach()))
-    return losses
+    return [losses_of(model, images, labels, steps) for model in models()]
 
 
 def kept() -> float:

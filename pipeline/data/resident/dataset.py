@@ -10,14 +10,13 @@ from torch.utils.data import Dataset
 
 from pipeline.data.augment.mixing import MixConfig, draw_mix
 from pipeline.data.batches import Failed
-from pipeline.data.loader import DROP_PATH_STREAM, EvalBatch, TrainBatch
+from pipeline.data.loader import EvalBatch, TrainBatch, drop_path_uniforms
 from pipeline.data.order import DataOrder
 from pipeline.data.resident.plan import Planner
 from pipeline.data.resident.split import Fault
 from pipeline.data.shards import ShardSet
 from pipeline.data.substitute import Replaced, Substitutes
 from pipeline.errors import UserError
-from pipeline.hashing import uniform
 
 
 class PlanDataset(Dataset):
@@ -79,9 +78,7 @@ class PlanDataset(Dataset):
             images=torch.empty(0),
             labels=torch.from_numpy(self.labels[used]),
             samples=torch.from_numpy(used),
-            drop_path=torch.from_numpy(
-                uniform(seed, DROP_PATH_STREAM, chosen.epoch, ids[:, None], np.arange(self.drop_paths))
-            ),
+            drop_path=drop_path_uniforms(seed, chosen.epoch, ids, self.drop_paths),
             mix=draw_mix(self.mix, seed, step, chosen.lanes, order.chunk, self.img_size),
             erased=erased,
             replaced=replaced or None,

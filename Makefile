@@ -44,7 +44,7 @@ chaos: setup  ## kill runs of every engine 200 times and compare the bits (ROOKE
 # Memory that malloc gives back and takes again for every attention map costs half of the time.
 recipes: setup  ## take three steps of every recipe with all its layers (half an hour, 20 GB of memory)
 	@ROOKERY_WHOLE_RECIPES=1 OMP_NUM_THREADS=$$(nproc) MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 \
-	  $(BIN)/python -m pytest tests/test_recipes.py
+	  $(BIN)/python -m pytest tests/test_recipes.py tests/train/test_idle_gpu.py
 
 lint: setup
 	@$(BIN)/ruff check .

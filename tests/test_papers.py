@@ -17,8 +17,8 @@ from pipeline.models.bert_options import BertOptions
 from pipeline.models.facts import count_macs, count_params, model_facts
 from pipeline.resolve import build_model
 from pipeline.train.tasks import make_task
+from tests.recipe_cases import RECIPES
 from tests.test_readme import printed
-from tests.test_recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "papers.md").read_text()

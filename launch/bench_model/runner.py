@@ -126,7 +126,7 @@ class Runner:
 
 
 def fits(contender: Contender, phase: Phase, batch: int, precision: str, device: torch.device) -> bool:
-    """Whether two steps leave a tenth of the GPU's memory free.
+    """Whether two steps leave a tenth of the GPU's memory free, and PyTorch has kernels for tensors of that size.
 
     Not compiled, which needs more memory and no minutes of compilation for every size.
     """
@@ -138,6 +138,11 @@ def fits(contender: Contender, phase: Phase, batch: int, precision: str, device:
         used = runner.resting + (runner.peak_bytes(2) or 0)
         return used <= 0.9 * torch.cuda.get_device_properties(device).total_memory
     except torch.OutOfMemoryError:
+        return False
+    except RuntimeError as error:
+        # PyTorch's depthwise convolutions don't count beyond 2^31 values, which a Refiner of 1,600 pictures has.
+        if "canUse32BitIndexMath" not in str(error):
+            raise
         return False
     finally:
         if runner is not None:

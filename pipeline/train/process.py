@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.train.again import AGENT_PID
 from pipeline.train.cores import bind_cores
 from pipeline.train.distributed import PeerError, World, open_world
+from pipeline.train.no_room import no_room
 from pipeline.train.status import MISTAKE
 from pipeline.train.stop import Stopped, catch_signals, stop_now
 
@@ -40,6 +41,7 @@ def run_process(job: Callable[[World], object], threads: int | None = None) -> i
     if threads is not None:
         torch.set_num_threads(threads)
     catch_signals(stop_now)
+    world = None
     try:
         with open_world() as world:
             job(world)
@@ -49,6 +51,9 @@ def run_process(job: Callable[[World], object], threads: int | None = None) -> i
         return MISTAKE
     except UserError as error:
         print(f"rookery: {error}", file=sys.stderr, flush=True)
+        return MISTAKE
+    except torch.OutOfMemoryError as error:
+        print(f"rookery: {no_room(error, world)}", file=sys.stderr, flush=True)
         return MISTAKE
     return 0
 

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -151,15 +153,26 @@ def test_they_compile(model: str, dtype: str, capability: int, tmp_path: Path) -
         assert made.metadata.shared <= 160 * 1024  # of a processor of an A100
 
 
+@contextmanager
+def no_tf32() -> Iterator[None]:
+    """By hand: monkeypatch would delete what it set, since torch keeps these switches in no dictionary."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("name", CASES)
-def test_on_a_gpu(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu(name: str, dtype: str) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    assert_small(*differences(CASES[name]._replace(dtype=dtype), "cuda"), dtype)
+    with no_tf32():
+        assert_small(*differences(CASES[name]._replace(dtype=dtype), "cuda"), dtype)
 
 
 @pytest.mark.gpu

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pipeline.config import RunConfig
@@ -14,6 +13,7 @@ from pipeline.data.shards import ShardSet
 from pipeline.resolve import resolve
 from pipeline.train.distributed import World
 from pipeline.train.engines import Engine, make_engine
+from pipeline.train.engines.average import all_tensors
 from pipeline.train.process import run_process
 from pipeline.train.setup import initial_model, train_batches
 
@@ -67,10 +67,8 @@ def states(engine: Any) -> dict[str, int]:
 
 
 def average(engine: Any) -> int:
-    holder = getattr(engine, "ema", None) or getattr(engine, "average", None)
-    if isinstance(holder, torch.nn.Module):
-        return size([*holder.parameters(), *holder.buffers()])
-    return size(holder.module.parameters() if hasattr(holder, "module") else holder.values.values())
+    holder = engine.average
+    return size(all_tensors(holder.module) if hasattr(holder, "module") else holder.values.values())
 
 
 def size(tensors: Any) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from pipeline.data.augment.settings import AugmentConfig
+from pipeline.data.pinned import brought
 
 # Values of a batch whose boxes a GPU erases all at once: several numbers for each of them take their time and memory.
 _AT_ONCE = 2**23
@@ -80,7 +81,7 @@ class Finish:
         of_samples[boxes[:, 0], :4] = boxes[:, 1:]
         sizes = channels * boxes[:, 3] * boxes[:, 4]
         of_samples[boxes[:, 0], 4] = np.cumsum(sizes) - sizes
-        fields = torch.from_numpy(of_samples).to(images.device, non_blocking=True)[:, :, None, None, None]
+        fields = brought(torch.from_numpy(of_samples), images.device)[:, :, None, None, None]
         top, left, high, wide, start = fields.unbind(1)
         row = torch.arange(height, device=images.device)[:, None] - top
         column = torch.arange(width, device=images.device) - left

@@ -119,8 +119,9 @@ def _points(
     linear = warps[:, 0, :, :2]
     for warp in warps.unbind(1)[1:]:
         linear = warp[:, :, :2] @ linear
-    scale = torch.tensor([size[1], size[0]], device=warps.device)
-    length = (linear[:, :, axis] * scale).norm(dim=1)
+    # Numbers, since a tensor of them would have to be brought to the device first, which the host would wait for.
+    across, down = linear[:, 0, axis] * size[1], linear[:, 1, axis] * size[0]
+    length = torch.stack([across, down], 1).norm(dim=1)
     most = math.ceil(cells / grid)
     count = (length / grid).ceil().clamp(1, most)[:, None]
     number = torch.arange(most, device=warps.device)

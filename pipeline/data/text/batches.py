@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.order import DataOrder
+from pipeline.data.pinned import brought
 from pipeline.data.substitute import Replaced
 from pipeline.data.text.tokens import TokenSplit
 
@@ -42,8 +43,7 @@ class TextBatch(NamedTuple):
         """On a device, but for the numbers of the samples."""
         if device.type == "cpu":
             return self
-        moved = (t.pin_memory().to(device, non_blocking=True) for t in (self.ids, self.types, self.tokens, self.labels))
-        ids, types, tokens, labels = moved
+        ids, types, tokens, labels = (brought(t, device) for t in (self.ids, self.types, self.tokens, self.labels))
         return self._replace(ids=ids, types=types, tokens=tokens, labels=labels)
 
     def rows(self, part: slice) -> TextBatch:

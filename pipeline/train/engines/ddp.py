@@ -5,18 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.models.compiled import compile_model
 from pipeline.train.distributed import World
+from pipeline.train.engines.average import ModuleAverage, all_tensors
 from pipeline.train.engines.native import NativeEngine
 from pipeline.train.engines.whole import MOMENTS, WholeState
 from pipeline.train.optim import make_optimizer
@@ -40,10 +41,8 @@ class DdpEngine(NativeEngine):
         super().__init__(model, config, world)
         self.optimizer = make_optimizer(model, config.optim, config.optim.peak_lr(config.train.global_batch_size))
         self.compact = config.checkpoint.compact
-        self.ema = None
-        if config.train.ema_decay is not None:
-            average = get_ema_multi_avg_fn(config.train.ema_decay)
-            self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        decay = config.train.ema_decay
+        self.average = None if decay is None else ModuleAverage(deepcopy(model), decay, all_tensors)
         compile_model(model, config.train.compile)
         self.model = model
         if world.size > 1:
@@ -68,8 +67,8 @@ class DdpEngine(NativeEngine):
             self._round_moments()
         if not self.world.is_main:
             return lambda directory, world: None
-        average = None if self.ema is None else copied(self.ema.module.state_dict())
-        updates = 0 if self.ema is None else int(self.ema.n_averaged)
+        average = None if self.average is None else copied(self.average.module.state_dict())
+        updates = 0 if self.average is None else self.average.updates
         state = self.optimizer.state
         moments = {
             name: copied(state[p], torch.bfloat16 if compact else None)
@@ -92,9 +91,9 @@ class DdpEngine(NativeEngine):
             self.optimizer.state[parameters[name]] = state
         if whole.scaler:
             self.scaler.load_state_dict(dict(whole.scaler))
-        if self.ema is not None:
-            self.ema.module.load_state_dict(whole.average(directory))
-            self.ema.n_averaged.fill_(whole.averaged)
+        if self.average is not None:
+            self.average.module.load_state_dict(whole.average(directory))
+            self.average.updates = whole.averaged
 
     def _round_moments(self) -> None:
         """To what a compact checkpoint holds, on every process: a run must go on from what it would be resumed from."""
@@ -118,12 +117,12 @@ class DdpEngine(NativeEngine):
             buffer.copy_(before)
 
     def _update_average(self) -> None:
-        if self.ema is not None:
-            self.ema.update_parameters(self.plain)
+        if self.average is not None:
+            self.average.update(self.plain)
 
-    def _averaged(self) -> AveragedModel:
-        assert self.ema is not None, "the config checks that eval.weights=ema comes with train.ema_decay"
-        return self.ema
+    def _averaged(self) -> ModuleAverage:
+        assert self.average is not None, "the config checks that eval.weights=ema comes with train.ema_decay"
+        return self.average
 
 
 def copied(state: Mapping[str, torch.Tensor], moments: torch.dtype | None = None) -> dict[str, torch.Tensor]:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.models.batch_norm import group_statistics, update_groups
 from pipeline.models.compiled import compile_model
 from pipeline.train.distributed import World
+from pipeline.train.engines.average import Average
 from pipeline.train.engines.base import PRECISIONS, Engine
 from pipeline.train.engines.ddp import copied
 from pipeline.train.engines.deepspeed_setup import deepspeed_config, import_deepspeed
@@ -227,27 +227,20 @@ class _Autocast(nn.Module):
             return self.module(*args, **kwargs)
 
 
-class _Average:
-    """`AveragedModel` over the part of the weights that this process has.
+class _Average(Average):
+    """The average of the part of the weights that this process has.
 
     Attributes:
         values: where the average is kept, by name; what is not there is added by the first update.
-        updates: how many there were.
     """
 
     def __init__(self, decay: float, values: dict[str, Tensor]) -> None:
+        super().__init__(decay)
         self.values = values
-        self.updates = 0
-        self._average = get_ema_multi_avg_fn(decay)
 
     @torch.no_grad()
     def update(self, live: dict[str, Tensor]) -> None:
         if self.updates == 0:
             for name, value in live.items():
-                self.values.setdefault(name, value.clone()).copy_(value)
-        else:
-            for floating in (True, False):
-                names = [name for name, value in live.items() if value.is_floating_point() == floating]
-                if names:
-                    self._average([self.values[n] for n in names], [live[n] for n in names], self.updates)
-        self.updates += 1
+                self.values.setdefault(name, value.clone())
+        self.move([self.values[name] for name in live], list(live.values()))

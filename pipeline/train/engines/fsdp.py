@@ -33,13 +33,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils._pytree import tree_map_only
 
 from pipeline.config import RunConfig
 from pipeline.models.compiled import compile_model
 from pipeline.models.layers import encoder_layers
 from pipeline.train.distributed import World
+from pipeline.train.engines.average import ModuleAverage
 from pipeline.train.engines.native import NativeEngine
 from pipeline.train.engines.sharded_files import as_runtime_error
 from pipeline.train.engines.whole import STATE, WholeState
@@ -60,8 +60,11 @@ class FsdpEngine(NativeEngine):
         super().__init__(model, config, world)
         mesh = mesh or open_mesh(world)
         decay = config.train.ema_decay
-        # Copied before it is sharded: FSDP can't copy a sharded module.
-        self.average = None if decay is None else _Average(deepcopy(model), decay, mesh)
+        self.average = None
+        if decay is not None:
+            # Copied before it is sharded: FSDP can't copy a sharded module.
+            self.average = ModuleAverage(deepcopy(model), decay, _local_tensors)
+            _shard(self.average.module, mesh)
         self.model = model
         self._sharded = _shard(model, mesh)
         self.optimizer = make_optimizer(model, config.optim, config.optim.peak_lr(config.train.global_batch_size))
@@ -139,7 +142,7 @@ class FsdpEngine(NativeEngine):
         if self.average is not None:
             self.average.update(self.plain)
 
-    def _averaged(self) -> _Average:
+    def _averaged(self) -> ModuleAverage:
         assert self.average is not None, "the config checks that eval.weights=ema comes with train.ema_decay"
         return self.average
 
@@ -159,37 +162,6 @@ class FsdpEngine(NativeEngine):
             # To the CPU is then no copy yet.
             state = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), state)
         return state
-
-
-class _Average:
-    """Exponential moving average of the weights and buffers, each process its own shards.
-
-    What `torch.optim.swa_utils.AveragedModel` does, which can't mix sharded weights and whole buffers.
-
-    Attributes:
-        module: holds the average.
-        updates: how many there were; the first copies the weights.
-    """
-
-    def __init__(self, module: nn.Module, decay: float, mesh: DeviceMesh) -> None:
-        _shard(module, mesh)
-        self.module = module
-        self.updates = 0
-        self._move = get_ema_multi_avg_fn(decay)
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        pairs = list(zip(_local_tensors(self.module), _local_tensors(model), strict=True))
-        for floating in (True, False):
-            chosen = [pair for pair in pairs if pair[0].is_floating_point() == floating]
-            if not chosen:
-                continue
-            averages, values = map(list, zip(*chosen, strict=True))
-            if self.updates:
-                self._move(averages, values, self.updates)
-            else:
-                torch._foreach_copy_(averages, values)
-        self.updates += 1
 
 
 def _local_tensors(model: nn.Module) -> list[torch.Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.config import RunConfig
 from pipeline.train.distributed import World
+from pipeline.train.engines.average import all_tensors
 from pipeline.train.engines.ddp import DdpEngine
 from pipeline.train.engines.deepspeed_setup import BUCKET, SMALL
 from pipeline.train.engines.native import NativeEngine
@@ -74,7 +75,7 @@ def count_states(config: RunConfig, rank: int, world_size: int) -> States:
         return _zero(model, config, rank, world_size)
     # Every process has everything, so that one alone tells. ZeRO 0 averages in buckets of its own.
     engine = DdpEngine(model, config, World(0, 1, 0, torch.device("cpu")))
-    average = [] if engine.ema is None else [*engine.ema.parameters(), *engine.ema.buffers()]
+    average = [] if engine.average is None else all_tensors(engine.average.module)
     buckets = BUCKET * _FLOAT if config.engine.name == "deepspeed" else 0
     return States(*_updated(engine), storage_bytes(average), buckets)
 

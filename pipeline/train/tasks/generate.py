@@ -18,6 +18,7 @@ from pipeline.config_task import GenerateConfig
 from pipeline.data.augment.transforms import build_eval_transform
 from pipeline.data.loader import EvalBatch, TrainBatch
 from pipeline.data.order import DataOrder
+from pipeline.data.pinned import brought
 from pipeline.data.shards import ShardSet
 from pipeline.data.substitute import Replaced
 from pipeline.errors import UserError
@@ -216,8 +217,8 @@ class GenerateWork(Work):
         lanes = np.arange(world.rank, order.lanes, world.size)
         places = (lanes[:, None] * order.chunk + np.arange(order.chunk)).reshape(-1)
         for step, batch in enumerate(batches, start):
-            latents = normal(self.latent_dim, config.seed, TRAIN, step, places).to(world.device)
-            yield GanBatch(step, batch.images.to(world.device), latents, batch.samples, batch.replaced)
+            latents = brought(normal(self.latent_dim, config.seed, TRAIN, step, places), world.device)
+            yield GanBatch(step, batch.images, latents, batch.samples, batch.replaced)
 
     def step(self, engine: Engine, batch: GanBatch, lr: float) -> StepResult:
         settings, count = self.settings, self.run.config.train.accumulate

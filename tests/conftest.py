@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.idle_gpu.build import Missing, environment
+
 # Tests run two at a time: threads of one would wait for those of the other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -35,6 +37,16 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         missing("real images left out: set ROOKERY_TEST_DATA to a folder with cifar10/ and imagenet-sample/")
     return Path(str(folder))
+
+
+@pytest.fixture(scope="session")
+def idle(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a process that shall see a GPU, one that computes nothing."""
+    try:
+        return environment(tmp_path_factory.mktemp("idle-gpu"))
+    except Missing as error:
+        missing(f"idle GPU left out: {error}")
+        raise
 
 
 @contextmanager

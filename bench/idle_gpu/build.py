@@ -15,7 +15,7 @@ _STANDS_IN_FOR = ("cu", "cudnn", "cublas", "nccl", "__cuda")
 # These keep working without a device, and PyTorch has them do nothing.
 _TRUE_ONES = ("cufft", "cusparse", "cusolver", "cupti", "cuFile")
 # Functions of cuBLAS and cuDNN that are a kernel at least.
-_COMPUTES = re.compile("[Gg]em[mv]|LtMatmul$|cudnn.*(Forward|BackwardData|BackwardFilter)$")
+_COMPUTES = re.compile("[Gg]em[mv]|LtMatmul$|cudnnBackendExecute$|cudnnBatchNorm.*Ex$")
 # Called by Triton alone, through a file that it compiles when it is first used.
 _OF_TRITON = ("cuCtxSetLimit", "cuTensorMapEncodeIm2col", "cuPointerGetAttributes")
 
@@ -57,7 +57,6 @@ def environment(folder: Path) -> dict[str, str]:
     """Variables for a program that shall see the idle GPU; kernels are compiled into the folder as well."""
     return {
         "LD_PRELOAD": str(build(folder)),
-        "TORCH_CUDNN_V8_API_DISABLED": "1",
         "PYTORCH_SKIP_CUDNN_COMPATIBILITY_CHECK": "1",
         "TRITON_LIBCUDA_PATH": str(folder),
         "TRITON_CACHE_DIR": str(folder / "triton"),

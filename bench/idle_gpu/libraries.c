@@ -7,8 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* CUDNN_FMA_MATH: the one kind of arithmetic that PyTorch accepts whatever it allows. */
-enum { ENOUGH = 4096, FMA_MATH = 3 };
+enum { ENOUGH = 4096 };
 
 static int make(void **made) {
   *made = calloc(1, ENOUGH);
@@ -40,7 +39,7 @@ int cublasLtMatmulAlgoGetHeuristic(void *handle, void *operation, void *a, void 
   return 0;
 }
 
-/* ---- cuDNN, its interface of version 7 (TORCH_CUDNN_V8_API_DISABLED) ---- */
+/* ---- cuDNN ---- */
 
 /* Old enough for PyTorch to take its own flash attention, which is a kernel like any other. */
 size_t cudnnGetVersion(void) { return 91000; }
@@ -48,48 +47,20 @@ size_t cudnnGetCudartVersion(void) { return 13000; }
 int cudnnGetProperty(int which, int *value) { return *value = which == 0 ? 9 : which == 1 ? 10 : 0, 0; }
 const char *cudnnGetErrorString(int error) { return "an error of the device that computes nothing"; }
 int cudnnCreate(void **made) { return make(made); }
-int cudnnCreateActivationDescriptor(void **made) { return make(made); }
-int cudnnCreateConvolutionDescriptor(void **made) { return make(made); }
 int cudnnCreateDropoutDescriptor(void **made) { return make(made); }
 int cudnnCreateFilterDescriptor(void **made) { return make(made); }
-int cudnnCreatePoolingDescriptor(void **made) { return make(made); }
 int cudnnCreateTensorDescriptor(void **made) { return make(made); }
 
-/* cudnnConvolution...AlgoPerf_t */
-typedef struct {
-  int algorithm, status;
-  float time;
-  size_t workspace;
-  int determinism, math, reserved[3];
-} Choice;
-
-static int choose(int *found, Choice *choice) {
-  memset(choice, 0, sizeof *choice);
-  choice->algorithm = choice->determinism = 1;
-  choice->math = FMA_MATH;
-  *found = 1;
+int cudnnBackendCreateDescriptor(int type, void **made) { return make(made); }
+int cudnnBackendDestroyDescriptor(void *made) { return free(made), 0; }
+/* A plan for a convolution has one of everything, no notes about its numbers, and needs no workspace. */
+int cudnnBackendGetAttribute(void *descriptor, int name, int type, long asked, long *found, void *values) {
+  enum { INT64 = 3, NUMERICAL_NOTE = 11, BEHAVIOR_NOTE = 19 };
+  if (found) *found = type != NUMERICAL_NOTE && type != BEHAVIOR_NOTE;
+  if (values && asked && type == INT64) *(long *)values = 0;
   return 0;
 }
-int cudnnGetConvolutionForwardAlgorithm_v7(void *h, void *x, void *w, void *c, void *y, int asked, int *n, Choice *p) {
-  return choose(n, p);
-}
-int cudnnGetConvolutionBackwardDataAlgorithm_v7(void *h, void *w, void *dy, void *c, void *dx, int asked, int *n,
-                                                Choice *p) {
-  return choose(n, p);
-}
-int cudnnGetConvolutionBackwardFilterAlgorithm_v7(void *h, void *x, void *dy, void *c, void *dw, int asked, int *n,
-                                                  Choice *p) {
-  return choose(n, p);
-}
-int cudnnGetConvolutionForwardWorkspaceSize(void *h, void *x, void *w, void *c, void *y, int a, size_t *bytes) {
-  return nothing(bytes);
-}
-int cudnnGetConvolutionBackwardDataWorkspaceSize(void *h, void *w, void *dy, void *c, void *dx, int a, size_t *bytes) {
-  return nothing(bytes);
-}
-int cudnnGetConvolutionBackwardFilterWorkspaceSize(void *h, void *x, void *dy, void *c, void *dw, int a, size_t *bytes) {
-  return nothing(bytes);
-}
+
 int cudnnGetBatchNormalizationForwardTrainingExWorkspaceSize(void *h, int m, int o, void *x, void *z, void *y, void *b,
                                                              void *a, size_t *bytes) {
   return nothing(bytes);

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pipeline.models.block_attention import block_attention
 from pipeline.models.errors import ModelError, check_heads
 from pipeline.models.kernels import runs_here
+from pipeline.models.refine_group import as_typed
 
 
 class Attention(nn.Module):
@@ -86,6 +87,9 @@ class MapAttention(nn.Module):
         accumulate: add the maps of the layer before.
         multi_query: one key and one value for all heads.
         attn_drop, proj_drop: dropout of the maps (before the refiner) and after the projection.
+
+    Attributes:
+        lean: in training, maps are of autocast's type as soon as they exist, not float32 at first; see `set_lean`.
     """
 
     def __init__(
@@ -121,6 +125,7 @@ class MapAttention(nn.Module):
         self.refiner = refiner
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
+        self.lean = False
 
     def forward(self, x: Tensor, maps: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(..., N, C) and the maps of the layer before, (B, H, N, N) -> (..., N, C) and the maps for the next."""
@@ -139,7 +144,13 @@ class MapAttention(nn.Module):
         # Half of the scale on either side: in half precision the product of unscaled ones may overflow.
         q = split_heads(query, self.num_heads) * self.scale**0.5
         k = (key.unsqueeze(1) if self.multi_query else split_heads(key, self.num_heads)) * self.scale**0.5
-        maps = torch.softmax(q @ k.transpose(-2, -1), dim=-1)
+        likeness = q @ k.transpose(-2, -1)
+        if self.lean and self.training:
+            # Autocast would have the result in float32, and in half precision once more for what comes next.
+            with as_typed(likeness):
+                maps = torch.softmax(likeness, dim=-1)
+                return maps if before is None or not self.accumulate else maps.add(before, alpha=self.scale)
+        maps = torch.softmax(likeness, dim=-1)
         return maps if before is None or not self.accumulate else maps + self.scale * before
 
     def _refine(self, maps: Tensor) -> Tensor:

@@ -45,11 +45,15 @@ class BatchNorm2d(nn.BatchNorm2d):
             return super().forward(input)
         if len(input) % self.group:
             raise ModelError(f"{len(input)} samples can't be cut into groups of {self.group} for BatchNorm")
-        parts = []
-        for part in input.split(self.group):
-            out, mean, invstd = torch.native_batch_norm(part, self.weight, self.bias, None, None, True, 0.0, self.eps)
-            self._add(mean.detach().float(), invstd.detach().float() ** -2 - self.eps, part.numel() / part.shape[1])
-            parts.append(out)
+        parts, means, inverses = zip(
+            *(
+                torch.native_batch_norm(part, self.weight, self.bias, None, None, True, 0.0, self.eps)
+                for part in input.split(self.group)
+            ),
+            strict=True,
+        )
+        variances = torch.stack(inverses).detach().float() ** -2 - self.eps
+        self._add(torch.stack(means).detach().float(), variances, parts[0].numel() / parts[0].shape[1])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def note(self, mean: Tensor, variance: Tensor, count: float | Tensor) -> None:
@@ -59,15 +63,16 @@ class BatchNorm2d(nn.BatchNorm2d):
             mean, variance: (C,), the variance the biased one.
             count: of the values of each channel.
         """
-        self._add(mean.detach(), variance.detach(), count)
+        self._add(mean.detach()[None], variance.detach()[None], count)
         if self.group is None:
             self.update_running(torch.zeros((), device=mean.device))
 
     @torch.no_grad()
     def _add(self, mean: Tensor, variance: Tensor, count: float | Tensor) -> None:
+        """Statistics of G groups of `count` values a channel each, (G, C)."""
         # The running variance is the unbiased one, as torch has it.
-        self.pending += torch.stack([mean, variance * (count / (count - 1))])
-        self.groups_seen += 1
+        self.pending.add_(torch.stack([mean, variance * (count / (count - 1))]).sum(1))
+        self.groups_seen.add_(len(mean))
 
     def _over_real(self, input: Tensor, real: Tensor) -> Tensor:
         """Training with statistics over a part of the places; without groups the running averages move at once."""
@@ -80,8 +85,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         var = ((x - mean).square() * weight).sum((1, 3, 4), keepdim=True) / n
         with torch.no_grad():
             both = torch.stack([mean.squeeze((1, 3, 4)), (var * n / (n - 1)).squeeze((1, 3, 4))])
-            self.pending += both.sum(1)
-            self.groups_seen += both.shape[1]
+            self.pending.add_(both.sum(1))
+            self.groups_seen.add_(both.shape[1])
         if self.group is None:
             self.update_running(torch.zeros((), device=input.device))
         scale, shift = (t.view(-1, 1, 1) for t in (self.weight, self.bias))
@@ -90,15 +95,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     @torch.no_grad()
     def update_running(self, skipped: Tensor) -> None:
         """Move the running averages by what is pending, unless `skipped` is 1; then nothing is pending any more."""
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-        assert self.momentum is not None
-        mean, variance = self.pending / self.groups_seen
-        weight = self.momentum * (1 - skipped)
-        for running, new in ((self.running_mean, mean), (self.running_var, variance)):
-            running.copy_(torch.where(weight > 0, torch.lerp(running, new.to(running.dtype), weight), running))
-        self.num_batches_tracked += (1 - skipped).long()
-        self.pending.zero_()
-        self.groups_seen.zero_()
+        _update_running([self], skipped)
 
 
 def group_statistics(model: nn.Module, group: int) -> list[BatchNorm2d]:
@@ -129,5 +126,26 @@ def update_groups(norms: list[BatchNorm2d], skipped: Tensor, total: Callable[[Te
             norm.pending.copy_(sums[:size].view_as(norm.pending))
             norm.groups_seen.copy_(sums[size])
             sums = sums[size + 1 :]
-    for norm in norms:
-        norm.update_running(skipped)
+    if norms:
+        _update_running(norms, skipped)
+
+
+@torch.no_grad()
+def _update_running(norms: list[BatchNorm2d], skipped: Tensor) -> None:
+    """`update_running` of many at once: these are dozens of small tensors, and a GPU is told of each operation."""
+    running = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var) if tensor is not None]
+    new = torch.cat([(norm.pending / norm.groups_seen).flatten() for norm in norms]).to(running[0].dtype)
+    weight = _momentum(norms) * (1 - skipped)
+    before = torch.cat(running)
+    moved = torch.where(weight > 0, torch.lerp(before, new, weight), before)
+    torch._foreach_copy_(running, moved.split([len(tensor) for tensor in running]))
+    counts = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+    # A list: a single tensor would be read by the host.
+    torch._foreach_add_(counts, [(1 - skipped).long()] * len(counts))
+    torch._foreach_zero_([tensor for norm in norms for tensor in (norm.pending, norm.groups_seen)])
+
+
+def _momentum(norms: list[BatchNorm2d]) -> float:
+    [momentum] = {norm.momentum for norm in norms}
+    assert momentum is not None, "no cumulative averages here"
+    return momentum

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.models.drop_path import DropPath
 from pipeline.models.errors import ModelError
+from pipeline.models.recomputed import recomputed
 
 Gelu = Literal["tanh", "erf"]
 
@@ -37,6 +38,9 @@ class Mlp(nn.Module):
     """Linear, GELU, dropout, linear, dropout: (..., C) -> (..., C).
 
     With `layer_scale` the output is multiplied by a learned vector (C,) of that initial value (LayerScale).
+
+    Attributes:
+        lean: in training, compute GELU's output again in the backward pass and don't keep it; see `set_lean`.
     """
 
     def __init__(
@@ -49,9 +53,18 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
         self.scale = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
         self.drop2 = nn.Dropout(drop)
+        self.lean = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc2(self.drop1(self.act(self.fc1(x))))
+        hidden = self.fc1(x)
+        active = self.act(hidden)
+        # A compiler decides by itself what it keeps.
+        if self.lean and self.training and not self.drop1.p and not torch.compiler.is_compiling():
+            hidden = hidden.detach()
+            with recomputed(active, lambda: self.act(hidden)):
+                x = self.fc2(active)
+        else:
+            x = self.fc2(self.drop1(active))
         return self.drop2(x if self.scale is None else x * self.scale)
 
 
@@ -106,6 +119,10 @@ def encoder_layers(model: nn.Module) -> list[nn.Module]:
 
 class MapLayer(EncoderLayer):
     """An encoder layer whose attention (a `MapAttention`) takes attention maps from the layer before and passes on."""
+
+    def __init__(self, dim: int, attn: nn.Module, mlp: nn.Module, **settings: float) -> None:
+        super().__init__(dim, attn, mlp, **settings)
+        mlp.lean = attn.lean
 
     def forward(self, x: Tensor, maps: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """(B, ..., N, C) and the maps of the layer before -> the same shape and the maps for the next layer."""

@@ -155,7 +155,7 @@ def make_attention(
     if not use.explicit:
         return Attention(dim, num_heads, multi_query=multi_query, small=small, attn_drop=attn_drop, proj_drop=proj_drop)
     refiner = refine.make(num_heads, dim // num_heads) if refine is not None and use.refined else None
-    return MapAttention(
+    attention = MapAttention(
         dim,
         num_heads,
         refiner,
@@ -165,3 +165,5 @@ def make_attention(
         attn_drop=attn_drop,
         proj_drop=proj_drop,
     )
+    attention.lean = refine is not None and refine.kernels == "triton"
+    return attention

@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.models.attention import MapAttention
 from pipeline.models.batch_norm import BatchNorm2d
 from pipeline.models.errors import ModelError
 from pipeline.models.kernels import runs_here
+from pipeline.models.layers import Mlp
 from pipeline.models.refine_fused import refine_fused
 from pipeline.models.refine_lean import refine_lean
 
@@ -200,9 +202,10 @@ def _scaled(factor: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 def set_lean(model: nn.Module, lean: bool = True) -> int:
-    """Train refiners with little memory: they compute the same, and keep no expanded map for the backward pass.
+    """Train a model that refines its maps with little memory: it computes the same.
 
-    An official refiner computes these again there (`refine_lean`); a linear one never makes them.
+    No expanded map is kept for the backward pass: an official refiner computes them again there (`refine_lean`), a
+    linear one never makes them. And see `set_few_copies`.
 
     Returns:
         How many refiners the model has.
@@ -210,7 +213,15 @@ def set_lean(model: nn.Module, lean: bool = True) -> int:
     refiners = [m for m in model.modules() if isinstance(m, LinearRefiner | OfficialRefiner)]
     for refiner in refiners:
         refiner.lean = lean
+    set_few_copies(model, lean and bool(refiners))
     return len(refiners)
+
+
+def set_few_copies(model: nn.Module, wanted: bool = True) -> None:
+    """Keep attention maps in one type, and nothing behind a GELU, for the backward pass."""
+    for module in model.modules():
+        if isinstance(module, MapAttention | Mlp):
+            module.lean = wanted
 
 
 def fold_refiners(model: Model) -> Model:

@@ -11,11 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from bench.idle_gpu.build import Missing
-from bench.idle_gpu.build import environment as idle_gpu
 from data_prep.options import PrepOptions
 from data_prep.prepare import prepare_splits
-from tests.conftest import missing
 from tests.train.commands import run_command
 from tests.train.forked import ForkServer
 
@@ -34,16 +31,6 @@ def ffcv_digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     out = tmp_path_factory.mktemp("ffcv-digits")
     prepare_splits("digits", out, PrepOptions(format="ffcv", write_mode="raw", workers=1))
     return (f"data.train={out / 'train'}", f"data.val={out / 'test'}")
-
-
-@pytest.fixture(scope="session")
-def idle(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a process that shall see a GPU, one that computes nothing."""
-    try:
-        return idle_gpu(tmp_path_factory.mktemp("idle-gpu"))
-    except Missing as error:
-        missing(f"idle GPU left out: {error}")
-        raise
 
 
 @pytest.fixture

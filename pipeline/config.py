@@ -231,6 +231,9 @@ class CheckpointConfig(Section):
         description="keep AdamW's moments in bfloat16, two thirds of the size; the run itself goes on from the rounded "
         "ones, so that `every` is part of what is computed; engine.name=ddp",
     )
+    part_mb: int | None = Field(
+        None, ge=1, description="cut the state into files of so many megabytes at most; engine.name=ddp; null: one file"
+    )
     margin_seconds: float = Field(
         300,
         ge=0,

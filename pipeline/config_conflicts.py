@@ -33,6 +33,8 @@ def conflicts(config: RunConfig) -> Iterator[str]:
         yield "engine.offload_optimizer=true goes with engine.name=deepspeed and engine.zero_stage=1, 2 or 3"
     if config.checkpoint.compact and config.engine.name != "ddp":
         yield f"checkpoint.compact=true goes with engine.name=ddp, not {config.engine.name}: set it to false"
+    if config.checkpoint.part_mb is not None and config.engine.name != "ddp":
+        yield f"checkpoint.part_mb goes with engine.name=ddp, not {config.engine.name}: set it to null"
     peak, schedule = config.optim.peak_lr(batch), config.optim.schedule
     for key, rate in (("min_lr", schedule.min_lr), ("warmup_lr", schedule.warmup_lr)):
         if rate > peak:

@@ -27,11 +27,13 @@ def recipe(digits: Path, tmp_path: Path) -> Path:
 def test_killed_and_resumed_as_if_left_alone(recipe: Path, fork_server: ForkServer, tmp_path: Path) -> None:
     whole, cut, usual = (tmp_path / "runs" / name for name in ("whole", "cut", "usual"))
     fork_server.train(recipe, COMPACT, "name=whole", nproc=2)
-    job = fork_server.start(recipe, COMPACT, "name=cut", nproc=2)
+    job = fork_server.start(recipe, COMPACT, "checkpoint.part_mb=1", "name=cut", nproc=2)
     wait_for(lambda: newest_step(cut) >= 10)
     job.kill()
     assert set(job.wait()) == {-9}
     assert newest_step(cut) < 24
+    newest = cut / "checkpoints" / f"step-{newest_step(cut):08}"
+    assert (newest / f"{STATE}.001").exists() and not (newest / STATE).exists()
     fork_server.train(recipe, COMPACT, "name=cut", nproc=2)
     check_same_run(whole, cut)
 
@@ -60,9 +62,26 @@ def test_killed_and_resumed_as_if_left_alone(recipe: Path, fork_server: ForkServ
             assert torch.equal(read.moments[name][moment], state[moment].float())
 
 
+def test_parts(tmp_path: Path) -> None:
+    """Three of the size that was asked for and a rest, which make the same state again; without one it is damaged."""
+    weight = torch.randn(800_000, generator=torch.Generator().manual_seed(0))
+    state = WholeState({"weight": weight}, {"weight": {"step": torch.tensor(3.0)}}, {}, None, 0)
+    state.write(tmp_path, part_mb=1)
+    parts = [tmp_path / f"{STATE}.{number:03}" for number in range(1, 5)]
+    assert sorted(tmp_path.iterdir()) == parts
+    assert [part.stat().st_size for part in parts[:3]] == [10**6] * 3 and parts[3].stat().st_size < 10**6
+    read = WholeState.read(tmp_path)
+    assert torch.equal(read.model["weight"], weight) and read.moments["weight"]["step"] == 3 and read.ema is None
+    parts[3].unlink()
+    with pytest.raises(RuntimeError):
+        WholeState.read(tmp_path)
+
+
 def test_what_does_not_fit_is_refused(recipe: Path, rookery: Rookery, fork_server: ForkServer) -> None:
     done = rookery("train", recipe, COMPACT, "engine.name=fsdp", check=2)
     assert "checkpoint.compact=true goes with engine.name=ddp, not fsdp" in " ".join(done.stderr.split())
+    done = rookery("train", recipe, "checkpoint.part_mb=8", "engine.name=fsdp", check=2)
+    assert "checkpoint.part_mb goes with engine.name=ddp, not fsdp" in " ".join(done.stderr.split())
     fork_server.train(recipe, COMPACT, "train.stop_after=5steps")
     for changed in (("checkpoint.every=4steps", COMPACT), ("checkpoint.compact=false",)):
         done = rookery("train", recipe, *changed, check=2)

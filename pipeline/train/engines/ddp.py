@@ -40,7 +40,7 @@ class DdpEngine(NativeEngine):
     def __init__(self, model: nn.Module, config: RunConfig, world: World) -> None:
         super().__init__(model, config, world)
         self.optimizer = make_optimizer(model, config.optim, config.optim.peak_lr(config.train.global_batch_size))
-        self.compact = config.checkpoint.compact
+        self.compact, self.part_mb = config.checkpoint.compact, config.checkpoint.part_mb
         decay = config.train.ema_decay
         self.average = None if decay is None else ModuleAverage(deepcopy(model), decay, all_tensors)
         compile_model(model, config.train.compile)
@@ -76,7 +76,7 @@ class DdpEngine(NativeEngine):
             if p in state
         }
         whole = WholeState(copied(self.plain.state_dict()), moments, self.scaler.state_dict(), average, updates)
-        return lambda directory, world: whole.write(directory)
+        return lambda directory, world: whole.write(directory, self.part_mb)
 
     def load(self, directory: Path) -> None:
         whole = WholeState.read(directory)

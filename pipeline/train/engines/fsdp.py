@@ -42,7 +42,7 @@ from pipeline.train.distributed import World
 from pipeline.train.engines.average import ModuleAverage
 from pipeline.train.engines.native import NativeEngine
 from pipeline.train.engines.sharded_files import as_runtime_error
-from pipeline.train.engines.whole import STATE, WholeState
+from pipeline.train.engines.whole import WholeState
 from pipeline.train.optim import make_optimizer
 
 
@@ -98,7 +98,7 @@ class FsdpEngine(NativeEngine):
 
     def load(self, directory: Path) -> None:
         try:
-            if (directory / STATE).exists():
+            if WholeState.is_in(directory):
                 self._load_whole(WholeState.read(directory), directory)
             else:
                 self._load_sharded(directory)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.train.engines.parts import PartsWriter, opened, parts_of
 
 STATE = "state.pt"
 # Of AdamW's state, what a compact checkpoint rounds.
@@ -35,9 +36,19 @@ class WholeState:
     ema: Mapping[str, Tensor] | None
     averaged: int
 
-    def write(self, directory: Path) -> None:
-        """Write it into a checkpoint's directory, as one file."""
-        torch.save({field.name: getattr(self, field.name) for field in fields(self)}, directory / STATE)
+    def write(self, directory: Path, part_mb: int | None = None) -> None:
+        """Write it into a checkpoint's directory, as one file, or in parts of so many megabytes at most."""
+        state = {field.name: getattr(self, field.name) for field in fields(self)}
+        if part_mb is None:
+            torch.save(state, directory / STATE)
+            return
+        with PartsWriter(directory / STATE, part_mb * 10**6) as file:
+            torch.save(state, file)  # type: ignore[arg-type]
+
+    @staticmethod
+    def is_in(directory: Path) -> bool:
+        """Whether a checkpoint's directory has it, and not the parts of several processes."""
+        return (directory / STATE).exists() or bool(parts_of(directory / STATE))
 
     @classmethod
     def read(cls, directory: Path) -> Self:
@@ -47,8 +58,10 @@ class WholeState:
             OSError, RuntimeError, KeyError: the files are missing or damaged.
             UserError: they are laid out in another way.
         """
-        if (directory / STATE).exists():
-            saved = torch.load(directory / STATE, map_location="cpu", weights_only=True, mmap=True)
+        if cls.is_in(directory):
+            parts = parts_of(directory / STATE)
+            file: Any = opened(parts) if parts else directory / STATE
+            saved = torch.load(file, map_location="cpu", weights_only=True, mmap=None if parts else True)
             expected = {field.name for field in fields(cls)}
             if not isinstance(saved, dict) or saved.keys() != expected:
                 raise UserError(

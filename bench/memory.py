@@ -61,6 +61,11 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available() or "computes nothing" not in torch.cuda.get_device_name():
         parser.error("it counts on the idle GPU: bench/idle_gpu.sh python bench/memory.py")
+    known = {group.names[0] for group in GROUPS}
+    if unknown := sorted(set(options.only or ()) - known):
+        parser.error(f"--only {unknown[0]}: there is {', '.join(sorted(known))}")
+    if not options.out.parent.is_dir():
+        parser.error(f"--out {options.out}: there is no folder {options.out.parent}")
     rows = []
     for group in GROUPS:
         if options.only and group.names[0] not in options.only:

@@ -52,14 +52,12 @@ def step(
     counts = _counts(nproc)
     _check_out(out)
     # torch takes seconds to import.
-    import torch
-
     from launch.bench_report import print_report, summarise
+    from launch.workers import check_gpus
     from pipeline.config_load import load_config
     from pipeline.tracking.files import write_text
 
-    if torch.cuda.is_available() and max(counts) > torch.cuda.device_count():
-        raise UserError(f"--nproc {nproc}: there are {torch.cuda.device_count()} GPUs here, one for each process")
+    check_gpus(max(counts))
     recipe = load_config(config, overrides or [])
     batch = batch or max(1, recipe.train.global_batch_size // max(counts))
     measured = []

@@ -64,12 +64,23 @@ _commands.command()(config_cli.config)
 _commands.add_typer(bench_cli.bench, name="bench")
 
 
+def _say(text: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False, emoji=False).print(f"rookery: {text}", markup=False)
+
+
 def app() -> None:
     """Entry point of the console script."""
     try:
         _commands()
     except UserError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False, emoji=False).print(f"rookery: {error}", markup=False)
+        _say(str(error))
+        sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; not every command has imported torch
+            raise
+        from pipeline.train.no_room import no_room
+
+        _say(no_room(error))
         sys.exit(2)
     except BrokenPipeError:
         # The reader of a pipe (`| head`) left; the closing flush must not complain either.

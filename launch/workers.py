@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 import psutil
+import torch
 
 from launch.meeting import Meeting
 from launch.quiet import unquiet_workers
@@ -23,6 +24,7 @@ from pipeline.train.again import AGENT_PID, FOLDER, JOB, chosen_status, has_begu
 from pipeline.train.process import COMMAND, die_with_parent
 from pipeline.train.status import FAILED, INTERRUPTED
 from pipeline.train.stop import STATUS, Stopped, catch_signals, stop_now
+from pipeline.wording import counted
 
 # How long nodes wait for each other, at the start and after a process has died.
 _JOIN_SECONDS = 600
@@ -68,6 +70,20 @@ class Nodes:
             raise UserError(f"--rendezvous {self.rendezvous}: {host} {why} here ({error.strerror})") from error
 
 
+def check_gpus(nproc: int) -> None:
+    """Whether every process of this node has a GPU, where there are any.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < nproc:
+        raise UserError(
+            f"--nproc {nproc}: each process takes a GPU, and this node has {counted(gpus, 'GPU')}; set --nproc {gpus}, "
+            "or CUDA_VISIBLE_DEVICES= (nothing) to compute on the CPU"
+        )
+
+
 def start_workers(module: str, payload: str, nodes: Nodes, threads: int | None = None, restarts: int = 0) -> int:
     """Run a worker module on this node's processes and wait.
 
@@ -88,6 +104,7 @@ def start_workers(module: str, payload: str, nodes: Nodes, threads: int | None =
     if nodes.world_size == 1:
         return importlib.import_module(module).run(payload, threads)
     nodes.check()
+    check_gpus(nodes.nproc)
     die_with_parent()
     # Not `python -m module`: the loader processes would import the main module, and with it all of training, once more.
     # And no interpreter shutdown: threads of torch that still run then can end a finished worker with an abort.

@@ -8,5 +8,6 @@ numbers come out means nothing. So this shows
   the libraries would add);
 - how many kernels a step launches, and how long the host is busy with that.
 
-It shows nothing about results, nor how long a GPU would take. See `device.c` for how it is done.
+It shows nothing about results, nor how long a GPU would take; an evaluation, which divides by counts, can't be had.
+See `device.c` for how it is done.
 """

@@ -10,6 +10,6 @@ from bench.idle_gpu.build import Missing, environment
 if __name__ == "__main__":
     try:
         settings = environment(Path(sys.argv[1]))
-    except Missing as error:
+    except (Missing, OSError) as error:
         sys.exit(f"the idle GPU can't be compiled: {error}")
     print("\n".join(f"{name}={value}" for name, value in settings.items()))

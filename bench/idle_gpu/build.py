@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import importlib.metadata
 import importlib.util
-import os
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 _SOURCES = Path(__file__).parent
@@ -25,42 +27,53 @@ class Missing(Exception):
 
 
 def build(folder: Path) -> Path:
-    """Compile the library into a folder, which may have it already.
+    """Compile the library below a folder, where it may be already; returns its path.
 
     Raises:
-        Missing: this PyTorch is not for CUDA, or there is no C compiler.
+        Missing: this PyTorch is not for CUDA, there is no C compiler, or no library can be preloaded from there.
     """
+    sources = b"".join(path.read_bytes() for path in sorted(_SOURCES.iterdir()) if path.suffix in (".c", ".py"))
+    made_of = hashlib.sha256(sources + importlib.metadata.version("torch").encode()).hexdigest()[:12]
+    folder = folder.resolve() / made_of
     library = folder / "libcuda.so.1"  # the name under which the driver is asked for
+    if any(mark in str(library) for mark in " :"):
+        raise Missing(f"{folder}: LD_PRELOAD can't name a file whose path has spaces or colons; choose another folder")
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        made = _compiled(Path(work), library.name)
+        made.replace(library)
+    return library
+
+
+def _compiled(folder: Path, name: str) -> Path:
     includes = [f"-I{path}" for path in _includes()]
     compiler = ["gcc", "-O2", "-w", "-fPIC"]
-    for name in ("device", "libraries"):
-        _run([*compiler, *includes, "-c", str(_SOURCES / f"{name}.c"), "-o", str(folder / f"{name}.o")])
-    ours = set().union(*(_symbols(folder / f"{name}.o", "--defined-only") for name in ("device", "libraries")))
+    for part in ("device", "libraries"):
+        _run([*compiler, *includes, "-c", str(_SOURCES / f"{part}.c"), "-o", str(folder / f"{part}.o")])
+    ours = set().union(*(_symbols(folder / f"{part}.o", "--defined-only") for part in ("device", "libraries")))
     asked = set(_OF_TRITON).union(*map(_asked_for, _torch_libraries()))
     rest = [
-        f"int {name}(void) {{ {'idle_gpu_launch(); ' if _COMPUTES.search(name) else ''}return 0; }}"
-        for name in sorted(asked - ours)
+        f"int {symbol}(void) {{ {'idle_gpu_launch(); ' if _COMPUTES.search(symbol) else ''}return 0; }}"
+        for symbol in sorted(asked - ours)
     ]
     (folder / "rest.c").write_text("\n".join(["void idle_gpu_launch(void);", *rest, ""]))
     _run([*compiler, "-c", str(folder / "rest.c"), "-o", str(folder / "rest.o")])
-    objects = [str(folder / f"{name}.o") for name in ("device", "libraries", "rest")]
-    made = folder / f".{os.getpid()}.so"
-    _run(["gcc", "-shared", f"-Wl,-soname,{library.name}", *objects, "-o", str(made), "-lpthread", "-ldl"])
-    made.replace(library)
-    return library
+    objects = [str(folder / f"{part}.o") for part in ("device", "libraries", "rest")]
+    _run(["gcc", "-shared", f"-Wl,-soname,{name}", *objects, "-o", str(folder / name), "-lpthread", "-ldl"])
+    return folder / name
 
 
 def environment(folder: Path) -> dict[str, str]:
     """Variables for a program that shall see the idle GPU; kernels are compiled into the folder as well."""
+    library = build(folder)
     return {
-        "LD_PRELOAD": str(build(folder)),
+        "LD_PRELOAD": str(library),
         "PYTORCH_SKIP_CUDNN_COMPATIBILITY_CHECK": "1",
-        "TRITON_LIBCUDA_PATH": str(folder),
-        "TRITON_CACHE_DIR": str(folder / "triton"),
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "TRITON_LIBCUDA_PATH": str(library.parent),
+        "TRITON_CACHE_DIR": str(library.parent / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(library.parent / "inductor"),
     }
 
 
@@ -110,7 +123,7 @@ def _symbols(path: Path, *options: str) -> set[str]:
 def _run(command: list[str]) -> str:
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    except FileNotFoundError as error:
+    except (FileNotFoundError, PermissionError) as error:
         raise Missing(f"{command[0]} is needed (Debian: apt-get install gcc binutils)") from error
     except subprocess.CalledProcessError as error:
         raise Missing(f"{' '.join(command)}: {error.stderr}") from error

@@ -26,7 +26,8 @@ static size_t total_bytes = (size_t)143771 << 20;
 
 __attribute__((constructor)) static void settle(void) {
   const char *megabytes = getenv("IDLE_GPU_MB");
-  if (megabytes) total_bytes = strtoull(megabytes, NULL, 10) << 20;
+  size_t asked = megabytes ? strtoull(megabytes, NULL, 10) : 0;
+  if (asked) total_bytes = asked << 20;
 }
 
 /* ---- memory ---- */
@@ -233,6 +234,7 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
 
 cudaError_t cudaGetDeviceCount(int *n) { return *n = 1, cudaSuccess; }
 cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaSetDevice(int device) { return last_error = device ? cudaErrorInvalidDevice : cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int *version) { return *version = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int *version) { return *version = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer) { return *can = 0, cudaSuccess; }

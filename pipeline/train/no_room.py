@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import torch
-
 from pipeline.train.distributed import World
 
 _ADVICE = (
-    "train.accumulate=N trains the same global batch in N times as many micro-batches of that less memory, "
-    "train.activation_checkpointing=true keeps fewer activations, eval.batch_size is the evaluation's; "
-    "--dry-run counts what a run needs. Nothing that was saved is lost: the same command goes on from there"
+    "Give it fewer samples at a time: a training by train.accumulate=N, the same global batch in smaller micro-batches "
+    "(or train.activation_checkpointing=true; --dry-run counts what it needs), an evaluation by eval.batch_size or "
+    "--batch-size, a benchmark by --batch, explanations by fewer pictures. "
+    "A training goes on from its newest checkpoint"
 )
 
 
-def no_room(error: torch.OutOfMemoryError, world: World | None) -> str:
+def no_room(error: RuntimeError, world: World | None = None) -> str:
     """The message.
 
     Args:
-        error: torch's; its second and third sentence tell what was asked for and what there is.
+        error: torch's OutOfMemoryError; its second and third sentence tell what was asked for and what there is.
         world: whose GPU it is, where that is known.
     """
     sentences = str(error).split(". ")

@@ -9,6 +9,7 @@ import torch
 
 from pipeline.tracking.metrics import read_metrics
 from pipeline.train.again import newest_step
+from pipeline.train.engines.parts import PartsWriter, opened, part_of
 from pipeline.train.engines.whole import MOMENTS, STATE, WholeState
 from pipeline.train.export import WEIGHTS
 from tests.train.conftest import Rookery, write_recipe
@@ -33,7 +34,7 @@ def test_killed_and_resumed_as_if_left_alone(recipe: Path, fork_server: ForkServ
     assert set(job.wait()) == {-9}
     assert newest_step(cut) < 24
     newest = cut / "checkpoints" / f"step-{newest_step(cut):08}"
-    assert (newest / f"{STATE}.001").exists() and not (newest / STATE).exists()
+    assert part_of(newest / STATE, 1).exists() and not (newest / STATE).exists()
     fork_server.train(recipe, COMPACT, "name=cut", nproc=2)
     check_same_run(whole, cut)
 
@@ -67,14 +68,26 @@ def test_parts(tmp_path: Path) -> None:
     weight = torch.randn(800_000, generator=torch.Generator().manual_seed(0))
     state = WholeState({"weight": weight}, {"weight": {"step": torch.tensor(3.0)}}, {}, None, 0)
     state.write(tmp_path, part_mb=1)
-    parts = [tmp_path / f"{STATE}.{number:03}" for number in range(1, 5)]
-    assert sorted(tmp_path.iterdir()) == parts
+    parts = [part_of(tmp_path / STATE, number) for number in range(1, 5)]
+    assert sorted(tmp_path.iterdir()) == [*parts, tmp_path / f"{STATE}.parts"]
     assert [part.stat().st_size for part in parts[:3]] == [10**6] * 3 and parts[3].stat().st_size < 10**6
+    part_of(tmp_path / STATE, 5).write_bytes(b"from elsewhere")
     read = WholeState.read(tmp_path)
     assert torch.equal(read.model["weight"], weight) and read.moments["weight"]["step"] == 3 and read.ema is None
     parts[3].unlink()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(FileNotFoundError):
         WholeState.read(tmp_path)
+
+
+def test_thousands_of_parts(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 10
+    with PartsWriter(tmp_path / "file", 2) as file:
+        for start in range(0, len(data), 300):
+            assert file.write(data[start : start + 300]) == len(data[start : start + 300])
+    assert opened(tmp_path / "file").read() == data and len(list(tmp_path.iterdir())) == 1281
+    (tmp_path / "file.parts").write_text("{}")
+    with pytest.raises(RuntimeError, match="damaged"):
+        opened(tmp_path / "file")
 
 
 def test_what_does_not_fit_is_refused(recipe: Path, rookery: Rookery, fork_server: ForkServer) -> None:

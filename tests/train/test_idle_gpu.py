@@ -126,6 +126,12 @@ def test_compiled_layers(recipe: Path, idle: dict[str, str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_more_processes_than_gpus(recipe: Path, idle: dict[str, str]) -> None:
+    done = train(recipe, idle, ["--nproc", "2"])
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "--nproc 2: each process takes a GPU, and this node has 1 GPU; set" in " ".join(done.stderr.split())
+
+
 def test_a_gpu_that_is_too_small(recipe: Path, idle: dict[str, str]) -> None:
     done = train(recipe, idle | {"IDLE_GPU_MB": "60"}, ["data.workers=1"])
     assert done.returncode == 2 and "Traceback" not in done.stderr

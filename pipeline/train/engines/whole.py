@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.train.engines.parts import PartsWriter, opened, parts_of
+from pipeline.train.engines.parts import PartsWriter, in_parts, opened
 
 STATE = "state.pt"
 # Of AdamW's state, what a compact checkpoint rounds.
@@ -48,7 +48,7 @@ class WholeState:
     @staticmethod
     def is_in(directory: Path) -> bool:
         """Whether a checkpoint's directory has it, and not the parts of several processes."""
-        return (directory / STATE).exists() or bool(parts_of(directory / STATE))
+        return (directory / STATE).exists() or in_parts(directory / STATE)
 
     @classmethod
     def read(cls, directory: Path) -> Self:
@@ -59,9 +59,9 @@ class WholeState:
             UserError: they are laid out in another way.
         """
         if cls.is_in(directory):
-            parts = parts_of(directory / STATE)
-            file: Any = opened(parts) if parts else directory / STATE
-            saved = torch.load(file, map_location="cpu", weights_only=True, mmap=None if parts else True)
+            cut = in_parts(directory / STATE)
+            file: Any = opened(directory / STATE) if cut else directory / STATE
+            saved = torch.load(file, map_location="cpu", weights_only=True, mmap=None if cut else True)
             expected = {field.name for field in fields(cls)}
             if not isinstance(saved, dict) or saved.keys() != expected:
                 raise UserError(

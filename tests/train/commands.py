@@ -25,5 +25,8 @@ def command(*args: object) -> list[str]:
 
 def environment() -> dict[str, str]:
     """The environment of a fresh shell, with one thread per process."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "WORLD_SIZE", "RANK")}
+    # The last three: what trainings within this process have set.
+    others = {"MLFLOW_TRACKING_URI", "WORLD_SIZE", "RANK"}
+    others |= {"DS_ACCELERATOR", "CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_DETERMINISTIC"}
+    kept = {k: v for k, v in os.environ.items() if k not in others}
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

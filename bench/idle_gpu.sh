@@ -6,7 +6,8 @@
 #   bench/idle_gpu.sh rookery train configs/demo.yaml name=idle data.val=null train.max_bad_steps=1000
 #
 # Figures of an evaluation would be 0 / 0 there, so a training goes without one (data.val=null), and its losses may be
-# NaN, which it has to bear (train.max_bad_steps). IDLE_GPU_MB=8192 makes the GPU smaller. It is compiled below build/idle_gpu the first time, by gcc and with the headers that come with PyTorch.
+# NaN, which it has to bear (train.max_bad_steps). IDLE_GPU_MB=8192 makes the GPU smaller. It is compiled
+# below build/idle_gpu the first time, by gcc and with the headers that come with PyTorch.
 set -euo pipefail
 [ $# -gt 0 ] || { echo "usage: $0 COMMAND [ARGUMENT ...]" >&2; exit 2; }
 root=$(dirname "$(dirname "$(realpath "$0")")")

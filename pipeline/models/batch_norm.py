@@ -7,7 +7,7 @@ averages follow the mean over all groups of a global step. Without an engine tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -56,17 +56,6 @@ class BatchNorm2d(nn.BatchNorm2d):
         self._add(torch.stack(means).detach().float(), variances, parts[0].numel() / parts[0].shape[1])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def note(self, mean: Tensor, variance: Tensor, count: float | Tensor) -> None:
-        """Take note of the statistics of a group that were used elsewhere; without groups it is the whole batch.
-
-        Args:
-            mean, variance: (C,), the variance the biased one.
-            count: of the values of each channel.
-        """
-        self._add(mean.detach()[None], variance.detach()[None], count)
-        if self.group is None:
-            self.update_running(torch.zeros((), device=mean.device))
-
     @torch.no_grad()
     def _add(self, mean: Tensor, variance: Tensor, count: float | Tensor) -> None:
         """Statistics of G groups of `count` values a channel each, (G, C)."""
@@ -109,6 +98,25 @@ def group_statistics(model: nn.Module, group: int) -> list[BatchNorm2d]:
     return norms
 
 
+@torch.no_grad()
+def note_groups(norms: Sequence[BatchNorm2d], statistics: Tensor, count: float | Tensor) -> None:
+    """Take note of the statistics of G groups that were used elsewhere; without groups it is the whole batch.
+
+    Args:
+        norms: that have as many groups.
+        statistics: mean and biased variance of each in turn, (G, sum of 2 C).
+        count: of the values of each channel.
+    """
+    # Of all at once, as in `_update_running`.
+    sizes = [norm.num_features for norm in norms for _ in range(2)]
+    means_and_variances = statistics.detach().sum(0).split(sizes)
+    torch._foreach_mul_(means_and_variances[1::2], count / (count - 1))
+    torch._foreach_add_([row for norm in norms for row in norm.pending.unbind()], means_and_variances)
+    torch._foreach_add_([norm.groups_seen for norm in norms], len(statistics))
+    if norms[0].group is None:
+        _update_running(norms, torch.zeros((), device=statistics.device))
+
+
 def update_groups(norms: list[BatchNorm2d], skipped: Tensor, total: Callable[[Tensor], None] | None) -> None:
     """Move all running averages after a global step.
 
@@ -131,7 +139,7 @@ def update_groups(norms: list[BatchNorm2d], skipped: Tensor, total: Callable[[Te
 
 
 @torch.no_grad()
-def _update_running(norms: list[BatchNorm2d], skipped: Tensor) -> None:
+def _update_running(norms: Sequence[BatchNorm2d], skipped: Tensor) -> None:
     """`update_running` of many at once: these are dozens of small tensors, and a GPU is told of each operation."""
     running = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var) if tensor is not None]
     new = torch.cat([(norm.pending / norm.groups_seen).flatten() for norm in norms]).to(running[0].dtype)
@@ -145,7 +153,7 @@ def _update_running(norms: list[BatchNorm2d], skipped: Tensor) -> None:
     torch._foreach_zero_([tensor for norm in norms for tensor in (norm.pending, norm.groups_seen)])
 
 
-def _momentum(norms: list[BatchNorm2d]) -> float:
+def _momentum(norms: Sequence[BatchNorm2d]) -> float:
     [momentum] = {norm.momentum for norm in norms}
     assert momentum is not None, "no cumulative averages here"
     return momentum

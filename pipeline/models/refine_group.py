@@ -19,37 +19,37 @@ from pipeline.models.errors import ModelError
 if TYPE_CHECKING:
     from pipeline.models.refine_maps import OfficialRefiner
 
-# What refines one group: its place in the batch, its maps, the parameters as `Group` takes them -> refined maps, places
-# of the statistics, mean and biased variance of each BatchNorm.
-Refined = Callable[[slice, Tensor, Sequence[Tensor]], tuple[Tensor, float | Tensor, Sequence[Tensor]]]
+# What refines a few groups, and has the BatchNorms take note: their place in the batch, their maps, how many they are,
+# the parameters as `Group` takes them -> refined maps.
+Refined = Callable[[slice, Tensor, int, Sequence[Tensor]], Tensor]
 # Elements of the expanded maps of one slice: 128 MB in half precision, of which up to eight exist at a time.
 SLICE = 2**26
 
 
-def refine_groups(refiner: OfficialRefiner, maps: Tensor, refined: Refined) -> Tensor:
-    """Refine the maps group by group, and have the BatchNorms take note of the statistics: (B, H, N, N) -> same shape.
+def refine_groups(refiner: OfficialRefiner, maps: Tensor, refined: Refined, most: int = 1) -> Tensor:
+    """Refine the maps, a few groups of BatchNorm statistics at a time: (B, H, N, N) -> same shape.
+
+    Args:
+        most: samples at a time, and one group where this is more.
 
     Raises:
         ModelError: the batch can't be cut into the groups of the BatchNorms.
     """
-    norms = (refiner.bn1, refiner.bn2, refiner.bn3, refiner.adapt_bn)
-    group = norms[0].group or len(maps)
+    group = refiner.bn1.group or len(maps)
     if len(maps) % group:
         raise ModelError(f"{len(maps)} samples can't be cut into groups of {group} for BatchNorm")
     device = maps.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         maps = maps.to(torch.get_autocast_dtype(device))
-    convs = (refiner.expand, refiner.local, refiner.reduce)
+    convs, norms = (refiner.expand, refiner.local, refiner.reduce), refiner.norms()
     parameters = [p for conv, norm in zip(convs, norms, strict=False) for p in (conv.weight, norm.weight, norm.bias)]
     parameters += [norms[3].weight, norms[3].bias]
-    parts = []
-    for first in range(0, len(maps), group):
-        part = slice(first, first + group)
-        out, count, statistics = refined(part, maps[part], parameters)
-        parts.append(out)
-        for norm, mean, var in zip(norms, statistics[::2], statistics[1::2], strict=True):
-            norm.note(mean, var, count)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    # Of equal size, as far as may be.
+    groups = len(maps) // group
+    step = -(-groups // -(-groups // max(1, most // group))) * group
+    parts = [slice(first, min(first + step, len(maps))) for first in range(0, len(maps), step)]
+    out = [refined(part, maps[part], (part.stop - part.start) // group, parameters) for part in parts]
+    return out[0] if len(out) == 1 else torch.cat(out)
 
 
 class Norm(NamedTuple):

@@ -22,6 +22,7 @@ from pipeline.models.refine_kernel import (
     expanded,
     matrix,
     neighbours,
+    of_group,
     pixel,
     place,
     product,
@@ -42,18 +43,18 @@ def at_pixels(grad, reduced, maps, offsets, inside, mean_r, mean_a, TYPE: tl.con
 
 @triton.jit
 def head_sums_kernel(
-    grad, reduced, maps, means, found, plane,
+    grad, reduced, maps, known, found, plane,
     HEADS: tl.constexpr, SIZE: tl.constexpr, TILES: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """Sums of g, g R and g A over `TILES` times `SIZE` pixels of one map.
+    """Sums of g, g R and g A over `TILES` times `SIZE` pixels of one map; programs are (maps, runs, groups).
 
     Args:
-        means: of R and A, (2, H).
-        found: (3, B, H, programs of a map).
+        found: (G, samples, runs, 3, H).
     """
-    map_number, head = tl.program_id(0), tl.program_id(0) % HEADS
-    source = map_number.to(tl.int64) * plane
-    mean_r, mean_a = tl.load(means + head), tl.load(means + HEADS + head)
+    sample, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    source = (of_group(0, tl.num_programs(0)) + tl.program_id(0)) * plane
+    known = of_group(known, 3 * HEADS) + head
+    mean_r, mean_a = tl.load(known), tl.load(known + HEADS)
     sums = tl.zeros((SIZE,), dtype=TYPE)
     sums_r = tl.zeros((SIZE,), dtype=TYPE)
     sums_a = tl.zeros((SIZE,), dtype=TYPE)
@@ -63,37 +64,43 @@ def head_sums_kernel(
         sums += g
         sums_r += g * (tl.load(reduced + source + at, mask=at < plane, other=0.0).to(TYPE) - mean_r)
         sums_a += g * (tl.load(maps + source + at, mask=at < plane, other=0.0).to(TYPE) - mean_a)
-    step = tl.num_programs(0) * tl.num_programs(1)
-    report = found + map_number * tl.num_programs(1) + tl.program_id(1)
+    report = of_group(found, tl.num_programs(0) * tl.num_programs(1) * 3)
+    report += (sample * tl.num_programs(1) + tl.program_id(1)) * 3 * HEADS + head
     tl.store(report, tl.sum(sums))
-    tl.store(report + step, tl.sum(sums_r))
-    tl.store(report + 2 * step, tl.sum(sums_a))
+    tl.store(report + HEADS, tl.sum(sums_r))
+    tl.store(report + 2 * HEADS, tl.sum(sums_a))
 
 
 @triton.jit
 def behind_second_kernel(
-    grad, reduced, maps, means, factors, convolved, scale, shift, mean, reduce, grad_second, found, samples, plane,
+    grad, reduced, maps, known, factors, convolved, hidden, statistics, reduce, grad_second, found, samples, plane,
     HEADS: tl.constexpr, HP: tl.constexpr, HIDDEN: tl.constexpr, CH: tl.constexpr, P: tl.constexpr,
     TILES: tl.constexpr, STORE: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """Pixel by pixel: the gradient D of the second BatchNorm's output, and its sums.
 
-    Programs are (runs of tiles, chunks of H').
+    Programs are (runs of tiles, chunks of H', groups).
 
     Args:
-        means, factors: (2, H), and (4, H) with the gradient of R, factors · (g, R, A, 1).
-        convolved, scale, shift, mean: C, the second BatchNorm as scale C + shift, and the mean of C.
-        reduce: (H, H'), in the type of the maps.
+        factors: (G, 4, H), with the gradient of R, factors · (g, R, A, 1).
+        convolved: C, (B, H', plane).
+        statistics: see `refine_kernel_between`.
+        reduce: (H, H').
         grad_second: D, (B, H', plane), written if STORE.
-        found: (programs but for the chunks, H', H + 2): products of relu6(scale C + shift) with the gradient of R,
+        found: (G, programs but for the chunks, H', H + 2): products of relu6(scale C + shift) with the gradient of R,
             the sum of D, and that of D (C - mean).
     """
+    grad, reduced = of_group(grad, samples * HEADS * plane), of_group(reduced, samples * HEADS * plane)
+    maps, convolved = of_group(maps, samples * HEADS * plane), of_group(convolved, samples * HIDDEN * plane)
+    grad_second, hidden = of_group(grad_second, samples * HIDDEN * plane), of_group(hidden, 3 * HIDDEN)
+    known, factors = of_group(known, 3 * HEADS), of_group(factors, 4 * HEADS)
     heads, channels = tl.arange(0, HP), tl.program_id(1) * CH + tl.arange(0, CH)
-    mean_r, mean_a = column(means, heads, HEADS), column(means + HEADS, heads, HEADS)
+    mean_r, mean_a = column(known, heads, HEADS), column(known + HEADS, heads, HEADS)
     of_g, of_r = column(factors, heads, HEADS), column(factors + HEADS, heads, HEADS)
     of_a, of_one = column(factors + 2 * HEADS, heads, HEADS), column(factors + 3 * HEADS, heads, HEADS)
-    k, b, m = column(scale, channels, HIDDEN), column(shift, channels, HIDDEN), column(mean, channels, HIDDEN)
-    back = tl.trans(matrix(reduce, heads, channels, HEADS, HIDDEN))
+    k, b = column(hidden + HIDDEN, channels, HIDDEN), column(hidden + 2 * HIDDEN, channels, HIDDEN)
+    m = column(of_group(statistics, 4 * HIDDEN + 4 * HEADS) + 2 * HIDDEN, channels, HIDDEN)
+    back = tl.trans(matrix(reduce, heads, channels, HEADS, HIDDEN).to(maps.dtype.element_ty))
     sums = tl.zeros((CH, P), dtype=TYPE)
     moments = tl.zeros((CH, P), dtype=TYPE)
     products = tl.zeros((CH, HP), dtype=TYPE)
@@ -106,15 +113,16 @@ def behind_second_kernel(
         offsets = (sample * HIDDEN * plane + at)[None, :] + channels[:, None] * plane
         inside = exists[None, :] & (channels < HIDDEN)[:, None]
         c = tl.load(convolved + offsets, mask=inside, other=0.0).to(TYPE)
-        hidden = clamped(k * c + b, 6.0)
+        x = clamped(k * c + b, 6.0)
         d = neighbours(product(back, grad_r, TYPE), 0, CH, P)
-        d = tl.where((hidden <= 0) | (hidden >= 6), 0.0, d)
+        d = tl.where((x <= 0) | (x >= 6), 0.0, d)
         if STORE:
             tl.store(grad_second + offsets, d.to(grad_second.dtype.element_ty), mask=inside)
         sums += d
         moments += d * (c - m)
-        products += product(hidden.to(grad_r.dtype), tl.trans(grad_r), TYPE)
-    report = found + (tl.program_id(0) * HIDDEN + channels) * (HEADS + 2)
+        products += product(x.to(grad_r.dtype), tl.trans(grad_r), TYPE)
+    report = of_group(found, tl.num_programs(0) * HIDDEN * (HEADS + 2))
+    report += (tl.program_id(0) * HIDDEN + channels) * (HEADS + 2)
     there = channels < HIDDEN
     tl.store(report[:, None] + heads[None, :], products, mask=there[:, None] & (heads < HEADS)[None, :])
     tl.store(report + HEADS, tl.sum(sums, 1), mask=there)
@@ -123,44 +131,51 @@ def behind_second_kernel(
 
 @triton.jit
 def deconvolve_kernel(
-    maps, center, expand, bias, kernel, convolved, grad_second, factors, grad_maps, found,
+    maps, known, weights, hidden, kernel, convolved, grad_second, factors, grad_maps, found,
     samples, rows, columns, run,
     HEADS: tl.constexpr, HP: tl.constexpr, HIDDEN: tl.constexpr, CH: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
     TYPE: tl.constexpr,
 ):  # fmt: skip
     """Down the rows: from D to the maps, but for what the statistics of the first BatchNorm add.
 
-    With dC = factors · (D, C, 1) and h = relu6(e), e = expand A + bias: the gradient of h is the transposed
-    convolution of dC, that of e is the same where 0 < e < 6, and that of A is expandᵀ times this.
+    With dC = factors · (D, C, 1) and h = relu6(e), e the expanded maps: the gradient of h is the transposed convolution
+    of dC, that of e is the same where 0 < e < 6, and that of A is weightsᵀ times this.
 
-    A program takes its chunks of H' one after the other and adds up their shares of `grad_maps` in place.
+    Programs are (columns, runs of rows, groups). A program takes its chunks of H' one after the other and adds up
+    their shares of `grad_maps` in place.
 
     Args:
-        expand, bias: as in `convolve_kernel`.
-        factors: (3, H').
+        weights: as in `convolve_kernel`.
+        factors: (G, 3, H').
         grad_maps: (B, H, rows, columns), written.
-        found: (programs, H', H + 1 + K²): products of the gradient of e with A, its sum, and the gradient of `kernel`.
+        found: (G, programs, H', H + 1 + K²): products of the gradient of e with A, its sum, and the gradient of
+            `kernel`.
     """
     HALO: tl.constexpr = K // 2
+    plane = rows * columns
+    maps, grad_maps = of_group(maps, samples * HEADS * plane), of_group(grad_maps, samples * HEADS * plane)
+    convolved = of_group(convolved, samples * HIDDEN * plane)
+    grad_second = of_group(grad_second, samples * HIDDEN * plane)
+    known, factors = of_group(known, 3 * HEADS), of_group(factors, 3 * HIDDEN)
+    bias, expand = of_group(hidden, 3 * HIDDEN), of_group(weights, HIDDEN * HEADS)
     heads = tl.arange(0, HP)
     sample, x, exists, own = place(tl.program_id(0), samples, columns, HALO, P)
-    plane = rows * columns
     inside = edges(x, columns, K, TYPE)
     first = tl.program_id(1) * run
     last = tl.minimum(first + run, rows)
     origin = (sample * HEADS * plane + x)[None, :] + (heads * plane + first * columns)[:, None]
     real = own[None, :] & (heads < HEADS)[:, None]
-    means, top = column(center, heads, HEADS), tl.where(own, 6.0, 0.0).to(TYPE)[None, :]
+    means, top = column(known + HEADS, heads, HEADS), tl.where(own, 6.0, 0.0).to(TYPE)[None, :]
     for start in range(0, HIDDEN, CH):
         channels = start + tl.arange(0, CH)
         there = channels < HIDDEN
         offsets = (sample * HIDDEN * plane + x)[None, :] + (channels * plane + (first - HALO) * columns)[:, None]
         at_second, at_convolved = grad_second + offsets, convolved + offsets
-        weights, shift = matrix(expand, channels, heads, HIDDEN, HEADS), column(bias, channels, HIDDEN)
+        expansion, shift = matrix(expand, channels, heads, HIDDEN, HEADS), column(bias, channels, HIDDEN)
         weighting = taps(kernel, channels, HIDDEN, K)
         of_d, of_c = column(factors, channels, HIDDEN), column(factors + HIDDEN, channels, HIDDEN)
         of_one = column(factors + 2 * HIDDEN, channels, HIDDEN)
-        hidden = zeros(K, CH, P, TYPE)  # of the rows that this one's dC reaches, from the one above on
+        values = zeros(K, CH, P, TYPE)  # of the rows that this one's dC reaches, from the one above on
         sums = zeros(K, CH, P, TYPE)  # of their gradients
         grad_kernel = zeros(K * K, CH, P, TYPE)
         total = tl.zeros((CH, P), dtype=TYPE)
@@ -168,9 +183,9 @@ def deconvolve_kernel(
         for i in range(last - first + 2 * HALO):
             below = first + i < last
             mask = real & (x < tl.where(below, columns, 0))[None, :]
-            h = expanded(maps + origin + i * columns, mask, means, weights, shift, top, TYPE)
+            h = expanded(maps + origin + i * columns, mask, means, expansion, shift, top, TYPE)
             h = h * tl.where(below, 1.0, 0.0).to(TYPE)
-            hidden = pushed(hidden, neighbours(h, 0, CH, P), K)
+            values = pushed(values, neighbours(h, 0, CH, P), K)
             row = first - HALO + i
             within = (row >= 0) & (row < rows)
             mask = (exists & (x < tl.where(within, columns, 0)))[None, :] & there[:, None]
@@ -189,19 +204,19 @@ def deconvolve_kernel(
                 products = ()
                 for tap in tl.static_range(K * K):
                     if tap % K == dx:
-                        products = products + (grad_kernel[tap] + hidden[tap // K] * beside,)
+                        products = products + (grad_kernel[tap] + values[tap // K] * beside,)
                     else:
                         products = products + (grad_kernel[tap],)
                 grad_kernel = products
             if i >= 2 * HALO:
-                outside = (hidden[0] <= 0) | (hidden[0] >= 6)
+                outside = (values[0] <= 0) | (values[0] >= 6)
                 grad_e = tl.where(outside, 0.0, sums[0])
                 total += grad_e
                 rounded = grad_e.to(maps.dtype.element_ty)
                 above = origin + (i - 2 * HALO) * columns
                 a = centered(maps, above, real, means, TYPE)
                 moments += product(rounded, tl.trans(a), TYPE)
-                share = product(tl.trans(weights), rounded, TYPE)
+                share = product(tl.trans(expansion), rounded, TYPE)
                 if start > 0:
                     share += tl.load(grad_maps + above, mask=real, other=0.0).to(TYPE)
                 tl.store(grad_maps + above, share.to(grad_maps.dtype.element_ty), mask=real)
@@ -209,7 +224,9 @@ def deconvolve_kernel(
             at_second += columns
             at_convolved += columns
         report = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * HIDDEN + channels
-        report = found + report * (HEADS + 1 + K * K)
+        record: tl.constexpr = HEADS + 1 + K * K
+        programs = tl.num_programs(0) * tl.num_programs(1)
+        report = of_group(found, programs * HIDDEN * record) + report * record
         tl.store(report[:, None] + heads[None, :], moments, mask=there[:, None] & (heads < HEADS)[None, :])
         tl.store(report + HEADS, tl.sum(total, 1), mask=there)
         for tap in tl.static_range(K * K):
@@ -220,21 +237,24 @@ def deconvolve_kernel(
 
 @triton.jit
 def finish_kernel(
-    grad, reduced, maps, means, factors, mixed, grad_maps, samples, plane,
+    grad, reduced, maps, known, factors, mixed, grad_maps, samples, plane,
     HEADS: tl.constexpr, HP: tl.constexpr, P: tl.constexpr, TILES: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """Pixel by pixel: add to `grad_maps` what is linear, factors · (g, R, A, 1) - mixed A.
 
     Args:
-        means, factors: (2, H) and (4, H).
-        mixed: (H, H), in the type of the maps.
+        factors: (G, 4, H).
+        mixed: (G, H, H), in the type of the maps.
         grad_maps: (B, H, plane).
     """
+    grad, reduced = of_group(grad, samples * HEADS * plane), of_group(reduced, samples * HEADS * plane)
+    maps, grad_maps = of_group(maps, samples * HEADS * plane), of_group(grad_maps, samples * HEADS * plane)
+    known, factors = of_group(known, 3 * HEADS), of_group(factors, 4 * HEADS)
     heads = tl.arange(0, HP)
-    mean_r, mean_a = column(means, heads, HEADS), column(means + HEADS, heads, HEADS)
+    mean_r, mean_a = column(known, heads, HEADS), column(known + HEADS, heads, HEADS)
     of_g, of_r = column(factors, heads, HEADS), column(factors + HEADS, heads, HEADS)
     of_a, of_one = column(factors + 2 * HEADS, heads, HEADS), column(factors + 3 * HEADS, heads, HEADS)
-    weights = matrix(mixed, heads, heads, HEADS, HEADS)
+    weights = matrix(of_group(mixed, HEADS * HEADS), heads, heads, HEADS, HEADS)
     for i in range(TILES):
         sample, at, exists = pixel(tl.program_id(0) * TILES + i, samples, plane, P)
         offsets = (sample * HEADS * plane + at)[None, :] + heads[:, None] * plane

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pipeline.models.batch_norm import note_groups
 from pipeline.models.refine_group import Group, accurate, as_typed, refine_groups, sum_places, total, wide
 
 if TYPE_CHECKING:
@@ -38,10 +39,11 @@ def refine_lean(refiner: OfficialRefiner, maps: Tensor, real: Tensor | None) -> 
         ModelError: the batch can't be cut into the groups of the BatchNorms.
     """
 
-    def refined(part: slice, some: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+    def refined(part: slice, some: Tensor, _: int, parameters: Sequence[Tensor]) -> Tensor:
         places = None if real is None else real[part]
         out, count, *statistics = LeanRefiner.apply(some, places, refiner.bn1.eps, refiner.scale, *parameters)
-        return out, count, statistics
+        note_groups(refiner.norms(), torch.cat(statistics)[None], count)
+        return out
 
     return refine_groups(refiner, maps, refined)
 

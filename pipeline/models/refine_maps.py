@@ -134,6 +134,10 @@ class OfficialRefiner(nn.Module):
         self.lean = False
         self.fused = False
 
+    def norms(self) -> list[BatchNorm2d]:
+        """The BatchNorms in the order of computation."""
+        return [self.bn1, self.bn2, self.bn3, self.adapt_bn]
+
     def forward(self, maps: Tensor, real: Tensor | None = None) -> Tensor:
         """(B, H, N, N) -> (B, H, N, N).
 

@@ -1,8 +1,8 @@
-"""Both passes of `refine_fused`: the kernels in their order, and between them what is small, by PyTorch.
+"""Both passes of `refine_fused`: the kernels in their order, for several groups of BatchNorm statistics at once.
 
-The expanded maps that go into the second BatchNorm are in memory for `SLICE` elements at a time. Where that is the
-whole group they are computed once in each pass, else once more after their sums are known. Notation is that of
-`refine_kernel_backward`.
+The expanded maps that go into the second BatchNorm are in memory for `refine_fused.SLICE` elements at a time. Where
+that is a whole group they are computed once in each pass, else once more after their sums are known. Notation is that
+of `refine_kernel_backward`.
 """
 
 from __future__ import annotations
@@ -13,152 +13,239 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.models.refine_calls import Calls
-from pipeline.models.refine_group import sum_places, total
+from pipeline.models import refine_kernel as ahead
+from pipeline.models import refine_kernel_backward as behind
+from pipeline.models import refine_kernel_between as between
+from pipeline.models.refine_calls import Calls, joined, length
 
 
 class Known(NamedTuple):
-    """Statistics of the forward pass.
+    """What the backward pass needs of the forward pass, all but the maps small; see `refine_kernel`.
 
     Attributes:
-        hidden: (4, H'), mean and variance of the first and the second BatchNorm.
-        heads: (6, H), those of the third and the fourth, means of the maps, covariances of reduced maps and maps.
-        covariance: (H, H), of the maps.
+        reduced: R, (B, H, N, N).
+        statistics: (G, 4 H' + 4 H), mean and variance of each BatchNorm.
+        heads: (G, 3, H), means of reduced maps and of maps, and the covariance of each with its map.
+        covariance: (G, H, H), of the maps.
+        weights: (G, H', H), of the expansion with the first BatchNorm's scale.
+        hidden: (G, 3, H'), its shift, and the second BatchNorm's scale and shift.
     """
 
-    hidden: Tensor
+    reduced: Tensor
+    statistics: Tensor
     heads: Tensor
     covariance: Tensor
-
-    def statistics(self) -> list[Tensor]:
-        """Mean and variance of each BatchNorm."""
-        return [*self.hidden.unbind(), *self.heads[:4].unbind()]
+    weights: Tensor
+    hidden: Tensor
 
 
-def forward(maps: Tensor, parameters: Sequence[Tensor], eps: float, scale: float) -> tuple[Tensor, Tensor, Known]:
-    """Refined and reduced maps, and the statistics, of one group.
+def forward(maps: Tensor, parameters: Sequence[Tensor], groups: int, eps: float, scale: float) -> tuple[Tensor, Known]:
+    """Refined maps, and what is known of them.
 
     Args:
         maps: (B, H, N, N).
-        parameters: in the order of `Group`.
-        eps, scale: as there.
+        parameters: weights of expansion and first BatchNorm, its bias, the same of the local convolution and of the
+            reduction, weight and bias of the last BatchNorm.
+        groups: of BatchNorm statistics, each of as many consecutive samples.
+        eps, scale: epsilon of the BatchNorms, and the last factor.
     """
-    step = Calls(maps, parameters, eps, scale)
-    group = step.group
-    center = group.center = sum_places(step.maps) / group.count
-    covariance = group.covariance = total(step.covariance(part) for part in step.slices) / group.count
-    matrix = group.expand
-    group.learn(matrix @ center, ((matrix @ covariance) * matrix).sum(1).clamp(min=0))
+    step = Calls(maps, parameters, groups, eps, scale)
+    heads, hidden = step.size.heads, step.size.hidden
+    given = step.parameters
+    known = Known(
+        torch.empty_like(step.maps),
+        step.new(4 * hidden + 4 * heads),
+        step.new(3, heads),
+        step.new(heads, heads),
+        step.like_maps(hidden, heads),
+        step.new(3, hidden),
+    )
+
+    found = joined([_covariance(step, part) for part in step.slices])
+    some, parts = step.gathered(between.gather_products_kernel, found)
+    step.launch(
+        between.first_kernel, (1, 1), some, given.expand, given.weight1, given.bias1, known.statistics, known.heads,
+        known.covariance, known.weights, known.hidden, parts,
+    )  # fmt: skip
 
     whole = len(step.slices) == 1
     convolved = step.hidden_buffer()
-    found = torch.cat([step.convolve(part, convolved, store=whole, measure=True) for part in step.slices], 1)
-    group.learn(*_merged(found))
-    reduced = torch.empty_like(step.maps)
-    parts = []
+    found = joined([_convolve(step, part, known, convolved, store=whole, measure=True) for part in step.slices])
+    some, parts, _ = step.moments(found)
+    step.launch(between.second_kernel, (1, 1), some, given.weight2, given.bias2, known.statistics, known.hidden, parts)
+
+    records = []
     for part in step.slices:
         if not whole:
-            step.convolve(part, convolved)
-        parts.append(step.reduce(part, convolved, reduced))
-    found = torch.cat(parts, 1)
-    mean3, var3 = _merged(found[:3])
-    n, mean, _, of_maps, products = found
-    # Maps are less their means here, which leaves the mean of the covariance's second factor at nothing but rounding.
-    common = (products + n * (mean - mean3) * of_maps).sum(0) / group.count
-    group.learn(mean3, var3)
-    k3 = group.norms[2].scale
-    group.learn(
-        group.norms[2].bias + center, (k3.square() * var3 + covariance.diagonal() + 2 * k3 * common).clamp(min=0)
-    )
-    last = group.norms[3]
-    out = torch.empty_like(reduced)
-    step.combine(
-        reduced, torch.stack([mean3, center]), scale * torch.stack([last.scale * k3, last.scale, last.bias]), out
-    )
-    statistics = group.statistics
-    known = Known(torch.stack(statistics[:4]), torch.stack([*statistics[4:], center, common]), covariance)
-    return out, reduced, known
+            _convolve(step, part, known, convolved)
+        records.append(_reduce(step, part, known, convolved))
+    some, parts, _ = step.moments(joined(records))
+    factors = step.new(3, heads)
+    step.launch(
+        between.heads_kernel, (1, 1), some, given.weight3, given.bias3, given.weight4, given.bias4, known.covariance,
+        known.statistics, known.heads, factors, parts,
+    )  # fmt: skip
+
+    out = torch.empty_like(step.maps)
+    function = ahead.combine_kernel
+    grid = step.samples * heads, -(-step.plane // step.size.constants(function)["SIZE"])
+    step.launch(function, grid, known.reduced, step.maps, known.heads, factors, out, step.plane)
+    return out, known
 
 
 def backward(
     grad: Tensor,
     maps: Tensor,
-    reduced: Tensor,
     known: Known,
     parameters: Sequence[Tensor],
+    groups: int,
     eps: float,
     scale: float,
-) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of the maps and of the parameters, in float32 at least and in the order and shapes of `forward`."""
-    step = Calls(maps, parameters, eps, scale)
-    group, size, count = step.group, step.size, step.group.count
-    mean3, var3, _, _, center, common = known.heads
-    group.center = center
-    statistics = known.statistics()
-    for mean, var in zip(statistics[::2], statistics[1::2], strict=True):
-        group.learn(mean, var)
-    norm1, norm2, norm3, norm4 = group.norms
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the maps and, one behind the other, of the parameters, in float32 at least."""
+    step = Calls(maps, parameters, groups, eps, scale)
+    given, heads, hidden = step.parameters, step.size.heads, step.size.hidden
     grad = grad.to(maps.dtype).contiguous()
-    means = torch.stack([mean3, center])
+    size = sum(p.numel() for p in parameters)
+    grads = step.new(size)
+    sizes = step.count, size
 
-    # The last two BatchNorms: x̂ of the fourth is inv4 (k3 R + A).
-    sum_g, sum_gr, sum_ga = step.head_sums(grad, reduced, means)
-    k3, k4 = norm3.scale, norm4.scale * scale
-    grad_weight4 = scale * norm4.inv * (k3 * sum_gr + sum_ga)
-    pull4 = norm4.scale * norm4.inv.square() * scale * (k3 * sum_gr + sum_ga) / count
-    behind_last = torch.stack([k4, -pull4 * k3, -pull4, -k4 * sum_g / count])
-    grad_weight3 = norm3.inv * (k4 * sum_gr - pull4 * count * (k3 * var3 + common))
-    behind_third = k3 * behind_last
-    behind_third[1] -= k3 * norm3.inv * grad_weight3 / count
+    # The last two BatchNorms.
+    some, parts = step.sums(_head_sums(step, grad, known))
+    behind_last, behind_third = step.new(4, heads), step.new(4, heads)
+    step.launch(
+        between.heads_backward_kernel, (1, 1), some, given.weight3, given.weight4, known.statistics, known.heads,
+        behind_last, behind_third, grads, parts, *sizes,
+    )  # fmt: skip
 
     # The second.
-    at_heads = grad, reduced, means, behind_third
     whole = len(step.slices) == 1
     convolved, grad_second = step.hidden_buffer(), step.hidden_buffer()
-    parts = []
-    for part in step.slices:
-        step.convolve(part, convolved)
-        parts.append(step.behind_second(part, at_heads, convolved, grad_second, store=whole))
-    found = torch.cat(parts).sum(0)
-    grad_reduce, sum2 = found[:, : size.heads].t(), found[:, size.heads]
-    grad_weight2 = norm2.inv * found[:, size.heads + 1]
-    k2 = norm2.scale
-    pull2 = k2 * norm2.inv * grad_weight2 / count
-    behind_second = torch.stack([k2, -pull2, pull2 * norm2.mean - k2 * sum2 / count])
+
+    def at_second(part: slice, store: bool) -> Tensor:
+        _convolve(step, part, known, convolved)
+        return _behind_second(step, part, grad, known, behind_third, convolved, grad_second, store)
+
+    some, parts = step.sums(joined([at_second(part, whole) for part in step.slices]))
+    behind_second = step.new(3, hidden)
+    step.launch(
+        between.second_backward_kernel, (1, 1), some, given.weight2, known.statistics, behind_second, grads, parts,
+        *sizes,
+    )  # fmt: skip
 
     # The local convolution and the expansion.
     grad_maps = torch.empty_like(step.maps)
-    parts = []
+    records = []
     for part in step.slices:
         if not whole:
-            step.convolve(part, convolved)
-            step.behind_second(part, at_heads, convolved, grad_second, store=True)
-        parts.append(step.deconvolve(part, convolved, grad_second, behind_second, grad_maps))
-    found = torch.cat(parts).sum(0)
-    moments, sum1, grad_kernel = found.split([size.heads, 1, size.kernel**2], 1)
-    sum1 = sum1[:, 0]
+            at_second(part, True)
+        records.append(_deconvolve(step, part, known, convolved, grad_second, behind_second, grad_maps))
+    some, parts = step.sums(joined(records))
+    mixed = step.like_maps(heads, heads)
+    step.launch(
+        between.first_backward_kernel, (1, 1), some, given.expand, given.weight1, known.statistics, known.covariance,
+        mixed, behind_last, grads, parts, *sizes,
+    )  # fmt: skip
 
-    # The first: its normalised input is inv1 · expand A, linear in the maps.
-    grad_weight1 = norm1.inv * (moments * group.expand).sum(1)
-    pull1 = norm1.scale * norm1.inv * grad_weight1 / count
-    mixed = group.expand.t() @ (pull1[:, None] * group.expand)
-    behind_last[3] -= group.expand.t() @ (norm1.scale * sum1 / count)
+    # What is linear in the maps, of the first BatchNorm and of the last.
+    function = behind.finish_kernel
     for part in step.slices:
-        step.finish(part, (grad, reduced, means, behind_last), mixed, grad_maps)
-    grad_expand = norm1.scale[:, None] * (
-        moments - (norm1.inv * grad_weight1)[:, None] * (group.expand @ known.covariance)
-    )
-    # The fourth BatchNorm takes away whatever the third one's bias adds.
-    zero = torch.zeros_like(sum_g)
-    grads = [grad_expand, grad_weight1, sum1, grad_kernel, grad_weight2, sum2, grad_reduce, grad_weight3, zero]
-    grads += [grad_weight4, scale * sum_g]
-    # Copies: an operator's outputs don't share memory.
-    return grad_maps, [g.reshape(p.shape).to(p.dtype).clone() for g, p in zip(grads, parameters, strict=True)]
+        programs, tiles = step.pixelwise(function, part)
+        step.launch(
+            function, (programs, 1), *_at(step, part, grad, known.reduced, step.maps), known.heads, behind_last, mixed,
+            *_at(step, part, grad_maps), length(part), step.plane, TILES=tiles,
+        )  # fmt: skip
+    return grad_maps, grads.sum(0)
 
 
-def _merged(found: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, (C,) each, from number, mean and squared differences of parts, (3, parts, C)."""
-    n, mean, squares = found
-    count = n.sum(0)
-    of_all = (n * mean).sum(0) / count
-    return of_all, (squares + n * (mean - of_all).square()).sum(0) / count
+def _at(step: Calls, part: slice, *values: Tensor) -> list[Tensor]:
+    return [step.part(each, part) for each in values]
+
+
+def _covariance(step: Calls, part: slice) -> Tensor:
+    function, heads = ahead.covariance_kernel, step.size.heads
+    programs, tiles = step.pixelwise(function, part)
+    found = step.new(programs, 1 + heads + heads**2)
+    step.launch(
+        function, (programs, 1), step.part(step.maps, part), found, length(part), step.plane, TILES=tiles
+    )  # fmt: skip
+    return found
+
+
+def _convolve(
+    step: Calls, part: slice, known: Known, convolved: Tensor, *, store: bool = True, measure: bool = False
+) -> Tensor:
+    """What goes into the second BatchNorm, to `convolved`; to be measured: its number, mean and squares."""
+    function = ahead.convolve_kernel
+    across, down, run = step.down(function, part)
+    found = step.new(across * down, 3, step.size.hidden)
+    step.launch(
+        function, (across * step.chunks(function), down), step.part(step.maps, part), known.heads, known.weights,
+        known.hidden, step.parameters.kernel, convolved, found, length(part), step.rows, step.columns, run,
+        STORE=store, SUM=measure,
+    )  # fmt: skip
+    return found
+
+
+def _reduce(step: Calls, part: slice, known: Known, convolved: Tensor) -> Tensor:
+    function = ahead.reduce_kernel
+    programs, tiles = step.pixelwise(function, part)
+    found = step.new(programs, 5, step.size.heads)
+    step.launch(
+        function, (programs, 1), convolved, step.part(step.maps, part), known.heads, known.hidden,
+        step.parameters.reduce, step.part(known.reduced, part), found, length(part), step.plane,
+        TILES=tiles,
+    )  # fmt: skip
+    return found
+
+
+def _head_sums(step: Calls, grad: Tensor, known: Known) -> Tensor:
+    function, heads = behind.head_sums_kernel, step.size.heads
+    constants = step.size.constants(function)
+    runs = -(-step.plane // (constants["SIZE"] * constants["TILES"]))
+    found = step.new(step.samples * runs, 3, heads)
+    step.launch(
+        function, (step.samples * heads, runs), grad, known.reduced, step.maps, known.heads, found, step.plane
+    )  # fmt: skip
+    return found
+
+
+def _behind_second(
+    step: Calls,
+    part: slice,
+    grad: Tensor,
+    known: Known,
+    factors: Tensor,
+    convolved: Tensor,
+    grad_second: Tensor,
+    store: bool,
+) -> Tensor:
+    function = behind.behind_second_kernel
+    programs, tiles = step.pixelwise(function, part)
+    found = step.new(programs, step.size.hidden, step.size.heads + 2)
+    step.launch(
+        function, (programs, step.chunks(function)), *_at(step, part, grad, known.reduced, step.maps), known.heads,
+        factors, convolved, known.hidden, known.statistics, step.parameters.reduce, grad_second, found,
+        length(part), step.plane, TILES=tiles, STORE=store,
+    )  # fmt: skip
+    return found
+
+
+def _deconvolve(
+    step: Calls,
+    part: slice,
+    known: Known,
+    convolved: Tensor,
+    grad_second: Tensor,
+    factors: Tensor,
+    grad_maps: Tensor,
+) -> Tensor:
+    function = behind.deconvolve_kernel
+    across, down, run = step.down(function, part)
+    found = step.new(across * down, step.size.hidden, step.size.heads + 1 + step.size.kernel**2)
+    step.launch(
+        function, (across, down), step.part(step.maps, part), known.heads, known.weights, known.hidden,
+        step.parameters.kernel, convolved, grad_second, factors, step.part(grad_maps, part), found,
+        length(part), step.rows, step.columns, run,
+    )  # fmt: skip
+    return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import sys
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models import create_model, refine_calls
+from pipeline.models import create_model, refine_fused
 from pipeline.models.refine_maps import OfficialRefiner
 from tests.models.refiner_step import errors, kept_bytes, some_maps, step, with_weights
 from tests.models.short_training import losses_of
@@ -26,7 +27,7 @@ class Case(NamedTuple):
 
     Attributes:
         group: samples of a group of statistics; None: all.
-        slices: that the expanded maps of a group are computed in.
+        slices: that the expanded maps of a group are computed in; 1 / n: n groups are refined together.
         contiguous: how the maps lie in memory.
         dtype: name of their type.
     """
@@ -38,7 +39,7 @@ class Case(NamedTuple):
     rows: int
     columns: int
     group: int | None = None
-    slices: int = 1
+    slices: float = 1
     contiguous: bool = True
     dtype: str = "float64"
 
@@ -56,7 +57,11 @@ CASES = {
     "kernel 1": Case(4, 2, 1, 1, 5, 11),
     "kernel 5": Case(2, 4, 2, 5, 5, 6),
     "slices": Case(3, 3, 3, 3, 5, 7, slices=3),
+    "groups one by one": Case(6, 3, 3, 3, 5, 7, group=2),
     "groups and slices": Case(4, 3, 3, 3, 5, 7, group=2, slices=2),
+    "groups together": Case(6, 3, 3, 3, 5, 7, group=2, slices=1 / 3),
+    "groups in two lots": Case(6, 3, 2, 3, 7, 5, group=1, slices=1 / 4),
+    "many records": Case(4, 2, 2, 3, 40, 40, group=2, slices=1 / 2),
     "not contiguous": Case(2, 3, 3, 3, 6, 4, contiguous=False),
     "float32": Case(4, 3, 3, 3, 7, 7, dtype="float32"),
 }
@@ -80,14 +85,14 @@ def differences(case: Case, device: str = "cpu") -> tuple[dict[str, float], dict
     exact = step(copy.deepcopy(plain).double(), maps, None, case.group)
     dtype = getattr(torch, case.dtype)
     elements = (case.group or case.samples) * plain.expand.out_channels * maps[0, 0].numel()
-    before, refine_calls.SLICE = refine_calls.SLICE, -(-elements // case.slices)
+    before, refine_fused.SLICE = refine_fused.SLICE, math.ceil(elements / case.slices)
     found = []
     for fused in (True, False):
         refiner = copy.deepcopy(plain).to(dtype)
         refiner.fused = fused
         left = step(refiner, maps.to(dtype), None, case.group)
         found.append(errors({name: value.double() for name, value in left.items()}, exact))
-    refine_calls.SLICE = before
+    refine_fused.SLICE = before
     return found[0], found[1]
 
 
@@ -169,7 +174,7 @@ def operator() -> dict[str, str]:
     ]  # fmt: skip
     parameters += [refiner.adapt_bn.weight, refiner.adapt_bn.bias]
     maps = some_maps(2, 2, 3, 3).requires_grad_()
-    return torch.library.opcheck(torch.ops.rookery.refine.default, (maps, parameters, 1e-5, 0.176))
+    return torch.library.opcheck(torch.ops.rookery.refine.default, (maps, parameters, 2, 1e-5, 0.176))
 
 
 def main() -> None:

@@ -128,11 +128,13 @@ def test_they_compile(model: str, dtype: str, capability: int, tmp_path: Path) -
     from pipeline.models import refine_calls
 
     heads, hidden = SIZES[model]
-    size = refine_calls.Size(heads, hidden, 3, DTYPES[dtype])
-    of_maps = {"maps", "convolved", "reduced", "out", "grad", "grad_second", "grad_maps", "expand", "reduce", "mixed"}
+    size = refine_calls.Size(heads, hidden, 3, DTYPES[dtype], 1e-5, 0.125)
+    of_maps = {"maps", "convolved", "reduced", "out", "grad", "grad_second", "grad_maps", "weights", "mixed"}
+    integers = ("samples", "rows", "columns", "run", "plane", "parts", "count", "size")
+    given = {"STORE": True, "SUM": True, "PAIRS": True, "COUNT": heads, "C": 32}
     for kernel in refine_calls.KERNELS:
-        constants = size.constants(kernel) | {name: True for name in ("STORE", "SUM") if name in kernel.arg_names}
-        names = dict.fromkeys(("samples", "rows", "columns", "run", "plane"), "i32")
+        constants = size.constants(kernel) | {name: given[name] for name in given if name in kernel.arg_names}
+        names = dict.fromkeys(integers, "i32")
         names |= dict.fromkeys(of_maps, f"*{dtype}") | dict.fromkeys(constants, "constexpr")
         sums = "*fp64" if dtype == "fp64" else "*fp32"
         types = {name: names.get(name, sums) for name in kernel.arg_names}
@@ -141,14 +143,16 @@ def test_they_compile(model: str, dtype: str, capability: int, tmp_path: Path) -
         made = triton.compile(
             ASTSource(kernel, types, constexprs=places, attrs=aligned),
             target=GPUTarget("cuda", capability, 32),
-            options=size.options(),
+            options=size.options(kernel),
         )
         registers, spilled = resources(made.asm["cubin"], tmp_path)
         print(
             f"{kernel.__name__} sm_{capability} {dtype} {heads} heads: {registers} registers, {spilled} bytes spilled"
         )
-        assert not spilled or dtype == "fp32" or model == "odd"
-        if "HP" in constants:
+        # What lies between the others has one program for each group, so that some bytes of it count for nothing.
+        small = kernel.fn.__module__.endswith("_between")
+        assert not spilled or small or dtype == "fp32" or model == "odd"
+        if "P" in constants:
             assert ("mma" in made.asm["ptx"]) == (dtype != "fp32")
         assert made.metadata.shared <= 160 * 1024  # of a processor of an A100
 

@@ -11,6 +11,7 @@ import json
 import math
 import sys
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -85,15 +86,26 @@ def differences(case: Case, device: str = "cpu") -> tuple[dict[str, float], dict
     exact = step(copy.deepcopy(plain).double(), maps, None, case.group)
     dtype = getattr(torch, case.dtype)
     elements = (case.group or case.samples) * plain.expand.out_channels * maps[0, 0].numel()
-    before, refine_fused.SLICE = refine_fused.SLICE, math.ceil(elements / case.slices)
     found = []
     for fused in (True, False):
         refiner = copy.deepcopy(plain).to(dtype)
         refiner.fused = fused
-        left = step(refiner, maps.to(dtype), None, case.group)
+        with mock.patch.object(refine_fused, "SLICE", math.ceil(elements / case.slices)):
+            left = step(refiner, maps.to(dtype), None, case.group)
         found.append(errors({name: value.double() for name, value in left.items()}, exact))
-    refine_fused.SLICE = before
     return found[0], found[1]
+
+
+def apart(device: str = "cpu") -> dict[str, float]:
+    """Largest differences of what a group gives alone and beside others."""
+    refiner = with_weights(OfficialRefiner(3, 3, 3, 0.176)).to(device).train()
+    refiner.fused = True
+    maps = some_maps(4, 3, 6, 7).to(device).float()
+    found = []
+    for elements in (1, 2**28):
+        with mock.patch.object(refine_fused, "SLICE", elements):
+            found.append(step(copy.deepcopy(refiner), maps, None, 1))
+    return {name: float((found[0][name] - found[1][name]).abs().max()) for name in ("out", "maps")}
 
 
 def worst(found: dict[str, float], running: bool) -> float:
@@ -186,6 +198,7 @@ def main() -> None:
                 "model": whole_model(),
                 "training": training(int(sys.argv[1]) if len(sys.argv) > 1 else 15),
                 "kept": kept(),
+                "apart": apart(),
                 "compiled": compiled(),
                 "operator": operator(),
             }

@@ -18,7 +18,7 @@ import torch
 from pipeline.models import ModelError, create_model
 from pipeline.models.kernels import runs_here
 from pipeline.models.refine_maps import OfficialRefiner
-from tests.models.refine_fused_cases import CASES, differences, half_precision, worst
+from tests.models.refine_fused_cases import CASES, apart, differences, half_precision, worst
 from tests.models.refiner_step import some_maps, step, with_weights
 from tests.models.test_block_attention import resources
 
@@ -67,6 +67,11 @@ def test_models_compute_the_same(found: dict[str, Any]) -> None:
     plain, ours = found["training"]
     assert len(ours) == 15 and ours == pytest.approx(plain, abs=1e-3)
     assert plain[-1] < 0.8 * plain[0]
+
+
+def test_a_group_gives_the_same_bits_alone(found: dict[str, Any]) -> None:
+    """How many groups go through the kernels together depends on their size, and must not show."""
+    assert found["apart"] == {"out": 0, "maps": 0}
 
 
 def test_the_operator_is_sound(found: dict[str, Any]) -> None:
@@ -177,6 +182,13 @@ def test_on_a_gpu(name: str, dtype: str) -> None:
         pytest.skip("no CUDA device")
     with no_tf32():
         assert_small(*differences(CASES[name]._replace(dtype=dtype), "cuda"), dtype)
+
+
+@pytest.mark.gpu
+def test_a_group_gives_the_same_bits_alone_on_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    assert apart("cuda") == {"out": 0, "maps": 0}
 
 
 @pytest.mark.gpu

@@ -48,6 +48,10 @@ WAYS = {
     "fp32": ["train.precision=fp32"],
     "layers recomputed": ["train.activation_checkpointing=true"],
 }
+# Refiner-S by kernels, 16 samples in so many groups of BatchNorm statistics.
+GROUPS = {
+    f"refiner in {groups} groups": ["model.options={kernels: triton}", f"data.lanes={groups}"] for groups in (2, 8)
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +65,7 @@ def walked(idle: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> di
         data = make_sentences(name, folder, 64) if name in LANGUAGE else pictures[: 2 if name in GENERATE else 3]
         jobs[name] = [str(path), *data, f"out={folder}/runs", *COMMON]
     jobs |= {name: [*jobs["demo"], *way] for name, way in WAYS.items()}
+    jobs |= {name: [*jobs["refiner/s_imagenet"], *way] for name, way in GROUPS.items()}
     done = subprocess.run(
         [sys.executable, "-m", "tests.train.walk_on_idle_gpu"],
         input=json.dumps(jobs),
@@ -74,7 +79,7 @@ def walked(idle: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> di
     return {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
 
 
-@pytest.mark.parametrize("name", [*DISTINCT, *WAYS])
+@pytest.mark.parametrize("name", [*DISTINCT, *WAYS, *GROUPS])
 def test_a_step_of(name: str, walked: dict[str, dict[str, Any]]) -> None:
     """It is done on the GPU, the host doesn't wait for it, and nothing in it may come out otherwise the next time."""
     assert walked[name]["error"] is None, walked[name]["error"]
@@ -85,6 +90,11 @@ def test_kernels_are_counted(walked: dict[str, dict[str, Any]]) -> None:
     kernels = {name: line["launches"] for name, line in walked.items()}
     assert 1.5 < kernels["fp16 in two micro-batches"] / kernels["demo"] < 3.5
     assert kernels["layers recomputed"] > kernels["demo"] > 100
+
+
+def test_groups_share_their_launches(walked: dict[str, dict[str, Any]]) -> None:
+    few, many = (walked[name]["launches"] for name in GROUPS)
+    assert few <= many < 1.1 * few
 
 
 # One process for several commands: most of the time goes into imports.

@@ -187,12 +187,12 @@ class Calls:
     def chunks(self, function: Any) -> int:
         return triton.cdiv(self.size.hidden, self.size.constants(function)["CH"])
 
-    def gathered(self, function: Any, found: Tensor, most: int = GATHERED, **constants: Any) -> tuple[Tensor, int]:
-        """Records (G, parts, ...) merged into `most` at most, and how many."""
+    def gathered(self, function: Any, found: Tensor, **constants: Any) -> tuple[Tensor, int]:
+        """Records (G, parts, ...) merged into `GATHERED` at most, and how many."""
         parts = found.shape[1]
-        if parts <= most:
+        if parts <= GATHERED:
             return found, parts
-        run = triton.cdiv(parts, most)
+        run = triton.cdiv(parts, GATHERED)
         left = triton.cdiv(parts, run)
         into = found.new_empty(self.groups, left, *found.shape[2:])
         blocks, sizes = 1, []

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models import create_model, refine_fused
+from pipeline.models import create_model, refine_calls, refine_fused
 from pipeline.models.refine_maps import OfficialRefiner
 from tests.models.refiner_step import errors, kept_bytes, some_maps, step, with_weights
 from tests.models.short_training import losses_of
@@ -29,6 +29,7 @@ class Case(NamedTuple):
     Attributes:
         group: samples of a group of statistics; None: all.
         slices: that the expanded maps of a group are computed in; 1 / n: n groups are refined together.
+        records: of small programs, and all but two of them merged before they are used; as in large maps.
         contiguous: how the maps lie in memory.
         dtype: name of their type.
     """
@@ -41,6 +42,7 @@ class Case(NamedTuple):
     columns: int
     group: int | None = None
     slices: float = 1
+    records: bool = False
     contiguous: bool = True
     dtype: str = "float64"
 
@@ -62,7 +64,7 @@ CASES = {
     "groups and slices": Case(4, 3, 3, 3, 5, 7, group=2, slices=2),
     "groups together": Case(6, 3, 3, 3, 5, 7, group=2, slices=1 / 3),
     "groups in two lots": Case(6, 3, 2, 3, 7, 5, group=1, slices=1 / 4),
-    "many records": Case(4, 2, 2, 3, 40, 40, group=2, slices=1 / 2),
+    "many records": Case(2, 2, 1, 3, 12, 96, group=1, slices=1 / 2, records=True),
     "not contiguous": Case(2, 3, 3, 3, 6, 4, contiguous=False),
     "float32": Case(4, 3, 3, 3, 7, 7, dtype="float32"),
 }
@@ -90,7 +92,9 @@ def differences(case: Case, device: str = "cpu") -> tuple[dict[str, float], dict
     for fused in (True, False):
         refiner = copy.deepcopy(plain).to(dtype)
         refiner.fused = fused
-        with mock.patch.object(refine_fused, "SLICE", math.ceil(elements / case.slices)):
+        programs = {"FEWEST_TILES": 1, "GATHERED": 2} if case.records else {"FEWEST_TILES": 8}
+        slices = mock.patch.object(refine_fused, "SLICE", math.ceil(elements / case.slices))
+        with slices, mock.patch.multiple(refine_calls, **programs):
             left = step(refiner, maps.to(dtype), None, case.group)
         found.append(errors({name: value.double() for name, value in left.items()}, exact))
     return found[0], found[1]

@@ -231,8 +231,10 @@ def convolve_kernel(
     weighting = taps(kernel, channels, HIDDEN, K)
     first = tl.program_id(1) * run
     last = tl.minimum(first + run, rows)
-    here = maps + (sample * HEADS * plane + x)[None, :] + (heads * plane + (first - HALO) * columns)[:, None]
-    target = convolved + (sample * HIDDEN * plane + x)[None, :] + (channels * plane + first * columns)[:, None]
+    source = (sample * HEADS * plane + x)[None, :] + (heads * plane)[:, None]
+    target = (sample * HIDDEN * plane + x)[None, :] + (channels * plane)[:, None]
+    maps += (first - HALO) * columns
+    convolved += first * columns
 
     mean = tl.zeros((CH, P), dtype=TYPE)
     spread = tl.zeros((CH, P), dtype=TYPE)
@@ -241,7 +243,7 @@ def convolve_kernel(
         row = first - HALO + i
         there = (row >= 0) & (row < rows)
         mask = (exists & (x < tl.where(there, columns, 0)))[None, :] & (heads < HEADS)[:, None]
-        values = expanded(here, mask, means, expansion, shift, tl.where(there, 6.0, 0.0).to(TYPE), TYPE)
+        values = expanded(maps + source, mask, means, expansion, shift, tl.where(there, 6.0, 0.0).to(TYPE), TYPE)
         for dx in tl.static_range(K):
             beside = neighbours(values, dx - HALO, CH, P)
             if dx != HALO:
@@ -253,14 +255,14 @@ def convolve_kernel(
         if i >= 2 * HALO:
             if SUM:
                 away = sums[0] - mean
-                mean += away / (i - 2 * HALO + 1)
+                mean += away * (1.0 / (i - 2 * HALO + 1).to(TYPE))
                 spread += away * (sums[0] - mean)
             if STORE:
                 stored = own[None, :] & (channels < HIDDEN)[:, None]
-                tl.store(target, sums[0].to(convolved.dtype.element_ty), mask=stored)
-            target += columns
+                tl.store(convolved + target, sums[0].to(convolved.dtype.element_ty), mask=stored)
+            convolved += columns
         sums = pushed(sums, tl.zeros((CH, P), dtype=TYPE), K)
-        here += columns
+        maps += columns
     if SUM:
         n = tl.where(own, (last - first).to(TYPE), 0.0)[None, :]
         of_all, squares = merged(mean, spread, n)

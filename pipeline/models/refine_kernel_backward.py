@@ -163,14 +163,17 @@ def deconvolve_kernel(
     inside = edges(x, columns, K, TYPE)
     first = tl.program_id(1) * run
     last = tl.minimum(first + run, rows)
-    origin = (sample * HEADS * plane + x)[None, :] + (heads * plane + first * columns)[:, None]
+    at_heads = (sample * HEADS * plane + x)[None, :] + (heads * plane)[:, None]
+    maps += first * columns
+    grad_maps += first * columns
+    convolved += (first - HALO) * columns
+    grad_second += (first - HALO) * columns
     real = own[None, :] & (heads < HEADS)[:, None]
     means, top = column(known + HEADS, heads, HEADS), tl.where(own, 6.0, 0.0).to(TYPE)[None, :]
     for start in range(0, HIDDEN, CH):
         channels = start + tl.arange(0, CH)
         there = channels < HIDDEN
-        offsets = (sample * HIDDEN * plane + x)[None, :] + (channels * plane + (first - HALO) * columns)[:, None]
-        at_second, at_convolved = grad_second + offsets, convolved + offsets
+        at_hidden = (sample * HIDDEN * plane + x)[None, :] + (channels * plane)[:, None]
         expansion, shift = matrix(expand, channels, heads, HIDDEN, HEADS), column(bias, channels, HIDDEN)
         weighting = taps(kernel, channels, HIDDEN, K)
         of_d, of_c = column(factors, channels, HIDDEN), column(factors + HIDDEN, channels, HIDDEN)
@@ -183,14 +186,14 @@ def deconvolve_kernel(
         for i in range(last - first + 2 * HALO):
             below = first + i < last
             mask = real & (x < tl.where(below, columns, 0))[None, :]
-            h = expanded(maps + origin + i * columns, mask, means, expansion, shift, top, TYPE)
+            h = expanded((maps + i * columns) + at_heads, mask, means, expansion, shift, top, TYPE)
             h = h * tl.where(below, 1.0, 0.0).to(TYPE)
             values = pushed(values, neighbours(h, 0, CH, P), K)
             row = first - HALO + i
             within = (row >= 0) & (row < rows)
             mask = (exists & (x < tl.where(within, columns, 0)))[None, :] & there[:, None]
-            d = tl.load(at_second, mask=mask, other=0.0).to(TYPE)
-            c = tl.load(at_convolved, mask=mask, other=0.0).to(TYPE)
+            d = tl.load((grad_second + i * columns) + at_hidden, mask=mask, other=0.0).to(TYPE)
+            c = tl.load((convolved + i * columns) + at_hidden, mask=mask, other=0.0).to(TYPE)
             grad_c = of_d * d + of_c * c + of_one * tl.where(within, 1.0, 0.0).to(TYPE)
             for dx in tl.static_range(K):
                 # Seen from where its gradient goes a tap lies on the other side.
@@ -213,16 +216,14 @@ def deconvolve_kernel(
                 grad_e = tl.where(outside, 0.0, sums[0])
                 total += grad_e
                 rounded = grad_e.to(maps.dtype.element_ty)
-                above = origin + (i - 2 * HALO) * columns
-                a = centered(maps, above, real, means, TYPE)
+                above = (i - 2 * HALO) * columns
+                a = centered(maps + above, at_heads, real, means, TYPE)
                 moments += product(rounded, tl.trans(a), TYPE)
                 share = product(tl.trans(expansion), rounded, TYPE)
                 if start > 0:
-                    share += tl.load(grad_maps + above, mask=real, other=0.0).to(TYPE)
-                tl.store(grad_maps + above, share.to(grad_maps.dtype.element_ty), mask=real)
+                    share += tl.load((grad_maps + above) + at_heads, mask=real, other=0.0).to(TYPE)
+                tl.store((grad_maps + above) + at_heads, share.to(grad_maps.dtype.element_ty), mask=real)
             sums = pushed(sums, tl.zeros((CH, P), dtype=TYPE), K)
-            at_second += columns
-            at_convolved += columns
         report = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * HIDDEN + channels
         record: tl.constexpr = HEADS + 1 + K * K
         programs = tl.num_programs(0) * tl.num_programs(1)

@@ -41,6 +41,12 @@ def of_group(values, size):
 
 
 @triton.jit
+def number(count, TYPE: tl.constexpr):
+    """An integer in floating point; Triton takes an argument of 1 for a constant."""
+    return tl.full((), 0.0, dtype=TYPE) + count
+
+
+@triton.jit
 def column(vector, index, COUNT: tl.constexpr):
     """Of a vector, beside pixels: (n, 1), 0 from COUNT on."""
     return tl.load(vector + index, mask=index < COUNT, other=0.0)[:, None]
@@ -255,7 +261,7 @@ def convolve_kernel(
         if i >= 2 * HALO:
             if SUM:
                 away = sums[0] - mean
-                mean += away * (1.0 / (i - 2 * HALO + 1).to(TYPE))
+                mean += away * (1.0 / number(i - 2 * HALO + 1, TYPE))
                 spread += away * (sums[0] - mean)
             if STORE:
                 stored = own[None, :] & (channels < HIDDEN)[:, None]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pipeline.models.refine_kernel import matrix, of_group, product
+from pipeline.models.refine_kernel import matrix, number, of_group, product
 
 # Records that a program takes at a time, by their size: what registers hold.
 SMALL: tl.constexpr = tl.constexpr(16)
@@ -164,12 +164,6 @@ def sums_of(
         at = gathered + (part * size)[:, None, None] + (rows[:, None] * STEP + columns[None, :])[None, :, :]
         sums += tl.sum(tl.load(at, mask=(part < parts)[:, None, None] & inside[None, :, :], other=0.0), 0)
     return sums
-
-
-@triton.jit
-def number(count, TYPE: tl.constexpr):
-    """An integer argument in floating point; Triton hands over a 1 as a constant."""
-    return tl.full((), 0.0, dtype=TYPE) + count
 
 
 @triton.jit

@@ -80,7 +80,7 @@ def clamped(x, top):
 
 @triton.jit
 def expanded(maps, mask, center, weights, shift, top, TYPE: tl.constexpr):
-    """The expanded maps behind the first ReLU6, (CH, P).
+    """The expanded maps behind the first ReLU6, (CH, P), and the maps as read, (HP, P).
 
     In half precision the maps are not centred: products are exact and summed in float32, so `shift` can do it.
 
@@ -91,7 +91,7 @@ def expanded(maps, mask, center, weights, shift, top, TYPE: tl.constexpr):
     x = tl.load(maps, mask=mask, other=0.0)
     if x.dtype.primitive_bitwidth > 16:
         x = x - center
-    return clamped(product(weights, x, TYPE) + shift, top)
+    return clamped(product(weights, x, TYPE) + shift, top), x
 
 
 @triton.jit
@@ -249,7 +249,7 @@ def convolve_kernel(
         row = first - HALO + i
         there = (row >= 0) & (row < rows)
         mask = (exists & (x < tl.where(there, columns, 0)))[None, :] & (heads < HEADS)[:, None]
-        values = expanded(maps + source, mask, means, expansion, shift, tl.where(there, 6.0, 0.0).to(TYPE), TYPE)
+        values, _ = expanded(maps + source, mask, means, expansion, shift, tl.where(there, 6.0, 0.0).to(TYPE), TYPE)
         for dx in tl.static_range(K):
             beside = neighbours(values, dx - HALO, CH, P)
             if dx != HALO:

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from pipeline.models.refine_kernel import (
-    centered,
     clamped,
     column,
     edges,
@@ -179,6 +178,7 @@ def deconvolve_kernel(
         of_d, of_c = column(factors, channels, HIDDEN), column(factors + HIDDEN, channels, HIDDEN)
         of_one = column(factors + 2 * HIDDEN, channels, HIDDEN)
         values = zeros(K, CH, P, TYPE)  # of the rows that this one's dC reaches, from the one above on
+        maps_above = zeros(K, HP, P, maps.dtype.element_ty)  # of the same rows
         sums = zeros(K, CH, P, TYPE)  # of their gradients
         grad_kernel = zeros(K * K, CH, P, TYPE)
         total = tl.zeros((CH, P), dtype=TYPE)
@@ -186,9 +186,10 @@ def deconvolve_kernel(
         for i in range(last - first + 2 * HALO):
             below = first + i < last
             mask = real & (x < tl.where(below, columns, 0))[None, :]
-            h = expanded((maps + i * columns) + at_heads, mask, means, expansion, shift, top, TYPE)
+            h, a = expanded((maps + i * columns) + at_heads, mask, means, expansion, shift, top, TYPE)
             h = h * tl.where(below, 1.0, 0.0).to(TYPE)
             values = pushed(values, neighbours(h, 0, CH, P), K)
+            maps_above = pushed(maps_above, a, K)
             row = first - HALO + i
             within = (row >= 0) & (row < rows)
             mask = (exists & (x < tl.where(within, columns, 0)))[None, :] & there[:, None]
@@ -214,22 +215,25 @@ def deconvolve_kernel(
             if i >= 2 * HALO:
                 outside = (values[0] <= 0) | (values[0] >= 6)
                 grad_e = tl.where(outside, 0.0, sums[0])
-                total += grad_e
                 rounded = grad_e.to(maps.dtype.element_ty)
+                total += rounded.to(TYPE)
                 above = (i - 2 * HALO) * columns
-                a = centered(maps + above, at_heads, real, means, TYPE)
-                moments += product(rounded, tl.trans(a), TYPE)
+                moments += product(rounded, tl.trans(maps_above[0]), TYPE)
                 share = product(tl.trans(expansion), rounded, TYPE)
                 if start > 0:
                     share += tl.load((grad_maps + above) + at_heads, mask=real, other=0.0).to(TYPE)
                 tl.store((grad_maps + above) + at_heads, share.to(grad_maps.dtype.element_ty), mask=real)
             sums = pushed(sums, tl.zeros((CH, P), dtype=TYPE), K)
+        sum_e = tl.sum(total, 1)
+        if maps.dtype.element_ty.primitive_bitwidth == 16:
+            # As in `expanded`: the maps were not centred.
+            moments -= sum_e[:, None] * tl.trans(means)
         report = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * HIDDEN + channels
         record: tl.constexpr = HEADS + 1 + K * K
         programs = tl.num_programs(0) * tl.num_programs(1)
         report = of_group(found, programs * HIDDEN * record) + report * record
         tl.store(report[:, None] + heads[None, :], moments, mask=there[:, None] & (heads < HEADS)[None, :])
-        tl.store(report + HEADS, tl.sum(total, 1), mask=there)
+        tl.store(report + HEADS, sum_e, mask=there)
         for tap in tl.static_range(K * K):
             tl.store(report + HEADS + 1 + tap, tl.sum(grad_kernel[tap], 1), mask=there)
         # What one thread wrote to `grad_maps`, another may read for the next chunk.

@@ -162,6 +162,16 @@ def test_they_compile(model: str, dtype: str, capability: int, tmp_path: Path) -
         assert made.metadata.shared <= 160 * 1024  # of a processor of an A100
 
 
+def test_instructions_are_as_written() -> None:
+    """What docs/performance.md says of them, counted again."""
+    from bench.instructions import count
+
+    written = json.loads((ROOT / "bench/results/instructions.json").read_text())["models"][0]
+    counted = count(written["model"], 90)
+    assert counted["millions"] == pytest.approx(written["millions"], rel=0.1, abs=0.05)
+    assert counted["microseconds_an_image"] == pytest.approx(written["microseconds_an_image"], rel=0.1)
+
+
 @contextmanager
 def no_tf32() -> Iterator[None]:
     """By hand: monkeypatch would delete what it set, since torch keeps these switches in no dictionary."""

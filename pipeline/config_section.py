@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 _RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -15,6 +16,33 @@ class Section(BaseModel):
     """Base of every part of the tree: frozen, no unknown keys, no infinite numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_flag_for_a_number(cls, values: Any) -> Any:
+        """Python's True is a 1, which nobody means by `checkpoint.part_mb=true`: as a word it is refused."""
+        if not isinstance(values, dict):
+            return values
+        flags = {name for name, value in values.items() if isinstance(value, bool) and name in cls.model_fields}
+        numbers = {name for name in flags if _number(cls.model_fields[name].annotation)}
+        return {name: str(value).lower() if name in numbers else value for name, value in values.items()}
+
+
+def _number(annotation: Any) -> bool:
+    kinds = set(_kinds(annotation))
+    return bool(kinds & {int, float}) and not kinds & {bool, Any}
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The types of an annotation, and of what stands in its brackets; values of a Literal count by their type."""
+    inner = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        yield from map(type, inner)
+    elif inner:
+        for each in inner:
+            yield from _kinds(each)
+    else:
+        yield annotation
 
 
 def kind_alone(value: Any) -> Any:

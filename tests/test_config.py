@@ -381,6 +381,9 @@ def test_missing_keys_are_listed(tmp_path: Path) -> None:
         (SMALL + "on: 1\n", ":10: the key on is no text in YAML; put it in quotes"),
         (SMALL + "mix:\n", ":10: mix is empty; leave it out or give it some of its keys"),
         (SMALL + "name: yes\n", ":10: name=true: should be a valid string"),
+        (SMALL + "seed: yes\n", ":10: seed=true: should be a valid integer"),
+        (SMALL + "checkpoint: {part_mb: true}\n", ":10: checkpoint.part_mb=true: should be a valid integer"),
+        (SMALL + "mix: {mixup_alpha: off}\n", ":10: mix.mixup_alpha=false: should be a valid number"),
     ],
 )  # fmt: skip
 def test_bad_file(tmp_path: Path, text: str, said: str) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
+from pipeline.config_section import Section
 from pipeline.errors import UserError
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -22,17 +23,13 @@ _MEAN_STD: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 def _require_ordered(name: str, pair: tuple[float, float], low: float, high: float | None = None) -> None:
     if not low < pair[0] <= pair[1] or (high is not None and pair[1] > high):
         limit = "" if high is None else f" and at most {high:g}"
         raise ValueError(f"{name} must be [low, high] with low <= high, above {low:g}{limit}, not {list(pair)}")
 
 
-class RandomResizedCrop(_Settings):
+class RandomResizedCrop(Section):
     """A random part of the picture, resized to the input size."""
 
     kind: Literal["rrc"] = "rrc"
@@ -55,7 +52,7 @@ class RandomResizedCrop(_Settings):
         return self
 
 
-class PadCrop(_Settings):
+class PadCrop(Section):
     """Pad every side, then cut out a random square of the input size."""
 
     kind: Literal["pad"] = "pad"
@@ -63,13 +60,13 @@ class PadCrop(_Settings):
     fill: Literal["zero", "reflect"] = Field(default="zero", description="black, or the picture mirrored at its edge")
 
 
-class CenterCrop(_Settings):
+class CenterCrop(Section):
     """The central square of the input size."""
 
     kind: Literal["center"] = "center"
 
 
-class NoCrop(_Settings):
+class NoCrop(Section):
     """The picture as it is; it must have the input size."""
 
     kind: Literal["none"] = "none"
@@ -87,7 +84,7 @@ CropConfig = Annotated[
 ]
 
 
-class AffineConfig(_Settings):
+class AffineConfig(Section):
     """A small random affine map, for pictures that must not be mirrored, such as digits. It uncovers black pixels."""
 
     degrees: float = Field(default=0.0, ge=0.0, le=180.0, description="largest rotation to either side, degrees")
@@ -101,7 +98,7 @@ class AffineConfig(_Settings):
         return self
 
 
-class RandAugmentConfig(_Settings):
+class RandAugmentConfig(Section):
     """RandAugment (Cubuk et al. 2020): a few operations drawn at random, all of about the same magnitude."""
 
     policy: Literal["nest", "timm-inc"] = Field(
@@ -116,7 +113,7 @@ class RandAugmentConfig(_Settings):
     prob: Probability = Field(default=0.5, description="probability that a drawn operation is applied")
 
 
-class ColorJitterConfig(_Settings):
+class ColorJitterConfig(Section):
     """SimCLR v2 colour jitter: brightness, contrast and saturation by 1 ± 0.8 s, hue by ± 0.2 s turns, random order."""
 
     strength: float = Field(default=0.3, ge=0.0, le=1.25, description="s; NesT on ImageNet: 0.3")
@@ -124,7 +121,7 @@ class ColorJitterConfig(_Settings):
     gray_prob: Probability = Field(default=0.2, description="probability of turning the picture grey afterwards")
 
 
-class RandomErasingConfig(_Settings):
+class RandomErasingConfig(Section):
     """Random erasing (Zhong et al. 2020) of one box of the normalised picture."""
 
     prob: Probability = 0.25
@@ -148,7 +145,7 @@ class RandomErasingConfig(_Settings):
         return self
 
 
-class Normalization(_Settings):
+class Normalization(Section):
     """Mean and standard deviation per channel, of pixels in 0..1."""
 
     mean: tuple[float, ...]
@@ -161,7 +158,7 @@ class Normalization(_Settings):
         return self
 
 
-class AugmentConfig(_Settings):
+class AugmentConfig(Section):
     """Everything done to a single picture, in the order of the fields."""
 
     resize: PositiveInt | None = Field(default=None, description="first bring the shorter side to this many pixels")
@@ -232,7 +229,7 @@ class AugmentConfig(_Settings):
         return mean, std
 
 
-class EvalTransformConfig(_Settings):
+class EvalTransformConfig(Section):
     """What is done to an evaluation image. It is normalised as in training (`AugmentConfig.normalize`)."""
 
     resize: Literal["crop_pct", "resize_only", "none"] = Field(
@@ -258,7 +255,7 @@ class EvalTransformConfig(_Settings):
         return self
 
 
-class MixConfig(_Settings):
+class MixConfig(Section):
     """Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019) and label smoothing."""
 
     mixup_alpha: float = Field(

@@ -16,7 +16,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.distributed import World
-from pipeline.train.engines.whole import STATE, saved_weights
+from pipeline.train.engines.whole import STATE, WholeState, saved_weights
 from tests.conftest import small_disk
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -72,6 +72,18 @@ def test_a_damaged_one_is_passed_over_for_the_one_before(
 def test_another_layout_is_told(tmp_path: Path) -> None:
     torch.save({"model": {}, "optimizer": {}}, tmp_path / STATE)
     with pytest.raises(UserError, match=r"state\.pt is laid out as another version"):
+        saved_weights(tmp_path, "model")
+
+
+@pytest.mark.parametrize("left", [0, 1, 500, -1])
+@pytest.mark.parametrize("parts", [None, 1])
+def test_damage_is_told_in_plain_words(left: int, parts: int | None, tmp_path: Path) -> None:
+    state = WholeState({"w": torch.zeros(400_000)}, {}, {}, None, 0)
+    state.write(tmp_path, parts)
+    assert torch.equal(saved_weights(tmp_path, "model")["w"], state.model["w"])
+    last = max(path for path in tmp_path.iterdir() if path.suffix != ".parts")
+    last.write_bytes(last.read_bytes()[:left])
+    with pytest.raises(RuntimeError, match=r"^state\.pt is damaged or incomplete; choose another checkpoint$"):
         saved_weights(tmp_path, "model")
 
 

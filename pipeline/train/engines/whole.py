@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Self
 
 import torch
@@ -61,7 +62,11 @@ class WholeState:
         if cls.is_in(directory):
             cut = in_parts(directory / STATE)
             file: Any = opened(directory / STATE) if cut else directory / STATE
-            saved = torch.load(file, map_location="cpu", weights_only=True, mmap=None if cut else True)
+            try:
+                saved = torch.load(file, map_location="cpu", weights_only=True, mmap=None if cut else True)
+            except (RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+                # Their words are about archives and offsets.
+                raise RuntimeError(f"{STATE} is damaged or incomplete; choose another checkpoint") from error
             expected = {field.name for field in fields(cls)}
             if not isinstance(saved, dict) or saved.keys() != expected:
                 raise UserError(

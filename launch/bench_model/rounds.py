@@ -96,9 +96,10 @@ def take_turns(
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        # "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ...".
-        return f"out of memory: {str(error).split('. ')[1]}"
+    # "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ...": a table has room for the second sentence.
+    sentences = str(error).split(". ")
+    if isinstance(error, torch.OutOfMemoryError) and len(sentences) > 1:
+        return f"out of memory: {sentences[1]}"
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 

@@ -27,7 +27,7 @@ from launch.bench_model.count import Counts, count
 from launch.bench_model.measure import bench_model, count_models
 from launch.bench_model.peaks import PEAKS, peak_of
 from launch.bench_model.report import print_counts
-from launch.bench_model.rounds import Found, Plan, rows, take_turns
+from launch.bench_model.rounds import Found, Plan, _reason, rows, take_turns
 from launch.bench_model.runner import Runner
 from pipeline.errors import UserError
 from pipeline.models import create_model
@@ -197,6 +197,11 @@ def test_turns_are_taken_and_failures_told() -> None:
     assert [len(found[n].rates) for n in "ab"] == [2, 2] and found["a"].failed is None
     # Warm-up, then by turns: a step that doesn't count and one that does.
     assert "".join(order).endswith("aabb" * 2)
+
+
+def test_what_had_no_room_is_said_within_a_cell() -> None:
+    text = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 139.8 GiB"
+    assert _reason(torch.OutOfMemoryError(text)) == "out of memory: Tried to allocate 2.50 GiB"
 
 
 def test_a_training_step_trains() -> None:

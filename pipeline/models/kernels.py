@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Mapping
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -19,6 +20,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def runs_here(x: Tensor) -> bool:
     """Whether Triton's kernels can work on this tensor; elsewhere (on a CPU) the same is computed by PyTorch."""
     return x.is_cuda or INTERPRETED
+
+
+def asked_for(options: Mapping[str, Any]) -> bool:
+    """Whether a model's options have Triton's kernels, at their top or in one of them (`refine`)."""
+    inner = (value for value in options.values() if isinstance(value, Mapping))
+    return options.get("kernels") == "triton" or any(map(asked_for, inner))
 
 
 def triton_module(name: str) -> ModuleType:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.models.kernels import asked_for
 from pipeline.resolve import Resolved
 from pipeline.tracking.background import BackgroundMirror
 from pipeline.tracking.confusion import BEST_NAME, NEWEST_NAME, Confusion
@@ -76,6 +77,8 @@ class Recorder:
         self._report.begin(state.step)
         if state.step:
             self._report.say(f"continuing {self.path} after step {state.step}")
+        if world.device.type == "cpu" and asked_for(self.run.config.model.options):
+            self._report.say("kernels=triton: this is no GPU, so PyTorch computes the same by its own operations")
 
     def advance(self, step: int) -> None:
         self._report.advance(step)

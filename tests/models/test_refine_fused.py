@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pipeline.models import ModelError, create_model
-from pipeline.models.kernels import runs_here
+from pipeline.models.kernels import asked_for, runs_here
 from pipeline.models.refine_maps import OfficialRefiner
 from tests.models.refine_fused_cases import CASES, apart, differences, half_precision, worst
 from tests.models.refiner_step import some_maps, step, with_weights
@@ -104,6 +104,11 @@ def test_on_a_cpu_nothing_changes() -> None:
     assert not runs_here(maps)
     got, wanted = step(fused, maps, None, None), step(plain, maps, None, None)
     assert all(torch.equal(got[name], value) for name, value in wanted.items())
+
+
+def test_whether_options_ask_for_them() -> None:
+    assert asked_for({"kernels": "triton"}) and asked_for({"refine": {"kernels": "triton"}, "depth": 2})
+    assert not asked_for({}) and not asked_for({"kernels": "torch", "refine": None, "depth": 2})
 
 
 def test_other_architectures_have_them_too() -> None:

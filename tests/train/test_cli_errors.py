@@ -11,6 +11,7 @@ from pipeline.config_load import load_config
 from pipeline.tracking.metrics import read_metrics
 from pipeline.tracking.run_dir import RunDir
 from tests.train.conftest import Rookery
+from tests.train.forked import ForkServer
 
 CASES = {
     "out is a file": (["{recipe}", "out={recipe}"], ["recipe.yaml: not a folder; choose another out=..."]),
@@ -128,3 +129,9 @@ def test_two_runs_in_one_directory(recipe: Path, rookery: Rookery, tmp_path: Pat
         done = rookery("train", recipe, *SHORT, "--nproc", 2, check=2)
     assert "another run is writing" in done.stderr and "Traceback" not in done.stderr
     assert snapshot(tmp_path / "runs") == before
+
+
+def test_kernels_without_a_gpu_are_told(recipe: Path, fork_server: ForkServer, tmp_path: Path) -> None:
+    options = ("model.options.kernels=triton", "data.val=null", "train.stop_after=1steps")
+    done = fork_server.command(tmp_path, "train", recipe, *options)
+    assert "kernels=triton: this is no GPU, so PyTorch computes the same" in done.stdout + done.stderr

@@ -7,6 +7,7 @@ launcher; what that adds is tested with commands.
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import signal
@@ -102,7 +103,10 @@ def _serve() -> None:
     os.dup2(1, 2)
     os.environ["DS_ACCELERATOR"] = "cpu"
     sys.modules["mlflow"] = None  # type: ignore[assignment]  # as `import_deepspeed` does
+    import deepspeed.module_inject.auto_ep_layer
+    import deepspeed.ops.op_builder.all_ops
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # and with it the compiler, at the first start
+    import timm  # noqa: F401
     import torch
     import torch._dynamo  # which torch's convolutions and optimizers import when they are first used
     import torchmetrics.image.fid
@@ -111,15 +115,22 @@ def _serve() -> None:
     import launch.cli
     import launch.dry_run
     import launch.workers  # noqa: F401
+    import pipeline.config_load
     import pipeline.data.fast.randaugment  # loads what it compiled before
     import pipeline.models.bert  # and with it transformers
     import pipeline.train.engines.deepspeed
     import pipeline.train.engines.fsdp
+    import pipeline.train.explained
     import pipeline.train.loop
-    import pipeline.train.process  # noqa: F401
+    import pipeline.train.process
+    import pipeline.train.tasks.classify
+    import pipeline.train.tasks.generate
+    import pipeline.train.tasks.language  # noqa: F401
 
     del sys.modules["mlflow"]
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # A training collects garbage by hand, which takes half a second among all these modules' objects.
     for line in sys.stdin:
         request = json.loads(line)
         answer: Any = "ready"

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,18 @@ class ForkServer:
         statuses = self.start(recipe, *overrides, nproc=nproc).wait()
         assert statuses == [0] * nproc, f"exit statuses {statuses}\n{self.log.read_text()[-5000:]}"
 
-    def command(self, folder: Path, *arguments: object, check: int = 0) -> subprocess.CompletedProcess[str]:
-        """Run `rookery` in a folder and expect the exit status `check`."""
-        words = [str(argument) for argument in arguments]
+    def command(
+        self, folder: Path, *arguments: object, check: int = 0, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `rookery` in a folder and expect the exit status `check`.
+
+        Args:
+            env: the environment, if not `tests.train.commands.environment`.
+        """
+        words, env = [str(argument) for argument in arguments], environment() if env is None else dict(env)
         with tempfile.TemporaryDirectory() as files:
             out, err = Path(files, "out"), Path(files, "err")
-            pid = self._ask(
-                {"command": words, "folder": str(folder), "out": str(out), "err": str(err), "env": environment()}
-            )
+            pid = self._ask({"command": words, "folder": str(folder), "out": str(out), "err": str(err), "env": env})
             [status] = self._ask({"wait": [pid]})
             done = subprocess.CompletedProcess(["rookery", *words], status, out.read_text(), err.read_text())
         assert status == check, f"exit status {status}\n{done.stdout}\n{done.stderr}"

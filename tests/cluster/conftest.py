@@ -8,9 +8,9 @@ import pytest
 
 from tests.cluster.slurm_cluster import SlurmCluster, missing_programs
 from tests.conftest import missing
-from tests.train.conftest import digits
+from tests.train.conftest import digits, fork_server
 
-__all__ = ["digits"]
+__all__ = ["digits", "fork_server"]
 
 
 @pytest.fixture(scope="module")

@@ -122,7 +122,9 @@ def cifar10_recipe(shards: Path, folder: Path) -> Path:
 
 
 @pytest.mark.timeout(3600)
-def test_a_node_and_a_trial_die(ray_cluster: RayCluster, cifar10: Path, tmp_path: Path) -> None:
+def test_a_node_and_a_trial_die(
+    ray_cluster: RayCluster, cifar10: Path, fork_server: ForkServer, tmp_path: Path
+) -> None:
     """ASHA over eight trials of two workers each, whose values Optuna proposes."""
     cifar10_recipe(cifar10, tmp_path)
     sweep = Sweep(
@@ -168,8 +170,7 @@ def test_a_node_and_a_trial_die(ray_cluster: RayCluster, cifar10: Path, tmp_path
 
     best = sweep.run(sweep.best())
     serial = tmp_path / "runs" / "serial"
-    with ForkServer(tmp_path) as server:
-        server.train(best / "config.yaml", "name=serial", f"out={tmp_path}/runs", nproc=2)
+    fork_server.train(best / "config.yaml", "name=serial", f"out={tmp_path}/runs", nproc=2)
     assert weights(serial) == weights(best)
     figures = read_metrics(serial)[-1]
     assert trials[best.name]["figures"]["loss"] == figures["loss"]

@@ -128,7 +128,7 @@ def test_two_nodes_equal_one_machine(work: Work) -> None:
     assert {"#SBATCH --nodes=2", "#SBATCH --exclusive", "#SBATCH --requeue", "export ROOKERY_NPROC=2"} <= {*script}
 
 
-def test_preempted_requeued_and_a_node_lost(work: Work) -> None:
+def test_preempted_requeued_and_a_node_lost(work: Work, fork_server: ForkServer) -> None:
     """USR1, `scontrol requeue` and a dead node, one after the other."""
     arguments = [work.recipe, ENDLESS, "name=cut"]
     run, cluster = work.run("cut"), work.cluster
@@ -153,8 +153,7 @@ def test_preempted_requeued_and_a_node_lost(work: Work) -> None:
     assert sessions(run)[:2] == ["interrupted", "interrupted"]
     assert sessions(run)[2] in ("killed", "failed")
     assert sessions(run)[3:] == ["stopped"]
-    with ForkServer(work.folder) as server:
-        server.train(work.recipe, ENDLESS, "name=whole", nproc=2)
+    fork_server.train(work.recipe, ENDLESS, "name=whole", nproc=2)
     assert weights(run) == weights(work.run("whole"))
     steps = [line["step"] for line in read_metrics(run) if line["kind"] == "train"]
     assert steps == [*range(1, end + 1)]
@@ -219,9 +218,10 @@ def test_submitted_by_rookery_and_again_by_its_script(work: Work) -> None:
     ],
     ids=lambda value: " ".join(value),
 )
-def test_refused(arguments: list[str], expected: list[str], work: Work) -> None:
-    done = rookery(work, "--slurm", *arguments)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+def test_refused(arguments: list[str], expected: list[str], work: Work, fork_server: ForkServer) -> None:
+    words = ("train", work.recipe, "--slurm", *arguments)
+    done = fork_server.command(work.folder, *words, check=2, env=work.cluster.environment)
+    assert "Traceback" not in done.stderr
     for text in expected:
         assert text in done.stderr, done.stderr
     assert not work.run("run").exists()

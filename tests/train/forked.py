@@ -7,6 +7,7 @@ launcher; what that adds is tested with commands.
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,14 +55,18 @@ class ForkServer:
         statuses = self.start(recipe, *overrides, nproc=nproc).wait()
         assert statuses == [0] * nproc, f"exit statuses {statuses}\n{self.log.read_text()[-5000:]}"
 
-    def command(self, folder: Path, *arguments: object, check: int = 0) -> subprocess.CompletedProcess[str]:
-        """Run `rookery` in a folder and expect the exit status `check`."""
-        words = [str(argument) for argument in arguments]
+    def command(
+        self, folder: Path, *arguments: object, check: int = 0, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `rookery` in a folder and expect the exit status `check`.
+
+        Args:
+            env: the environment, if not `tests.train.commands.environment`.
+        """
+        words, env = [str(argument) for argument in arguments], environment() if env is None else dict(env)
         with tempfile.TemporaryDirectory() as files:
             out, err = Path(files, "out"), Path(files, "err")
-            pid = self._ask(
-                {"command": words, "folder": str(folder), "out": str(out), "err": str(err), "env": environment()}
-            )
+            pid = self._ask({"command": words, "folder": str(folder), "out": str(out), "err": str(err), "env": env})
             [status] = self._ask({"wait": [pid]})
             done = subprocess.CompletedProcess(["rookery", *words], status, out.read_text(), err.read_text())
         assert status == check, f"exit status {status}\n{done.stdout}\n{done.stderr}"
@@ -102,7 +108,10 @@ def _serve() -> None:
     os.dup2(1, 2)
     os.environ["DS_ACCELERATOR"] = "cpu"
     sys.modules["mlflow"] = None  # type: ignore[assignment]  # as `import_deepspeed` does
+    import deepspeed.module_inject.auto_ep_layer
+    import deepspeed.ops.op_builder.all_ops
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # and with it the compiler, at the first start
+    import timm  # noqa: F401
     import torch
     import torch._dynamo  # which torch's convolutions and optimizers import when they are first used
     import torchmetrics.image.fid
@@ -111,15 +120,22 @@ def _serve() -> None:
     import launch.cli
     import launch.dry_run
     import launch.workers  # noqa: F401
+    import pipeline.config_load
     import pipeline.data.fast.randaugment  # loads what it compiled before
     import pipeline.models.bert  # and with it transformers
     import pipeline.train.engines.deepspeed
     import pipeline.train.engines.fsdp
+    import pipeline.train.explained
     import pipeline.train.loop
-    import pipeline.train.process  # noqa: F401
+    import pipeline.train.process
+    import pipeline.train.tasks.classify
+    import pipeline.train.tasks.generate
+    import pipeline.train.tasks.language  # noqa: F401
 
     del sys.modules["mlflow"]
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # A training collects garbage by hand, which takes half a second among all these modules' objects.
     for line in sys.stdin:
         request = json.loads(line)
         answer: Any = "ready"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from launch.workers import Nodes, start_workers
 from pipeline.config import RunConfig
+from pipeline.train.distributed import World
 from pipeline.train.loop import train
 from pipeline.train.process import run_process
 from tests.train.commands import environment
@@ -18,7 +20,13 @@ from tests.train.commands import environment
 def run(payload: str, threads: int | None = None) -> int:
     """Train the configs of a JSON list, one after the other."""
     configs = [RunConfig.model_validate(tree) for tree in json.loads(payload)]
-    return run_process(lambda world: [train(config, world) for config in configs], threads)
+
+    def one_by_one(world: World) -> None:
+        for config in configs:
+            gc.freeze()  # what imports have left would make every training's first collection of garbage long
+            train(config, world)
+
+    return run_process(one_by_one, threads)
 
 
 def train_all(configs: list[RunConfig], nproc: int, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -68,7 +68,7 @@ def kill(job: Job, where: str, run: Path, moments: random.Random) -> None:
     """Kill a job while it starts, in a step, in an evaluation or in a save."""
     metrics, parts = run / "metrics.jsonl", run / "checkpoints"
     if where == "start":
-        time.sleep(moments.uniform(0, 1.5))
+        time.sleep(moments.uniform(0, 0.8))
         job.kill()
         return
     before = lines(metrics)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from launch.bench_model.measure import bench_model, tell
 from pipeline.models import create_model, fold_refiners, num_drop_paths, set_drop_path_noise, set_lean
+from pipeline.models.batch_norm import group_statistics
 from pipeline.models.block_attention import block_attention
 from pipeline.models.refine_maps import OfficialRefiner
 from pipeline.models.timm_weights import from_timm
@@ -76,6 +79,11 @@ PARTS = {
         ["nest_base", "nest_base+compile", "nest_base+layers"], "nest_base", 128, phases=("train",), repeats=3
     ),
 }
+# Measured by other means than models are.
+KERNELS = "refine_kernels"
+NAMES = ["checks", *PARTS, KERNELS]
+# What marks the models of opt-in kernels: if these are wrong, the others are measured all the same.
+OPT_IN = "+triton"
 _SMALL = ["deit_tiny", "timm:vit_tiny_patch16_224", "refiner_vit_s+maps"]
 TINY = {
     "eager": Part(_SMALL, _SMALL[1], 2, side=32, repeats=2, seconds=0.0),
@@ -84,10 +92,10 @@ TINY = {
 
 
 def main() -> int:
-    """Run the parts that were asked for while there is time; 1 if a check fails or a part was left out."""
+    """Run the parts that were asked for while there is time; 1 if a check fails or anything was left out."""
     parser = argparse.ArgumentParser(description="Measure this package's models on a GPU; see bench/gpu.sh.")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--only", default=",".join(["checks", *PARTS]))
+    parser.add_argument("--only", default=",".join(NAMES))
     parser.add_argument("--minutes", type=float, default=8.5, help="no part is begun after two thirds of them")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
@@ -95,23 +103,56 @@ def main() -> int:
         parser.error("there is no GPU here; --tiny tries the script on a CPU")
     parts, began, status = TINY if options.tiny else PARTS, time.monotonic(), 0
     command = shlex.join(["bench/gpu.sh", *sys.argv[1:]])
+    wrong: list[str] = []
     for name in options.only.split(","):
-        if name not in ("checks", *PARTS):
-            parser.error(f"--only {name}: there is checks, {', '.join(PARTS)}")
-        if name != "checks" and name not in parts:
-            continue
+        if name not in NAMES:
+            parser.error(f"--only {name}: there is {', '.join(NAMES)}")
+        part = None
+        if name != "checks":
+            part = without(parts[name], OPT_IN) if wrong and name in parts else parts.get(name)
+            if part is None and (name != KERNELS or wrong or DEVICE.type == "cpu"):
+                continue
         if time.monotonic() - began > 40 * options.minutes:
             tell(f"no time left for {name}: run it by --only {name}")
             status = 1
             continue
         tell(name)
-        report = check(command, options.tiny) if name == "checks" else measured(parts[name], command)
+        if name == "checks":
+            report = check(command, options.tiny)
+        else:
+            report = kernels(command, options.tiny) if part is None else measured(part, command)
         report["minutes"] = (time.monotonic() - began) / 60
         (options.out / f"model_{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-        if name == "checks" and not all(row["passed"] for row in report["checks"]):
-            tell(f"the fast paths are wrong, nothing is measured: {report['checks']}")
+        failed = [row for row in report.get("checks", ()) if not row["passed"]]
+        if not all(row["opt_in"] for row in failed):
+            tell(f"the fast paths are wrong, nothing is measured: {failed}")
             return 1
+        if failed:
+            wrong, status = [row["name"] for row in failed], 1
+            tell(f"opt-in kernels are wrong, models with {OPT_IN} are left out: {failed}")
     return status
+
+
+def without(part: Part, suffix: str) -> Part | None:
+    """The part without models of such names; None if none is left to compare."""
+    names = [name for name in part.names if not name.endswith(suffix)]
+    return replace(part, names=names) if len(names) > 1 and part.against in names else None
+
+
+def kernels(command: str, tiny: bool) -> dict[str, Any]:
+    """The report of `refine_kernels`: for Refiner-S and -L, 128 samples in groups of 32."""
+    from bench.refine_kernels import refine_kernels
+
+    samples, tokens, repeats = (8, 17, 1) if tiny else (128, 197, 20)
+    rows = {f"{heads} heads": refine_kernels(samples, 4, heads, tokens, repeats) for heads in (12, 16)}
+    return {
+        "command": command,
+        "device": device_name(),
+        "versions": key_versions(),
+        "microseconds_a_sample": rows,
+        "batch": samples,
+        "repeats": repeats,
+    }
 
 
 def measured(part: Part, command: str) -> dict[str, Any]:
@@ -138,7 +179,14 @@ def check(command: str, tiny: bool) -> dict[str, Any]:
 
     def add(name: str, got: Sequence[Tensor], wanted: Sequence[Tensor], allowed: float) -> None:
         error = _error(got, wanted)
-        found.append({"name": name, "error": error, "allowed": allowed, "passed": error <= allowed})
+        found.append({"name": name, "error": error, "allowed": allowed, "passed": error <= allowed, "opt_in": False})
+
+    def add_opt_in(name: str, both: Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]], allowed: float) -> None:
+        try:
+            add(name, *both(), allowed)
+            found[-1]["opt_in"] = True
+        except Exception as error:  # such as what a compiler says of a kernel
+            found.append({"name": name, "error": repr(error)[:500], "passed": False, "opt_in": True})
 
     nest, theirs, side = _nests(tiny)
     images = torch.randn(4, 3, side, side, device=DEVICE, generator=_seeded())
@@ -158,24 +206,27 @@ def check(command: str, tiny: bool) -> dict[str, Any]:
     if DEVICE.type == "cuda":
         for dtype, allowed in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)):
             for shape in ((37, 16, 3, 1, 64), (5, 64, 4, 4, 32)):
-                add(f"attention in blocks {shape}, {dtype}", *_block_attention(shape, dtype), allowed)
+                add_opt_in(f"attention in blocks {shape}, {dtype}", partial(_block_attention, shape, dtype), allowed)
         for dtype, allowed in ((torch.float64, 1e-9), (torch.float32, 1e-3), (torch.bfloat16, 0.05)):
-            for shape in ((3, 12, 197), (5, 16, 50)):
+            for shape in ((3, 12, 197, 3), (6, 16, 50, 2)):
                 # Half precision moves a pixel past a bend of ReLU6 here and there, whoever computes.
                 lean = 2 * _error(*_refined(shape, dtype, fused=False))
-                add(f"refined maps {shape}, {dtype}", *_refined(shape, dtype, fused=True), max(allowed, lean))
+                refined = partial(_refined, shape, dtype, fused=True)
+                add_opt_in(f"refined maps {shape}, {dtype}", refined, max(allowed, lean))
         model = _refiner("refiner_vit_s", tiny)
         images = torch.randn(4, 3, model.img_size, model.img_size, device=DEVICE, generator=_seeded()).double()
         plain = _step(model, images, False)
         for module in model.modules():
             if isinstance(module, OfficialRefiner):
                 module.fused = True
-        add("refiner_vit_s by kernels, fp64", _step(model, images, False), plain, 1e-6)
+        add_opt_in("refiner_vit_s by kernels, fp64", lambda: (_step(model, images, False), plain), 1e-6)
     return {"command": command, "device": device_name(), "versions": key_versions(), "checks": found}
 
 
 def _error(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, wanted, strict=True))
+    errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, wanted, strict=True)]
+    # Python's max passes over a NaN.
+    return math.inf if any(map(math.isnan, errors)) else max(errors)
 
 
 def _block_attention(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
@@ -197,10 +248,15 @@ def _block_attention(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[list[T
 
 
 def _refined(shape: tuple[int, ...], dtype: torch.dtype, fused: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Output and gradients for (samples, heads, tokens) by the kernels or `refine_lean`, and by plain float64."""
-    samples, heads, tokens = shape
+    """Output and gradients by the kernels or `refine_lean`, and by plain float64.
+
+    Args:
+        shape: samples, heads, tokens, samples of a group of statistics.
+    """
+    samples, heads, tokens, group = shape
     torch.manual_seed(0)
     plain = OfficialRefiner(heads, 3, 3, 0.176).to(DEVICE, torch.float64).train()
+    group_statistics(plain, group)
     maps = torch.randn(samples, heads, tokens, tokens, device=DEVICE, generator=_seeded()).softmax(-1).to(dtype)
     above = torch.randn(maps.shape, device=DEVICE, generator=_seeded()).to(dtype)
     ours = copy.deepcopy(plain).to(torch.promote_types(dtype, torch.float32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from bench import gpu
 from bench.gpu import PARTS
 from launch import cli
 from launch.bench_cli import _batch, _phases
@@ -353,3 +355,28 @@ def test_nest_is_faster_than_timms(threads: None) -> None:
 
 def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.parametrize(
+    ("opt_in", "error", "measured"),
+    [(True, 0.0, [["a", "b+triton"], ["c+triton", "d"]]), (True, math.nan, [["a", "e"]]), (False, math.nan, [])],
+)
+def test_what_is_wrong_is_not_measured(
+    opt_in: bool, error: float, measured: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opt-in kernels that are wrong leave the rest to be measured; anything else that is wrong, nothing."""
+    row = {"name": "k", "error": error, "passed": error <= 1, "opt_in": opt_in}
+    names = ["a", "b+triton"] if error <= 1 else ["a", "b+triton", "e"]
+    parts = {"eager": gpu.Part(names, "a", 1), "compiled": gpu.Part(["c+triton", "d"], "c+triton", 1)}
+    found: list[list[str]] = []
+    monkeypatch.setattr(gpu, "TINY", parts)
+    monkeypatch.setattr(gpu, "check", lambda command, tiny: {"checks": [row]})
+    monkeypatch.setattr(gpu, "measured", lambda part, command: found.append(list(part.names)) or {})
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--tiny", "--only", "checks,eager,compiled", "--out", str(tmp_path)])
+    assert gpu.main() == (0 if error <= 1 else 1)
+    assert found == measured
+
+
+def test_no_number_is_no_small_error() -> None:
+    one, none = torch.ones(2), torch.tensor([1.0, torch.nan])
+    assert gpu._error([one, none], [one, one]) == math.inf and gpu._error([one], [one]) == 0

@@ -285,7 +285,8 @@ def heads_backward_kernel(
 
     Args:
         gathered: (G, parts, 3, H), of `head_sums_kernel`.
-        behind_last, behind_third: (G, 4, H), written: factors of the gradients of the sum R k3 + A + ..., and of R.
+        behind_last, behind_third: (G, 4, H), written: for the gradient of what goes into the fourth BatchNorm, and of
+            the reduced maps.
         grads: (G, size), written at its end: weight3, bias3, weight4, bias4. The fourth BatchNorm takes away whatever
             the third one's bias adds.
         count: pixels of a group.

@@ -11,6 +11,6 @@
 set -euo pipefail
 [ $# -gt 0 ] || { echo "usage: $0 COMMAND [ARGUMENT ...]" >&2; exit 2; }
 root=$(dirname "$(dirname "$(realpath "$0")")")
-settings=$(cd "$root" && .venv/bin/python -m bench.idle_gpu build/idle_gpu)
+settings=$(cd "$root" && .venv/bin/python -m bench.idle_gpu build/idle_gpu) || exit
 readarray -t settings <<< "$settings"
 PATH="$root/.venv/bin:$PATH" PYTHONPATH="$root" exec env "${settings[@]}" "$@"

@@ -2,7 +2,7 @@
 
     bench/idle_gpu.sh python bench/memory.py [--only NAME,...] [--out bench/results/memory.json]
 
---only takes the groups whose first models these are.
+--only takes the groups that have these models, and writes no file unless --out says where.
 
 Forward, backward and AdamW in bf16, not compiled, as `rookery bench model` does it. The allocator is PyTorch's own and
 asks for the same whatever is computed, so there is nothing to spread: a second step takes as much as the first. What
@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.idle_gpu.build import launches
 from launch.bench_model.contender import contender
 from launch.bench_model.measure import tell
 from launch.bench_model.runner import Runner
@@ -56,19 +55,21 @@ GROUPS = [
 def main() -> None:
     """Count all groups, and write them."""
     parser = argparse.ArgumentParser(description="Count memory and kernels on the idle GPU; see the file.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "memory.json")
-    parser.add_argument("--only", type=lambda names: names.split(","))
+    parser.add_argument("--out", type=Path, help="file to write; default: bench/results/memory.json, none with --only")
+    parser.add_argument("--only", type=lambda names: names.split(","), help="models whose groups to count: a,b,c")
     options = parser.parse_args()
+    out: Path | None = options.out or (None if options.only else Path(__file__).parent / "results" / "memory.json")
     if not torch.cuda.is_available() or "computes nothing" not in torch.cuda.get_device_name():
         parser.error("it counts on the idle GPU: bench/idle_gpu.sh python bench/memory.py")
-    known = {group.names[0] for group in GROUPS}
-    if unknown := sorted(set(options.only or ()) - known):
+    wanted = set(options.only or ())
+    known = {name for group in GROUPS for name in group.names}
+    if unknown := sorted(wanted - known):
         parser.error(f"--only {unknown[0]}: there is {', '.join(sorted(known))}")
-    if not options.out.parent.is_dir():
-        parser.error(f"--out {options.out}: there is no folder {options.out.parent}")
+    if out is not None and not out.parent.is_dir():
+        parser.error(f"--out {out}: there is no folder {out.parent}")
     rows = []
     for group in GROUPS:
-        if options.only and group.names[0] not in options.only:
+        if wanted and not wanted & set(group.names):
             continue
         counted = [{"name": name, **count(name, group)} for name in group.names]
         first = counted[0].get("peak_gb")
@@ -83,16 +84,21 @@ def main() -> None:
         "versions": key_versions(),
         "models": rows,
     }
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    if out is not None:
+        out.write_text(json.dumps(report, indent=1) + "\n")
+    if all("failed" in row for row in rows):
+        sys.exit("nothing was counted: the idle GPU has no room for any of them")
 
 
 def count(name: str, group: Group) -> dict[str, Any]:
     """`peak_gb` of two steps and `kernels` of the second; or `failed`."""
+    from bench.idle_gpu.build import launches  # which there is where `bench/idle_gpu.sh` calls this
+
     gc.collect()
     torch.cuda.empty_cache()
-    runner = Runner(contender(name, group.side), "train", group.batch, "bf16", False, DEVICE)
-    runner.draw()
     try:
+        runner = Runner(contender(name, group.side), "train", group.batch, "bf16", False, DEVICE)
+        runner.draw()
         peak = runner.peak_bytes(2)
     except torch.OutOfMemoryError:
         return {"failed": "no room"}

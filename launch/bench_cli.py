@@ -208,7 +208,7 @@ def model(
 
     Rounds are interleaved; a ratio compares figures of one round. On a machine with several GPUs the first is used.
 
-    Exit status: 0 measured, 2 a mistake in names or options.
+    Exit status: 0 measured, 1 no model could be, 2 a mistake in names or options.
     """
     _check_out(out)
     import torch
@@ -245,6 +245,8 @@ def model(
         (print_counts if count else print_report)(report)
     if out is not None:
         write_text(out, json.dumps(report, indent=1) + "\n")
+    if all("failed" in row for row in report["models"]):
+        raise typer.Exit(1)
 
 
 def _phases(text: str) -> list[Phase]:

@@ -106,6 +106,8 @@ def _describe(detail: Any, path: KeyPath, tree: dict[str, Any], model: type[Base
         message = "too few values"
     if not key:
         return message
+    if isinstance(value, bool) and kind in ("int_parsing", "float_parsing"):
+        message = "should be a number, not a flag"
     if value is None:
         return f"{key} is empty (null): {message}"
     return f"{key}: {message}" if isinstance(value, dict) else f"{key}={_shown(value)}: {message}"

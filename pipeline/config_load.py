@@ -56,7 +56,7 @@ def read_tree(path: str | Path, overrides: Iterable[str] = ()) -> tuple[dict[str
     for override in overrides:
         keys, value = _parse_override(override)
         overriding = _merge(overriding, _nested(keys, value))
-        places = dict.fromkeys(_prefixes(keys), "override") | places | {keys: "override"}
+        places = dict.fromkeys(_prefixes(keys), "override") | places | dict.fromkeys(_within(keys, value), "override")
     return _merge(tree, overriding), places
 
 
@@ -224,6 +224,14 @@ def _nested(keys: tuple[str, ...], value: Any) -> dict[str, Any]:
 
 def _prefixes(keys: tuple[str, ...]) -> list[KeyPath]:
     return [keys[:end] for end in range(1, len(keys))]
+
+
+def _within(keys: KeyPath, value: Any) -> Iterator[KeyPath]:
+    """A key and, where its value is a mapping, those in it."""
+    yield keys
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _within((*keys, key), inner)
 
 
 def default_name(path: Path) -> str:

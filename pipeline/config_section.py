@@ -23,9 +23,15 @@ class Section(BaseModel):
         """Python's True is a 1, which nobody means by `checkpoint.part_mb=true`: as a word it is refused."""
         if not isinstance(values, dict):
             return values
-        flags = {name for name, value in values.items() if isinstance(value, bool) and name in cls.model_fields}
-        numbers = {name for name in flags if _number(cls.model_fields[name].annotation)}
-        return {name: str(value).lower() if name in numbers else value for name, value in values.items()}
+        numbers = {name for name in values if name in cls.model_fields and _number(cls.model_fields[name].annotation)}
+        return {name: _worded(value) if name in numbers else value for name, value in values.items()}
+
+
+def _worded(value: Any) -> Any:
+    """With words for the flags in it."""
+    if isinstance(value, list | tuple):
+        return [_worded(each) for each in value]
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def _number(annotation: Any) -> bool:

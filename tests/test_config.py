@@ -330,6 +330,11 @@ def test_mistake_in_one_line(small: Path, override: str, said: str) -> None:
     assert message.startswith(("override", str(small)))
 
 
+@pytest.mark.parametrize("override", ["optim={lr: fast}", "optim.lr=fast", "augment={affine: {degrees: fast}}"])
+def test_a_mistake_in_an_override_is_not_the_files(override: str) -> None:
+    assert mistake(DEMO, override).startswith("override: ")
+
+
 def test_mistakes_come_all_at_once_with_their_places(tmp_path: Path) -> None:
     base = SMALL + "tracking:\n  # a comment\n  mlflwo: false\n"
     paths = write(tmp_path, base=base, top="base: base.yaml\nseed: -1\noptim:\n  lr: fast\n")
@@ -381,9 +386,10 @@ def test_missing_keys_are_listed(tmp_path: Path) -> None:
         (SMALL + "on: 1\n", ":10: the key on is no text in YAML; put it in quotes"),
         (SMALL + "mix:\n", ":10: mix is empty; leave it out or give it some of its keys"),
         (SMALL + "name: yes\n", ":10: name=true: should be a valid string"),
-        (SMALL + "seed: yes\n", ":10: seed=true: should be a valid integer"),
-        (SMALL + "checkpoint: {part_mb: true}\n", ":10: checkpoint.part_mb=true: should be a valid integer"),
-        (SMALL + "mix: {mixup_alpha: off}\n", ":10: mix.mixup_alpha=false: should be a valid number"),
+        (SMALL + "seed: yes\n", ":10: seed=true: should be a number, not a flag"),
+        (SMALL + "checkpoint: {part_mb: true}\n", ":10: checkpoint.part_mb=true: should be a number, not a flag"),
+        (SMALL + "mix: {mixup_alpha: off}\n", ":10: mix.mixup_alpha=false: should be a number, not a flag"),
+        (SMALL + "augment: {affine: {scale: [0.9, on]}}\n", ":10: augment.affine.scale[1]=true: should be a number, not"),
     ],
 )  # fmt: skip
 def test_bad_file(tmp_path: Path, text: str, said: str) -> None:

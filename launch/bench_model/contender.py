@@ -55,7 +55,7 @@ def contender(name: str, side: int | None) -> Contender:
     """
     model, plus, way = name.partition("+")
     if plus and way not in _WAYS:
-        raise UserError(f"{name}: after the plus comes one of {', '.join(_WAYS)}")
+        raise UserError(f"{name}: after the plus comes one of {', '.join(_WAYS)}, and no other after that")
     if model.startswith(_TIMM):
         if plus:
             raise UserError(f"{name}: only models of this package have +{way}")

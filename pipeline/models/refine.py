@@ -50,7 +50,9 @@ class Refine:
         if self.flavour == "official" and not self.reduction:
             raise ModelError("refine.reduction=false needs refine.flavour=linear: the shortcut of the official one")
         if self.kernels == "triton" and self.flavour != "official":
-            raise ModelError(f"kernels=triton refines by flavour=official, not {self.flavour}: leave it out")
+            raise ModelError(
+                f"kernels=triton refines by flavour=official, not {self.flavour}: take that flavour, or leave it out"
+            )
 
     @classmethod
     def of(cls, options: Self | Mapping[str, Any] | None) -> Self | None:

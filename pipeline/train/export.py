@@ -107,7 +107,12 @@ def load_weights(directory: Path) -> tuple[ImageModel, dict[str, Any]]:
         name = Path(error.filename).name if error.filename else WEIGHTS
         raise UserError(f"{directory}: no exported model here ({name} is missing)") from error
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{directory}: can't read the exported model: {error}") from error
+        # Of the two files one is JSON, whose mistakes are ValueErrors.
+        name = MODEL_CONFIG if isinstance(error, ValueError) else WEIGHTS
+        raise UserError(
+            f"{directory / name}: damaged or incomplete ({error}); of a run take other weights (--weights last or "
+            "best), any others fetch or export again"
+        ) from error
     if not isinstance(described, dict):
         raise UserError(f"{directory / MODEL_CONFIG}: not the description of a model; export the model again")
     if (task := described.get("task", "classify")) != "classify":

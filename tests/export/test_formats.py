@@ -173,8 +173,8 @@ def described(out: Path, **changes: Any) -> None:
     [
         (lambda out: (out / WEIGHTS).unlink(), "model.safetensors is missing"),
         (lambda out: (out / MODEL_CONFIG).unlink(), "config.json is missing"),
-        (lambda out: (out / WEIGHTS).write_bytes(b"short"), "can't read the exported model"),
-        (lambda out: (out / MODEL_CONFIG).write_text("{"), "can't read the exported model"),
+        (lambda out: (out / WEIGHTS).write_bytes(b"short"), f"{WEIGHTS}: damaged or incomplete"),
+        (lambda out: (out / MODEL_CONFIG).write_text("{"), f"{MODEL_CONFIG}: damaged or incomplete"),
         (lambda out: (out / MODEL_CONFIG).write_text("[]"), "not the description of a model"),
         (lambda out: (out / MODEL_CONFIG).write_text("{}"), "'model' is missing"),
         (lambda out: described(out, overrides={"depths": 7}), "don't fit the model"),

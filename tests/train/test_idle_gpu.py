@@ -7,6 +7,7 @@ time, without waiting for them, and how much memory it takes.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,13 @@ def test_more_processes_than_gpus(recipe: Path, idle: dict[str, str]) -> None:
     done = train(recipe, idle, ["--nproc", "2"])
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "--nproc 2: each process takes a GPU, and this node has 1 GPU; set" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("megabytes", ["0", "-1", "2 GB"])
+def test_the_idle_gpu_has_a_size(megabytes: str) -> None:
+    settings = os.environ | {"IDLE_GPU_MB": megabytes}
+    done = subprocess.run([ROOT / "bench/idle_gpu.sh", "true"], env=settings, capture_output=True, text=True)
+    assert done.returncode == 2 and f"IDLE_GPU_MB={megabytes}: give the megabytes" in done.stderr
 
 
 def test_a_gpu_that_is_too_small(recipe: Path, idle: dict[str, str]) -> None:

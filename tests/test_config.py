@@ -389,7 +389,7 @@ def test_missing_keys_are_listed(tmp_path: Path) -> None:
         (SMALL + "seed: yes\n", ":10: seed=true: should be a number, not a flag"),
         (SMALL + "checkpoint: {part_mb: true}\n", ":10: checkpoint.part_mb=true: should be a number, not a flag"),
         (SMALL + "mix: {mixup_alpha: off}\n", ":10: mix.mixup_alpha=false: should be a number, not a flag"),
-        (SMALL + "augment: {affine: {scale: [0.9, on]}}\n", ":10: augment.affine.scale[1]=true: should be a number, not"),
+        (SMALL + "augment: {affine: {scale: [0.9, on]}}\n", ":10: augment.affine.scale[1]=true: should be a number"),
     ],
 )  # fmt: skip
 def test_bad_file(tmp_path: Path, text: str, said: str) -> None:

@@ -18,6 +18,7 @@ from pipeline.models import refine_fused
 from pipeline.models import refine_kernel as ahead
 from pipeline.models import refine_kernel_backward as behind
 from pipeline.models import refine_kernel_between as between
+from pipeline.models import refine_kernel_between_backward as between_backward
 from pipeline.models.errors import ModelError
 
 KERNELS = (
@@ -35,9 +36,9 @@ KERNELS = (
     between.first_kernel,
     between.second_kernel,
     between.heads_kernel,
-    between.heads_backward_kernel,
-    between.second_backward_kernel,
-    between.first_backward_kernel,
+    between_backward.heads_backward_kernel,
+    between_backward.second_backward_kernel,
+    between_backward.first_backward_kernel,
 )
 # Rows of a program that goes down them.
 ROWS = 32
@@ -206,11 +207,11 @@ class Calls:
         """`gathered` for sums."""
         return self.gathered(between.gather_sums_kernel, found)
 
-    def moments(self, found: Tensor) -> tuple[Tensor, int, dict[str, Any]]:
+    def moments(self, found: Tensor) -> tuple[Tensor, int]:
         """`gathered` for the statistics of `convolve_kernel` and `reduce_kernel`."""
-        pairs, count = found.shape[2] == 5, found.shape[3]
-        constants = {"COUNT": count, "C": max(16, triton.next_power_of_2(count)), "PAIRS": pairs}
-        return *self.gathered(between.gather_moments_kernel, found, **constants), constants
+        fields, count = found.shape[2:]
+        padded = max(16, triton.next_power_of_2(count))
+        return self.gathered(between.gather_moments_kernel, found, COUNT=count, C=padded, PAIRS=fields == 5)
 
 
 def length(part: slice) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pipeline.models.refine_kernel import (
+from pipeline.models.refine_kernel_parts import (
     clamped,
     column,
     edges,

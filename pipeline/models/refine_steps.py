@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline.models import refine_kernel as ahead
 from pipeline.models import refine_kernel_backward as behind
 from pipeline.models import refine_kernel_between as between
+from pipeline.models import refine_kernel_between_backward as between_backward
 from pipeline.models.refine_calls import Calls, joined, length
 
 
@@ -71,7 +72,7 @@ def forward(maps: Tensor, parameters: Sequence[Tensor], groups: int, eps: float,
     whole = len(step.slices) == 1
     convolved = step.hidden_buffer()
     found = joined([_convolve(step, part, known, convolved, store=whole, measure=True) for part in step.slices])
-    some, parts, _ = step.moments(found)
+    some, parts = step.moments(found)
     step.launch(between.second_kernel, (1, 1), some, given.weight2, given.bias2, known.statistics, known.hidden, parts)
 
     records = []
@@ -79,7 +80,7 @@ def forward(maps: Tensor, parameters: Sequence[Tensor], groups: int, eps: float,
         if not whole:
             _convolve(step, part, known, convolved)
         records.append(_reduce(step, part, known, convolved))
-    some, parts, _ = step.moments(joined(records))
+    some, parts = step.moments(joined(records))
     factors = step.new(3, heads)
     step.launch(
         between.heads_kernel, (1, 1), some, given.weight3, given.bias3, given.weight4, given.bias4, known.covariance,
@@ -114,8 +115,8 @@ def backward(
     some, parts = step.sums(_head_sums(step, grad, known))
     behind_last, behind_third = step.new(4, heads), step.new(4, heads)
     step.launch(
-        between.heads_backward_kernel, (1, 1), some, given.weight3, given.weight4, known.statistics, known.heads,
-        behind_last, behind_third, grads, parts, *sizes,
+        between_backward.heads_backward_kernel, (1, 1), some, given.weight3, given.weight4, known.statistics,
+        known.heads, behind_last, behind_third, grads, parts, *sizes,
     )  # fmt: skip
 
     # The second.
@@ -129,8 +130,8 @@ def backward(
     some, parts = step.sums(joined([at_second(part, whole) for part in step.slices]))
     behind_second = step.new(3, hidden)
     step.launch(
-        between.second_backward_kernel, (1, 1), some, given.weight2, known.statistics, behind_second, grads, parts,
-        *sizes,
+        between_backward.second_backward_kernel, (1, 1), some, given.weight2, known.statistics, behind_second, grads,
+        parts, *sizes,
     )  # fmt: skip
 
     # The local convolution and the expansion.
@@ -143,8 +144,8 @@ def backward(
     some, parts = step.sums(joined(records))
     mixed = step.like_maps(heads, heads)
     step.launch(
-        between.first_backward_kernel, (1, 1), some, given.expand, given.weight1, known.statistics, known.covariance,
-        mixed, behind_last, grads, parts, *sizes,
+        between_backward.first_backward_kernel, (1, 1), some, given.expand, given.weight1, known.statistics,
+        known.covariance, mixed, behind_last, grads, parts, *sizes,
     )  # fmt: skip
 
     # What is linear in the maps, of the first BatchNorm and of the last.

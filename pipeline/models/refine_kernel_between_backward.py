@@ -52,11 +52,11 @@ def heads_backward_kernel(
     heads = tl.arange(0, HP)
     there = heads < HEADS
     gathered, n = of_group(gathered, parts * 3 * HEADS), number(count, TYPE)
-    three = tl.arange(0, 4)
-    sums = sums_of(gathered, parts, 3 * HEADS, three, heads, HEADS, 3, HEADS, 4, HP, TYPE)
-    sum_g = tl.sum(tl.where((three == 0)[:, None], sums, 0.0), 0)
-    sum_gr = tl.sum(tl.where((three == 1)[:, None], sums, 0.0), 0)
-    sum_ga = tl.sum(tl.where((three == 2)[:, None], sums, 0.0), 0)
+    which = tl.arange(0, 4)
+    sums = sums_of(gathered, parts, 3 * HEADS, which, heads, HEADS, 3, HEADS, 4, HP, TYPE)
+    sum_g = tl.sum(tl.where((which == 0)[:, None], sums, 0.0), 0)
+    sum_gr = tl.sum(tl.where((which == 1)[:, None], sums, 0.0), 0)
+    sum_ga = tl.sum(tl.where((which == 2)[:, None], sums, 0.0), 0)
     at = of_group(statistics, 4 * HIDDEN + 4 * HEADS) + 4 * HIDDEN
     variance = row(at + HEADS, heads, HEADS)
     inv3, inv4 = inverse(variance, EPS), inverse(row(at + 3 * HEADS, heads, HEADS), EPS)

@@ -87,6 +87,16 @@ def test_damage_is_told_in_plain_words(left: int, parts: int | None, tmp_path: P
         saved_weights(tmp_path, "model")
 
 
+def test_no_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12")
+
+    WholeState({"w": torch.zeros(4)}, {}, {}, None, 0).write(tmp_path)
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        saved_weights(tmp_path, "model")
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     with small_disk(tmp_path / "disk", "200k") as disk:

@@ -65,6 +65,8 @@ class WholeState:
             try:
                 saved = torch.load(file, map_location="cpu", weights_only=True, mmap=None if cut else True)
             except (RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+                if "allocate memory" in str(error):  # the host has none left: that says nothing of the file
+                    raise
                 # Their words are about archives and offsets.
                 raise RuntimeError(f"{STATE} is damaged or incomplete; choose another checkpoint") from error
             expected = {field.name for field in fields(cls)}

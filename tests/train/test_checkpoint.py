@@ -18,6 +18,7 @@ from pipeline.train.checkpoint import CheckpointStore
 from pipeline.train.distributed import World
 from pipeline.train.engines.whole import STATE, WholeState, saved_weights
 from tests.conftest import small_disk
+from tests.train.test_bad_data import wait_for
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -141,6 +142,8 @@ def test_killed_while_saving(tmp_path: Path) -> None:
     for _ in range(4):
         process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        # However slow the disk is: there is one to find from then on.
+        wait_for(lambda: any(tmp_path.glob("step-*")))
         time.sleep(chance.uniform(0.05, 0.4))
         process.kill()
         process.wait()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -19,8 +18,6 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from bench import gpu
-from bench.gpu import PARTS
 from launch import cli
 from launch.bench_cli import _batch, _phases
 from launch.bench_model.batch import largest
@@ -308,30 +305,8 @@ print(report["models"][0]["images_per_second"]["median"] > 0)
     assert done.stdout.strip() == "True", done.stderr
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_parts_of_the_gpu_script_can_be_built(part: str) -> None:
-    names = PARTS[part].names
-    assert PARTS[part].against in names
-    for name in names:
-        if name.startswith("timm:"):
-            assert timm.is_model(name.removeprefix("timm:"))
-        else:
-            assert contender(name, PARTS[part].side).name == name
-
-
-def test_gpu_script_at_a_tiny_size(tmp_path: Path) -> None:
-    command = [ROOT / "bench" / "gpu.sh", "--tiny", "--only", "checks,eager", "--out", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=_environment())
-    assert done.returncode == 0, done.stderr
-    checks, eager = (json.loads((tmp_path / f"model_{name}.json").read_text()) for name in ("checks", "eager"))
-    assert len(checks["checks"]) == 7 and all(row["passed"] for row in checks["checks"])
-    assert len(eager["models"]) == 6 and not any("failed" in row for row in eager["models"])
-    assert eager["command"].startswith("bench/gpu.sh --tiny") and eager["minutes"] > 0
-
-
 def test_nest_is_faster_than_timms(threads: None) -> None:
     """Blocks as a part of the batch: the same logits as timm's NesT-T, at least 1.1 times as fast."""
-    import timm
 
     theirs = timm.create_model("nest_tiny_jx").eval()
     ours = create_model("nest_tiny", gelu="erf").eval()
@@ -355,28 +330,3 @@ def test_nest_is_faster_than_timms(threads: None) -> None:
 
 def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT)}
-
-
-@pytest.mark.parametrize(
-    ("opt_in", "error", "measured"),
-    [(True, 0.0, [["a", "b+triton"], ["c+triton", "d"]]), (True, math.nan, [["a", "e"]]), (False, math.nan, [])],
-)
-def test_what_is_wrong_is_not_measured(
-    opt_in: bool, error: float, measured: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Opt-in kernels that are wrong leave the rest to be measured; anything else that is wrong, nothing."""
-    row = {"name": "k", "error": error, "passed": error <= 1, "opt_in": opt_in}
-    names = ["a", "b+triton"] if error <= 1 else ["a", "b+triton", "e"]
-    parts = {"eager": gpu.Part(names, "a", 1), "compiled": gpu.Part(["c+triton", "d"], "c+triton", 1)}
-    found: list[list[str]] = []
-    monkeypatch.setattr(gpu, "TINY", parts)
-    monkeypatch.setattr(gpu, "check", lambda command, tiny: {"checks": [row]})
-    monkeypatch.setattr(gpu, "measured", lambda part, command: found.append(list(part.names)) or {})
-    monkeypatch.setattr("sys.argv", ["gpu.py", "--tiny", "--only", "checks,eager,compiled", "--out", str(tmp_path)])
-    assert gpu.main() == (0 if error <= 1 else 1)
-    assert found == measured
-
-
-def test_no_number_is_no_small_error() -> None:
-    one, none = torch.ones(2), torch.tensor([1.0, torch.nan])
-    assert gpu._error([one, none], [one, one]) == math.inf and gpu._error([one], [one]) == 0

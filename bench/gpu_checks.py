@@ -1,0 +1,172 @@
+"""The checks of bench/gpu.sh: fast paths against plain ones, on the GPU that the measurements are taken on."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.models import create_model, fold_refiners, num_drop_paths, set_drop_path_noise, set_lean
+from pipeline.models.batch_norm import group_statistics
+from pipeline.models.block_attention import block_attention
+from pipeline.models.refine_maps import OfficialRefiner
+from pipeline.models.timm_weights import from_timm
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fast_paths(tiny: bool) -> Iterator[dict[str, Any]]:
+    """Of those that everybody gets: a `row` for each."""
+    _exact()
+    nest, theirs, side = _nests(tiny)
+    images = torch.randn(4, 3, side, side, device=DEVICE, generator=_seeded())
+    with torch.inference_mode():
+        yield row("NesT's logits are timm's, fp32", [nest(images)], [theirs(images)], 1e-4)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            yield row("NesT's logits are timm's, bf16", [nest(images).float()], [theirs(images).float()], 0.05)
+        compiled: Callable[[Tensor], Tensor] = torch.compile(nest, backend="aot_eager" if tiny else "inductor")
+        yield row("compiled NesT, fp32", [compiled(images)], [nest(images)], 1e-4)
+    for name in ("refiner_vit_s", "refiner_vit_s_linear"):
+        model, images = _refiner(name, tiny)
+        yield row(f"{name} that keeps few maps, fp64", _step(model, images, True), _step(model, images, False), 1e-6)
+        model.eval()
+        with torch.inference_mode():
+            yield row(f"{name} folded, fp64", [fold_refiners(model)(images)], [model(images)], 1e-9)
+
+
+def kernels(tiny: bool) -> Iterator[dict[str, Any]]:
+    """The same of the opt-in kernels, which run on a GPU alone."""
+    if DEVICE.type == "cpu":
+        return
+    _exact()
+    for dtype, allowed in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+        for shape in ((37, 16, 3, 1, 64), (5, 64, 4, 4, 32)):
+            yield attempt(f"attention in blocks {shape}, {dtype}", partial(_block_attention, shape, dtype), allowed)
+    for dtype, allowed in ((torch.float64, 1e-9), (torch.float32, 1e-3), (torch.bfloat16, 0.05)):
+        for shape in ((3, 12, 197, 3), (6, 16, 50, 2)):
+            # Half precision moves a pixel past a bend of ReLU6 here and there, whoever computes.
+            lean = 2 * worst(*_refined(shape, dtype, fused=False))
+            refined = partial(_refined, shape, dtype, fused=True)
+            yield attempt(f"refined maps {shape}, {dtype}", refined, max(allowed, lean))
+    yield attempt("refiner_vit_s by kernels, fp64", partial(_refiner_by_kernels, tiny), 1e-6)
+
+
+def row(name: str, got: Sequence[Tensor], wanted: Sequence[Tensor], allowed: float) -> dict[str, Any]:
+    """A check: its `worst` difference, what is allowed, whether it passed."""
+    error = worst(got, wanted)
+    # What is allowed may be another path's error, and that be infinite.
+    return {"name": name, "error": error, "allowed": allowed, "passed": math.isfinite(error) and error <= allowed}
+
+
+def attempt(name: str, both: Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]], allowed: float) -> dict[str, Any]:
+    """`row` of what is got and wanted; an exception, such as a compiler's, is a check that failed."""
+    try:
+        return row(name, *both(), allowed)
+    except Exception as error:
+        return {"name": name, "error": repr(error)[:500], "passed": False}
+
+
+def worst(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """The largest difference over the largest value wanted, of all; infinite if any is no number."""
+    errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, wanted, strict=True)]
+    # Python's max passes over a NaN.
+    return math.inf if any(map(math.isnan, errors)) else max(errors)
+
+
+def _block_attention(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Output and gradient of the kernels for (blocks, tokens, heads, keys, channels), and of PyTorch in float64."""
+    blocks, tokens, heads, kv_heads, dim = shape
+    qkv = torch.randn(blocks, tokens, (heads + 2 * kv_heads) * dim, device=DEVICE, generator=_seeded()).to(dtype)
+    above = torch.randn(blocks, tokens, heads * dim, device=DEVICE, generator=_seeded()).to(dtype)
+    ours, plain = qkv.requires_grad_(), qkv.detach().double().requires_grad_()
+    out = block_attention(ours, heads, kv_heads)
+    widths = [heads * dim, kv_heads * dim, kv_heads * dim]
+    q, k, v = (part.unflatten(-1, (-1, dim)).transpose(1, 2) for part in plain.split(widths, -1))
+    maps = torch.softmax(q @ k.transpose(-2, -1) * dim**-0.5, -1)
+    expected = (maps @ v).transpose(1, 2).flatten(2)
+    got = [out, *torch.autograd.grad(out, ours, above)]
+    return [t.detach().double() for t in got], [
+        expected.detach(),
+        *torch.autograd.grad(expected, plain, above.double()),
+    ]
+
+
+def _refined(shape: tuple[int, ...], dtype: torch.dtype, fused: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Output and gradients by the kernels or `refine_lean`, and by plain float64.
+
+    Args:
+        shape: samples, heads, tokens, samples of a group of statistics.
+    """
+    samples, heads, tokens, group = shape
+    torch.manual_seed(0)
+    plain = OfficialRefiner(heads, 3, 3, 0.176).to(DEVICE, torch.float64).train()
+    group_statistics(plain, group)
+    maps = torch.randn(samples, heads, tokens, tokens, device=DEVICE, generator=_seeded()).softmax(-1).to(dtype)
+    above = torch.randn(maps.shape, device=DEVICE, generator=_seeded()).to(dtype)
+    ours = copy.deepcopy(plain).to(torch.promote_types(dtype, torch.float32))
+    ours.fused, ours.lean = fused, not fused
+    found = []
+    for refiner, leaf in ((ours, maps.clone()), (plain, maps.double())):
+        out = refiner(leaf.requires_grad_())
+        out.backward(above.to(out.dtype))
+        # The third BatchNorm's bias has no gradient but rounding.
+        grads = [p.grad for name, p in refiner.named_parameters() if name != "bn3.bias" and p.grad is not None]
+        found.append([t.detach().double() for t in (out, leaf.grad, *grads) if t is not None])
+    return found[0], found[1]
+
+
+def _nests(tiny: bool) -> tuple[nn.Module, nn.Module, int]:
+    """NesT-T and timm's with the same weights."""
+    import timm
+
+    side = 64 if tiny else 224
+    sizes = {"img_size": side} if tiny else {}
+    theirs = timm.create_model("nest_tiny_jx", **sizes)
+    ours = create_model("nest_tiny", img_size=side, gelu="erf")
+    ours.load_state_dict(from_timm(theirs.state_dict(), ours))
+    return ours.to(DEVICE).eval(), theirs.to(DEVICE).eval(), side
+
+
+def _refiner(name: str, tiny: bool) -> tuple[Any, Tensor]:
+    """A model and pictures for it, in float64."""
+    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 48} if tiny else {}
+    torch.manual_seed(0)
+    model = create_model(name, drop_path_rate=0.1, **sizes).to(DEVICE, torch.float64)
+    images = torch.randn(4, 3, model.img_size, model.img_size, device=DEVICE, generator=_seeded()).double()
+    return model, images
+
+
+def _refiner_by_kernels(tiny: bool) -> tuple[list[Tensor], list[Tensor]]:
+    model, images = _refiner("refiner_vit_s", tiny)
+    plain = _step(model, images, False)
+    for module in model.modules():
+        if isinstance(module, OfficialRefiner):
+            module.fused = True
+    return _step(model, images, False), plain
+
+
+def _step(model: Any, images: Tensor, lean: bool) -> list[Tensor]:
+    """Loss, gradients and running statistics of a training step."""
+    model = copy.deepcopy(model).train()
+    set_lean(model, lean)
+    noise = torch.rand(len(images), num_drop_paths(model), device=DEVICE, generator=_seeded())
+    set_drop_path_noise(model, noise)
+    loss = F.cross_entropy(model(images), torch.arange(len(images), device=DEVICE))
+    loss.backward()
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    running = [b.flatten() for name, b in model.named_buffers() if "running" in name]
+    return [loss[None].detach(), gradients, torch.cat(running) if running else loss[None].detach()]
+
+
+def _exact() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator(DEVICE).manual_seed(1)

@@ -90,14 +90,15 @@ def of_a_layer(use: Use, size: refine_calls.Size, capability: int) -> tuple[floa
     if use.kernel is ahead.combine_kernel:
         each, programs = float(everything), size.heads * plane / constants["SIZE"]
     elif use.kernel in (ahead.convolve_kernel, behind.deconvolve_kernel):
-        runs = triton.cdiv(PIXELS, refine_calls.ROWS)
-        steps = triton.cdiv(PIXELS, runs) + size.kernel - 1
-        programs = PIXELS / (constants["P"] - size.kernel + 1) * runs
+        runs, halo = triton.cdiv(PIXELS, refine_calls.ROWS), size.kernel - 1
+        steps = triton.cdiv(PIXELS, runs) + halo
         chunks = triton.cdiv(size.hidden, constants["CH"])
         if use.kernel is ahead.convolve_kernel:
-            each, programs = steps * loops[0] + everything - loops[0], programs * chunks
+            each = steps * loops[0] + everything - loops[0]
+            programs = triton.cdiv(PIXELS, constants["WIDTH"] - halo) * runs / constants["LINES"] * chunks
         else:  # chunks are a loop around the rows
             each = chunks * (steps * loops[0] + loops[-1] - loops[0]) + everything - loops[-1]
+            programs = PIXELS / (constants["P"] - halo) * runs
     else:
         pixels = constants["TILES"] * constants["SIZE" if "SIZE" in constants else "P"]
         each, programs = constants["TILES"] * loops[-1] + everything - loops[-1], plane / pixels

@@ -88,6 +88,8 @@ class Size(NamedTuple):
             "K": self.kernel,
             "KP": triton.next_power_of_2(self.kernel**2),
             "P": tile,
+            "LINES": 16,
+            "WIDTH": 16,
             "TILES": 8,
             "SIZE": 1024,
             "BLOCK": 64,
@@ -101,6 +103,8 @@ class Size(NamedTuple):
     def options(self, function: Any) -> dict[str, Any]:
         """How one of them is compiled; not to be changed."""
         options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+        if function is ahead.convolve_kernel and self.dtype.itemsize > 2:
+            options["num_warps"] = 8  # their registers have no room for twice as many numbers of twice the size
         if function is behind.behind_second_kernel and self.heads < 16 and self.dtype.itemsize == 2:
             options["maxnreg"] = 168  # a few less than it would take, and three fit where two would
         return options
@@ -182,8 +186,11 @@ class Calls:
     def down(self, function: Any, part: slice) -> tuple[int, int, int]:
         """For programs that go down the rows: how many side by side, and one above the other, and rows of each."""
         run = triton.cdiv(self.rows, triton.cdiv(self.rows, ROWS))
-        own = self.size.constants(function)["P"] - self.size.kernel + 1
-        return triton.cdiv(length(part) * self.columns, own), triton.cdiv(self.rows, run), run
+        constants, halo, runs = self.size.constants(function), self.size.kernel - 1, triton.cdiv(self.rows, run)
+        if "LINES" in constants:
+            lines = triton.cdiv(length(part) * runs, constants["LINES"])
+            return triton.cdiv(self.columns, constants["WIDTH"] - halo), lines, run
+        return triton.cdiv(length(part) * self.columns, constants["P"] - halo), runs, run
 
     def chunks(self, function: Any) -> int:
         return triton.cdiv(self.size.hidden, self.size.constants(function)["CH"])

@@ -39,7 +39,7 @@ def refine_groups(refiner: OfficialRefiner, maps: Tensor, refined: Refined, most
     if len(maps) % group:
         raise ModelError(f"{len(maps)} samples can't be cut into groups of {group} for BatchNorm")
     device = maps.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
         maps = maps.to(torch.get_autocast_dtype(device))
     convs, norms = (refiner.expand, refiner.local, refiner.reduce), refiner.norms()
     parameters = [p for conv, norm in zip(convs, norms, strict=False) for p in (conv.weight, norm.weight, norm.bias)]
@@ -180,9 +180,14 @@ def linear(shift: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def as_typed(maps: Tensor) -> AbstractContextManager[object]:
-    """Without autocast, which the meta device doesn't know: types are chosen here."""
+    """Without autocast: types are chosen here."""
     device = maps.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
+
+
+def _has_autocast(device: str) -> bool:
+    """Of those that models are on all but this; torch.compile of PyTorch 2.11 can't ask PyTorch itself."""
+    return device != "meta"
 
 
 def sum_places(x: Tensor) -> Tensor:

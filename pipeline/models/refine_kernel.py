@@ -34,22 +34,19 @@ import triton
 import triton.language as tl
 
 from pipeline.models.refine_kernel_parts import (
+    band,
+    beside,
     centered,
     clamped,
     column,
-    edges,
     expanded,
+    line,
     matrix,
     merged,
-    neighbours,
-    number,
     of_group,
     pixel,
-    place,
     product,
     pushed,
-    taps,
-    zeros,
 )
 
 
@@ -96,73 +93,91 @@ def covariance_kernel(
 @triton.jit
 def convolve_kernel(
     maps, known, weights, hidden, kernel, convolved, found, samples, rows, columns, run,
-    HEADS: tl.constexpr, HP: tl.constexpr, HIDDEN: tl.constexpr, CH: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
-    STORE: tl.constexpr, SUM: tl.constexpr, TYPE: tl.constexpr,
+    HEADS: tl.constexpr, HP: tl.constexpr, HIDDEN: tl.constexpr, CH: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    LINES: tl.constexpr, WIDTH: tl.constexpr, STORE: tl.constexpr, SUM: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """Down the rows: what goes into the second BatchNorm, C = local(relu6(expanded maps)).
 
-    Programs are (columns x chunks of H', which so share what they read, runs of rows, groups).
+    A program takes `LINES` runs of rows, of the same sample or others, and `WIDTH` columns of each, the outermost of
+    which are halo. Each row's expanded maps are then, for one of the H', a matrix (lines, columns), and so are the rows
+    above and below: C is the sum of their products with matrices that have the local kernel's rows as their bands.
+
+    Programs are (columns x chunks of H', which so share what they read, lines, groups).
 
     Args:
         weights: (G, H', H) in the type of the maps, of the expansion with the first BatchNorm's scale.
         convolved: (B, H', rows, columns), written if STORE.
         found: (G, programs but for the chunks, 3, H'): number, mean and squared differences of C, written if SUM.
     """
+    HALO: tl.constexpr = K // 2
+    CHUNKS: tl.constexpr = (HIDDEN + CH - 1) // CH
+    DTYPE: tl.constexpr = maps.dtype.element_ty
     plane = rows * columns
     maps, convolved = of_group(maps, samples * HEADS * plane), of_group(convolved, samples * HIDDEN * plane)
     known, hidden = of_group(known, 3 * HEADS), of_group(hidden, 3 * HIDDEN)
-    HALO: tl.constexpr = K // 2
-    CHUNKS: tl.constexpr = (HIDDEN + CH - 1) // CH
-    tile = tl.program_id(0) // CHUNKS
     heads, channels = tl.arange(0, HP), tl.program_id(0) % CHUNKS * CH + tl.arange(0, CH)
-    sample, x, exists, own = place(tile, samples, columns, HALO, P)
-    inside = edges(x, columns, K, TYPE)
+    left = tl.program_id(0) // CHUNKS * (WIDTH - 2 * HALO) - HALO
+    above = tl.program_id(1) * LINES
     means, shift = column(known + HEADS, heads, HEADS), column(hidden, channels, HIDDEN)
     expansion = matrix(of_group(weights, HIDDEN * HEADS), channels, heads, HIDDEN, HEADS)
-    weighting = taps(kernel, channels, HIDDEN, K)
-    first = tl.program_id(1) * run
-    last = tl.minimum(first + run, rows)
-    source = (sample * HEADS * plane + x)[None, :] + (heads * plane)[:, None]
-    target = (sample * HIDDEN * plane + x)[None, :] + (channels * plane)[:, None]
-    maps += (first - HALO) * columns
-    convolved += first * columns
-
-    mean = tl.zeros((CH, P), dtype=TYPE)
-    spread = tl.zeros((CH, P), dtype=TYPE)
-    sums = zeros(K, CH, P, TYPE)  # of the rows that this one reaches, from the one above on
-    for i in range(last - first + 2 * HALO):
+    # Pixels one behind the other, as they are expanded.
+    index = tl.arange(0, LINES * WIDTH)
+    sample, first = line(above + index // WIDTH, rows, run)
+    x = left + index % WIDTH
+    exists = (sample < samples) & (x >= 0) & (x < columns)
+    source = (sample * HEADS * plane + (first - HALO) * columns + x)[None, :] + (heads * plane)[:, None]
+    # Lines and columns, as they are convolved.
+    lane, hidden_map = tl.arange(0, WIDTH)[None, None, :], channels[:, None, None]
+    to_sample, to_first = line(above + tl.arange(0, LINES)[None, :, None], rows, run)
+    own = (to_sample < samples) & (lane >= HALO) & (lane < WIDTH - HALO) & (left + lane < columns)
+    height = tl.where(own, tl.minimum(run, rows - to_first), 0)
+    target = to_sample * HIDDEN * plane + to_first * columns + left + lane
+    bands, window = (), ()  # and the rows that this one meets, from the one above on
+    for dy in tl.static_range(K):
+        bands = bands + (band(kernel, channels, dy, HIDDEN, K, WIDTH).to(DTYPE),)
+        window = window + (tl.zeros((CH, LINES, WIDTH), dtype=DTYPE),)
+    if SUM:
+        # Differences from what C is where all maps have their mean: close enough that sums of squares lose nothing.
+        middle = shift
+        if DTYPE.primitive_bitwidth == 16:
+            middle += tl.sum(expansion.to(TYPE) * tl.trans(means), 1)[:, None]
+        tap = tl.arange(0, KP)[None, :]
+        inside = (tap < K * K) & (channels < HIDDEN)[:, None]
+        taps = tl.load(kernel + channels[:, None] * (K * K) + tap, mask=inside, other=0.0)
+        near = tl.sum(clamped(middle, 6.0) * taps, 1)
+        sums = tl.zeros((CH, LINES, 4), dtype=TYPE)
+        squares = tl.zeros((CH, LINES, 4), dtype=TYPE)
+    for i in range(run + 2 * HALO):
         row = first - HALO + i
-        there = (row >= 0) & (row < rows)
-        mask = (exists & (x < tl.where(there, columns, 0)))[None, :] & (heads < HEADS)[:, None]
-        values, _ = expanded(maps + source, mask, means, expansion, shift, tl.where(there, 6.0, 0.0).to(TYPE), TYPE)
-        for dx in tl.static_range(K):
-            beside = neighbours(values, dx - HALO, CH, P)
-            if dx != HALO:
-                beside *= inside[dx]
-            added = ()
-            for reached in tl.static_range(K):
-                added = added + (sums[reached] + weighting[(K - 1 - reached) * K + dx] * beside,)
-            sums = added
+        there = exists & (row >= 0) & (row < rows)
+        mask = there[None, :] & (heads < HEADS)[:, None]
+        top = tl.where(there, 6.0, 0.0).to(TYPE)[None, :]
+        values, _ = expanded(maps + source, mask, means, expansion, shift, top, TYPE)
+        window = pushed(window, values.to(DTYPE).reshape(CH, LINES, WIDTH), K)
         if i >= 2 * HALO:
-            if SUM:
-                away = sums[0] - mean
-                mean += away * (1.0 / number(i - 2 * HALO + 1, TYPE))
-                spread += away * (sums[0] - mean)
+            c = tl.zeros((CH, LINES, WIDTH), dtype=TYPE)
+            for dy in tl.static_range(K):
+                c = tl.dot(window[dy], bands[dy], c, input_precision="ieee", out_dtype=TYPE)
+            stored = i - 2 * HALO < height
             if STORE:
-                stored = own[None, :] & (channels < HIDDEN)[:, None]
-                tl.store(convolved + target, sums[0].to(convolved.dtype.element_ty), mask=stored)
+                to = tl.where(stored, target, 0) + hidden_map * plane
+                tl.store(convolved + to, c.to(DTYPE), mask=stored & (hidden_map < HIDDEN))
+            if SUM:
+                away = tl.where(stored, c - near[:, None, None], 0.0)
+                sums += beside(away, CH, LINES, WIDTH)
+                squares += beside(away * away, CH, LINES, WIDTH)
             convolved += columns
-        sums = pushed(sums, tl.zeros((CH, P), dtype=TYPE), K)
         maps += columns
     if SUM:
-        n = tl.where(own, (last - first).to(TYPE), 0.0)[None, :]
-        of_all, squares = merged(mean, spread, n)
+        n = tl.sum(tl.sum(height, 2), 1).to(TYPE) + tl.zeros((CH,), dtype=TYPE)
+        away = tl.sum(tl.sum(sums, 2), 1)
+        spread = tl.sum(tl.sum(squares, 2), 1) - away * away / n
         programs = tl.num_programs(0) // CHUNKS * tl.num_programs(1)
         report = of_group(found, programs * 3 * HIDDEN) + channels
-        report += (tile * tl.num_programs(1) + tl.program_id(1)) * 3 * HIDDEN
-        tl.store(report, tl.sum(n, 1) + tl.zeros((CH,), dtype=TYPE), mask=channels < HIDDEN)
-        tl.store(report + HIDDEN, of_all, mask=channels < HIDDEN)
-        tl.store(report + 2 * HIDDEN, squares, mask=channels < HIDDEN)
+        report += (tl.program_id(0) // CHUNKS * tl.num_programs(1) + tl.program_id(1)) * 3 * HIDDEN
+        tl.store(report, n, mask=channels < HIDDEN)
+        tl.store(report + HIDDEN, near + away / n, mask=channels < HIDDEN)
+        tl.store(report + 2 * HIDDEN, tl.maximum(spread, 0.0), mask=channels < HIDDEN)
 
 
 @triton.jit

@@ -117,6 +117,27 @@ def pixel(tile, samples, plane, P: tl.constexpr):
 
 
 @triton.jit
+def line(index, rows, run):
+    """Of runs of rows, counted through the samples: the sample, and its row that the run begins with."""
+    runs = (rows + run - 1) // run
+    return index // runs, index % runs * run
+
+
+@triton.jit
+def band(kernel, channels, DY: tl.constexpr, HIDDEN: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr):
+    """What each column adds to the others below or above, by row DY of the local kernels: (CH, WIDTH, WIDTH)."""
+    dx = tl.arange(0, WIDTH)[:, None] - tl.arange(0, WIDTH)[None, :] + K // 2
+    inside = ((dx >= 0) & (dx < K))[None, :, :] & (channels < HIDDEN)[:, None, None]
+    return tl.load(kernel + (channels * K * K)[:, None, None] + (DY * K + dx)[None, :, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def beside(values, CH: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr):
+    """Sums over columns that a thread holds where products on tensor cores leave them: (CH, LINES, 4)."""
+    return tl.sum(tl.sum(values.reshape(CH, LINES, WIDTH // 8, 4, 2), 4), 2)
+
+
+@triton.jit
 def pushed(values, value, COUNT: tl.constexpr):
     """A tuple of COUNT without its first entry and with another at its end."""
     out = ()

@@ -101,7 +101,7 @@ def of_a_layer(use: Use, size: refine_calls.Size, capability: int) -> tuple[floa
             programs = PIXELS / (constants["P"] - halo) * runs
     else:
         pixels = constants["TILES"] * constants["SIZE" if "SIZE" in constants else "P"]
-        each, programs = constants["TILES"] * loops[-1] + everything - loops[-1], plane / pixels
+        each, programs = constants["TILES"] * loops[-1] + everything - loops[-1], triton.cdiv(plane, pixels)
         if use.kernel is behind.head_sums_kernel:
             programs *= size.heads
         elif use.kernel is behind.behind_second_kernel:

@@ -105,8 +105,6 @@ class Size(NamedTuple):
         options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
         if function is ahead.convolve_kernel and self.dtype.itemsize > 2:
             options["num_warps"] = 8  # their registers have no room for twice as many numbers of twice the size
-        if function is behind.behind_second_kernel and self.heads < 16 and self.dtype.itemsize == 2:
-            options["maxnreg"] = 168  # a few less than it would take, and three fit where two would
         return options
 
 
@@ -181,7 +179,8 @@ class Calls:
         tile = self.size.constants(function)["P"]
         # A constant of the kernels: a loop of unknown length takes more registers.
         tiles = max(FEWEST_TILES, triton.next_power_of_2(triton.cdiv(self.count, tile * PROGRAMS)))
-        return triton.cdiv(length(part) * self.plane, tile * tiles), tiles
+        tiles = min(tiles, triton.next_power_of_2(triton.cdiv(self.plane, tile)))
+        return length(part) * triton.cdiv(self.plane, tile * tiles), tiles
 
     def down(self, function: Any, part: slice) -> tuple[int, int, int]:
         """For programs that go down the rows: how many side by side, and one above the other, and rows of each."""

@@ -44,9 +44,9 @@ from pipeline.models.refine_kernel_parts import (
     matrix,
     merged,
     of_group,
-    pixel,
     product,
     pushed,
+    tiles,
 )
 
 
@@ -62,19 +62,18 @@ def covariance_kernel(
             these. In half precision they are rounded as differences from the means of the first tile, as flat maps
             have few digits of their own to tell them apart.
     """
-    maps = of_group(maps, samples * HEADS * plane)
-    heads = tl.arange(0, HP)
-    sample, at, exists = pixel(tl.program_id(0) * TILES, samples, plane, P)
-    offsets = (sample * HEADS * plane + at)[None, :] + heads[:, None] * plane
+    heads, lane = tl.arange(0, HP), tl.arange(0, P)
+    sample, first = tiles(plane, P, TILES)
+    maps = of_group(maps, samples * HEADS * plane) + sample * HEADS * plane + first
+    offsets, exists = lane[None, :] + heads[:, None] * plane, first + lane < plane
     values = tl.load(maps + offsets, mask=exists[None, :] & (heads < HEADS)[:, None], other=0.0).to(TYPE)
     near = (tl.sum(values, 1) / tl.sum(exists.to(TYPE), 0))[:, None]
     sums = tl.zeros((HP, P), dtype=TYPE)
     products = tl.zeros((HP, HP), dtype=TYPE)
     n = tl.zeros((P,), dtype=TYPE)
     for i in range(TILES):
-        sample, at, exists = pixel(tl.program_id(0) * TILES + i, samples, plane, P)
-        offsets = (sample * HEADS * plane + at)[None, :] + heads[:, None] * plane
-        x = centered(maps, offsets, exists[None, :] & (heads < HEADS)[:, None], near, TYPE)
+        exists = first + i * P + lane < plane
+        x = centered(maps + i * P, offsets, exists[None, :] & (heads < HEADS)[:, None], near, TYPE)
         sums += x.to(TYPE)
         n += exists.to(TYPE)
         products += product(x, tl.trans(x), TYPE)
@@ -195,9 +194,12 @@ def reduce_kernel(
         found: (G, programs, 5, H): number, mean and squared differences of R, mean of A less that of the maps, products
             of the differences of both.
     """
-    maps, reduced = of_group(maps, samples * HEADS * plane), of_group(reduced, samples * HEADS * plane)
-    convolved, hidden = of_group(convolved, samples * HIDDEN * plane), of_group(hidden, 3 * HIDDEN)
-    heads = tl.arange(0, HP)
+    sample, first = tiles(plane, P, TILES)
+    own = sample * HEADS * plane + first
+    maps, reduced = of_group(maps, samples * HEADS * plane) + own, of_group(reduced, samples * HEADS * plane) + own
+    convolved = of_group(convolved, samples * HIDDEN * plane) + sample * HIDDEN * plane + first
+    hidden = of_group(hidden, 3 * HIDDEN)
+    heads, lane = tl.arange(0, HP), tl.arange(0, P)
     means = column(of_group(known, 3 * HEADS) + HEADS, heads, HEADS)
     mean = tl.zeros((HP, P), dtype=TYPE)
     spread = tl.zeros((HP, P), dtype=TYPE)
@@ -211,19 +213,19 @@ def reduce_kernel(
         shifts = shifts + (column(hidden + 2 * HIDDEN, channels, HIDDEN),)
         weights = weights + (matrix(reduce, heads, channels, HEADS, HIDDEN).to(maps.dtype.element_ty),)
     for i in range(TILES):
-        sample, at, exists = pixel(tl.program_id(0) * TILES + i, samples, plane, P)
+        exists = first + i * P + lane < plane
         out = tl.zeros((HP, P), dtype=TYPE)
         for chunk in tl.static_range((HIDDEN + CH - 1) // CH):
             channels = chunk * CH + tl.arange(0, CH)
-            offsets = (sample * HIDDEN * plane + at)[None, :] + channels[:, None] * plane
-            c = tl.load(convolved + offsets, mask=exists[None, :] & (channels < HIDDEN)[:, None], other=0.0)
+            offsets = lane[None, :] + channels[:, None] * plane
+            c = tl.load((convolved + i * P) + offsets, mask=exists[None, :] & (channels < HIDDEN)[:, None], other=0.0)
             x = clamped(scales[chunk] * c.to(TYPE) + shifts[chunk], 6.0)
             out += product(weights[chunk], x.to(c.dtype), TYPE)
         rounded = out.to(reduced.dtype.element_ty)
-        offsets = (sample * HEADS * plane + at)[None, :] + heads[:, None] * plane
+        offsets = lane[None, :] + heads[:, None] * plane
         inside = exists[None, :] & (heads < HEADS)[:, None]
-        tl.store(reduced + offsets, rounded, mask=inside)
-        a = centered(maps, offsets, inside, means, TYPE).to(TYPE)
+        tl.store((reduced + i * P) + offsets, rounded, mask=inside)
+        a = centered(maps + i * P, offsets, inside, means, TYPE).to(TYPE)
         n += exists[None, :].to(TYPE)
         share = tl.where(exists, 1.0, 0.0).to(TYPE)[None, :] / (i + 1)
         away, other_away = rounded.to(TYPE) - mean, a - other

@@ -22,11 +22,11 @@ from pipeline.models.refine_kernel_parts import (
     matrix,
     neighbours,
     of_group,
-    pixel,
     place,
     product,
     pushed,
     taps,
+    tiles,
     zeros,
 )
 
@@ -89,11 +89,16 @@ def behind_second_kernel(
         found: (G, programs but for the chunks, H', H + 2): products of relu6(scale C + shift) with the gradient of R,
             the sum of D, and that of D (C - mean).
     """
-    grad, reduced = of_group(grad, samples * HEADS * plane), of_group(reduced, samples * HEADS * plane)
-    maps, convolved = of_group(maps, samples * HEADS * plane), of_group(convolved, samples * HIDDEN * plane)
-    grad_second, hidden = of_group(grad_second, samples * HIDDEN * plane), of_group(hidden, 3 * HIDDEN)
+    sample, first = tiles(plane, P, TILES)
+    own = sample * HEADS * plane + first
+    grad, reduced = of_group(grad, samples * HEADS * plane) + own, of_group(reduced, samples * HEADS * plane) + own
+    maps, hidden = of_group(maps, samples * HEADS * plane) + own, of_group(hidden, 3 * HIDDEN)
+    own = sample * HIDDEN * plane + first
+    convolved = of_group(convolved, samples * HIDDEN * plane) + own
+    grad_second = of_group(grad_second, samples * HIDDEN * plane) + own
     known, factors = of_group(known, 3 * HEADS), of_group(factors, 4 * HEADS)
-    heads, channels = tl.arange(0, HP), tl.program_id(1) * CH + tl.arange(0, CH)
+    lane, heads, channels = tl.arange(0, P), tl.arange(0, HP), tl.program_id(1) * CH + tl.arange(0, CH)
+    at_heads, at_channels = lane[None, :] + heads[:, None] * plane, lane[None, :] + channels[:, None] * plane
     mean_r, mean_a = column(known, heads, HEADS), column(known + HEADS, heads, HEADS)
     of_g, of_r = column(factors, heads, HEADS), column(factors + HEADS, heads, HEADS)
     of_a, of_one = column(factors + 2 * HEADS, heads, HEADS), column(factors + 3 * HEADS, heads, HEADS)
@@ -104,19 +109,17 @@ def behind_second_kernel(
     moments = tl.zeros((CH, P), dtype=TYPE)
     products = tl.zeros((CH, HP), dtype=TYPE)
     for i in range(TILES):
-        sample, at, exists = pixel(tl.program_id(0) * TILES + i, samples, plane, P)
-        offsets = (sample * HEADS * plane + at)[None, :] + heads[:, None] * plane
+        exists = first + i * P + lane < plane
         inside = exists[None, :] & (heads < HEADS)[:, None]
-        g, r, a = at_pixels(grad, reduced, maps, offsets, inside, mean_r, mean_a, TYPE)
+        g, r, a = at_pixels(grad + i * P, reduced + i * P, maps + i * P, at_heads, inside, mean_r, mean_a, TYPE)
         grad_r = tl.where(inside, of_g * g + of_r * r + of_a * a + of_one, 0.0).to(maps.dtype.element_ty)
-        offsets = (sample * HIDDEN * plane + at)[None, :] + channels[:, None] * plane
         inside = exists[None, :] & (channels < HIDDEN)[:, None]
-        c = tl.load(convolved + offsets, mask=inside, other=0.0).to(TYPE)
+        c = tl.load((convolved + i * P) + at_channels, mask=inside, other=0.0).to(TYPE)
         x = clamped(k * c + b, 6.0)
         d = neighbours(product(back, grad_r, TYPE), 0, CH, P)
         d = tl.where((x <= 0) | (x >= 6), 0.0, d)
         if STORE:
-            tl.store(grad_second + offsets, d.to(grad_second.dtype.element_ty), mask=inside)
+            tl.store((grad_second + i * P) + at_channels, d.to(grad_second.dtype.element_ty), mask=inside)
         sums += d
         moments += d * (c - m)
         products += product(x.to(grad_r.dtype), tl.trans(grad_r), TYPE)
@@ -252,20 +255,21 @@ def finish_kernel(
         mixed: (G, H, H), in the type of the maps.
         grad_maps: (B, H, plane).
     """
-    grad, reduced = of_group(grad, samples * HEADS * plane), of_group(reduced, samples * HEADS * plane)
-    maps, grad_maps = of_group(maps, samples * HEADS * plane), of_group(grad_maps, samples * HEADS * plane)
+    sample, first = tiles(plane, P, TILES)
+    own = sample * HEADS * plane + first
+    grad, reduced = of_group(grad, samples * HEADS * plane) + own, of_group(reduced, samples * HEADS * plane) + own
+    maps, grad_maps = of_group(maps, samples * HEADS * plane) + own, of_group(grad_maps, samples * HEADS * plane) + own
     known, factors = of_group(known, 3 * HEADS), of_group(factors, 4 * HEADS)
-    heads = tl.arange(0, HP)
+    lane, heads = tl.arange(0, P), tl.arange(0, HP)
+    offsets = lane[None, :] + heads[:, None] * plane
     mean_r, mean_a = column(known, heads, HEADS), column(known + HEADS, heads, HEADS)
     of_g, of_r = column(factors, heads, HEADS), column(factors + HEADS, heads, HEADS)
     of_a, of_one = column(factors + 2 * HEADS, heads, HEADS), column(factors + 3 * HEADS, heads, HEADS)
     weights = matrix(of_group(mixed, HEADS * HEADS), heads, heads, HEADS, HEADS)
     for i in range(TILES):
-        sample, at, exists = pixel(tl.program_id(0) * TILES + i, samples, plane, P)
-        offsets = (sample * HEADS * plane + at)[None, :] + heads[:, None] * plane
-        inside = exists[None, :] & (heads < HEADS)[:, None]
-        g, r, a = at_pixels(grad, reduced, maps, offsets, inside, mean_r, mean_a, TYPE)
-        x = tl.load(grad_maps + offsets, mask=inside, other=0.0).to(TYPE)
+        inside = (first + i * P + lane < plane)[None, :] & (heads < HEADS)[:, None]
+        g, r, a = at_pixels(grad + i * P, reduced + i * P, maps + i * P, offsets, inside, mean_r, mean_a, TYPE)
+        x = tl.load((grad_maps + i * P) + offsets, mask=inside, other=0.0).to(TYPE)
         x += of_g * g + of_r * r + of_a * a + of_one
         x -= neighbours(product(weights, a.to(maps.dtype.element_ty), TYPE), 0, HP, P)
-        tl.store(grad_maps + offsets, x.to(grad_maps.dtype.element_ty), mask=inside)
+        tl.store((grad_maps + i * P) + offsets, x.to(grad_maps.dtype.element_ty), mask=inside)

@@ -110,10 +110,10 @@ def neighbours(values, DX: tl.constexpr, A: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def pixel(tile, samples, plane, P: tl.constexpr):
-    """Of the P pixels of a tile: sample, place within the map, whether it exists."""
-    index = tile * P + tl.arange(0, P)
-    return index // plane, index % plane, index < samples * plane
+def tiles(plane, P: tl.constexpr, TILES: tl.constexpr):
+    """Of a program that takes `TILES` times `P` pixels of a sample: the sample, and the first of them."""
+    runs = (plane + P * TILES - 1) // (P * TILES)
+    return tl.program_id(0) // runs, tl.program_id(0) % runs * (P * TILES)
 
 
 @triton.jit

@@ -1,19 +1,23 @@
 """The Triton kernels behind `refine_fused`, forward; what all of them share is in `refine_kernel_parts`.
 
 All maps of a pixel are a column of a matrix, so that the 1x1 convolutions are products on tensor cores, and pixels lie
-side by side along the other axis. Kernels come in two forms:
+side by side along the other axis. Kernels come in three forms:
 
-* Down the rows: a program takes `P` columns of the maps, which may belong to neighbouring samples, and walks down `run`
-  rows. It computes the expanded maps of a row once, hands them to the neighbouring columns (a warp's threads hold a
-  row's columns, so this is a shuffle) and adds them to the rows that they reach. Its outermost columns are halo.
-* Pixel by pixel, where pixels don't meet: a program takes `TILES` times `P` of them, in the order of memory.
+* Pixel by pixel, where pixels don't meet: a program takes `TILES` times `P` of a sample, in the order of memory.
+* Down the rows, by lines: a program takes `WIDTH` columns in `LINES` places of the maps at once and walks down `run`
+  rows of each. The local convolution of a map is then a product of matrices, on tensor cores too (`convolve_kernel`).
+* Down the rows, by columns: a program takes `P` columns, which may belong to neighbouring samples. It computes the
+  expanded maps of a row once, hands them to the neighbouring columns (a warp's threads hold a row's columns, so this is
+  a shuffle) and adds them to the rows that they reach. This takes the fewest registers (`deconvolve_kernel`).
+
+Where pixels meet, the outermost columns of a program are halo.
 
 The third axis of programs counts groups of BatchNorm statistics, each of `samples` samples: groups share no numbers,
 and what a group computes doesn't depend on how many there are.
 
-Statistics are taken as they pass by, by Welford's method in every thread, then merged (Chan et al.): maps vary little
-around their mean. Each program writes a record of what it found, and `refine_kernel_between` merges these in a fixed
-order.
+Statistics are taken as they pass by, by Welford's method or from a value near the mean, then merged (Chan et al.): maps
+vary little around their mean. Each program writes a record of what it found, and `refine_kernel_between` merges these
+in a fixed order.
 
 Shapes: B samples of G groups, H heads, H' expanded maps, `rows` x `columns` pixels. Vectors are (H,) or (H',), in
 `TYPE`: float32, float64 for float64. Products are of the type of the maps and summed in `TYPE`. `known` (G, 3, H) has

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +24,8 @@ from bench.gpu_parts import CHECKS, KERNEL_CHECKS, NAMES, has_opt_in, there_is, 
 from launch.bench_model.measure import tell
 
 WORKER = [sys.executable, str(Path(__file__).parent / "gpu_parts.py")]
-# Seconds that a part may take: what hangs shouldn't use up a call.
-LONGEST = 240.0
+# Seconds that a part may take: what hangs shouldn't use up a call, and most likely to hang are kernels that never ran.
+LONGEST, LONGEST_CHECKS = 420.0, 180.0
 
 
 class Ended(NamedTuple):
@@ -82,47 +82,44 @@ def main() -> int:
 def process(command: Sequence[str]) -> Ended:
     """Let a process work, and end it if a part of its takes too long."""
     done: list[str] = []
-    at, why = None, ""
+    at, why = "", ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
         assert worker.stdout is not None
+        found = lines(worker.stdout)
+        longest = LONGEST
         try:
-            for line in lines(worker.stdout, LONGEST):
+            while line := found.get(timeout=longest):
                 word, _, name = line.strip().partition(" ")
                 if word == "begin":
                     tell(name)
-                    at = name
+                    at, longest = name, LONGEST_CHECKS if name == KERNEL_CHECKS else LONGEST
                 elif word == "end":
                     done.append(name)
-                    at = None
+                    at = ""
                 elif word == "failed":
                     why = name
         except queue.Empty:
             worker.kill()
-            why = f"took more than {LONGEST:.0f} s"
+            why = f"took more than {longest:.0f} s"
         code = worker.wait()
     if code == 0:
         return Ended(done)
-    if at is None:
+    if not at:
         raise SystemExit(f"bench/gpu.sh: the process that measures ended with {code} outside of its parts")
     return Ended(done, at, why or f"its process ended with {code}")
 
 
-def lines(stream: Iterable[str], seconds: float) -> Iterator[str]:
-    """Those of a pipe as they come.
-
-    Raises:
-        queue.Empty: none came for so many seconds.
-    """
-    found: queue.Queue[str | None] = queue.Queue()
+def lines(stream: Iterable[str]) -> queue.Queue[str]:
+    """Those of a pipe as they come, each with its end; behind the last one nothing."""
+    found: queue.Queue[str] = queue.Queue()
 
     def read() -> None:
         for line in stream:
             found.put(line)
-        found.put(None)
+        found.put("")
 
     threading.Thread(target=read, daemon=True).start()
-    while (line := found.get(timeout=seconds)) is not None:
-        yield line
+    return found
 
 
 def note(path: Path, why: str) -> None:

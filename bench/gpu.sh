@@ -7,7 +7,7 @@
 #
 # The parts are those of NAMES in bench/gpu_parts.py, in their order: what decides most comes first. A fast path that is
 # wrong ends it; if it is one of the opt-in kernels, models without them are measured all the same. A part that fails,
-# crashes or takes more than four minutes is tried once more without these, and the others go on in another process.
+# crashes or hangs is tried once more without these, and the others go on in another process.
 # Exit status 1: something was wrong or left out.
 # --tiny takes small models and pictures, on a CPU too, to try the script itself.
 set -euo pipefail

@@ -114,7 +114,7 @@ def test_what_fails_leaves_the_rest(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(gpu, "WORKER", [sys.executable, "-c", WORKER])
-    monkeypatch.setattr(gpu, "LONGEST", 3.0)
+    monkeypatch.setattr(gpu, "LONGEST_CHECKS", 3.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("sys.argv", ["gpu.py", "--only", ",".join(ALL), "--out", str(tmp_path)])
     monkeypatch.setenv("FAIL", json.dumps(fail))

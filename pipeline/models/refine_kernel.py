@@ -163,6 +163,7 @@ def convolve_kernel(
                 c = tl.dot(window[dy], bands[dy], c, input_precision="ieee", out_dtype=TYPE)
             stored = i - 2 * HALO < height
             if STORE:
+                # By this choice the compiler doesn't hold an address for each pixel in registers.
                 to = tl.where(stored, target, 0) + hidden_map * plane
                 tl.store(convolved + to, c.to(DTYPE), mask=stored & (hidden_map < HIDDEN))
             if SUM:
@@ -175,12 +176,13 @@ def convolve_kernel(
         n = tl.sum(tl.sum(height, 2), 1).to(TYPE) + tl.zeros((CH,), dtype=TYPE)
         away = tl.sum(tl.sum(sums, 2), 1)
         spread = tl.sum(tl.sum(squares, 2), 1) - away * away / n
+        spread = tl.maximum(spread, 0.0, propagate_nan=tl.PropagateNan.ALL)
         programs = tl.num_programs(0) // CHUNKS * tl.num_programs(1)
         report = of_group(found, programs * 3 * HIDDEN) + channels
         report += (tl.program_id(0) // CHUNKS * tl.num_programs(1) + tl.program_id(1)) * 3 * HIDDEN
         tl.store(report, n, mask=channels < HIDDEN)
         tl.store(report + HIDDEN, near + away / n, mask=channels < HIDDEN)
-        tl.store(report + 2 * HIDDEN, tl.maximum(spread, 0.0), mask=channels < HIDDEN)
+        tl.store(report + 2 * HIDDEN, spread, mask=channels < HIDDEN)
 
 
 @triton.jit

@@ -5,18 +5,21 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.torch_version import TorchVersion
 
 from pipeline.config_load import load_config
 from pipeline.errors import UserError
 from pipeline.resolve import resolve
 from pipeline.tracking.metrics import read_metrics
 from pipeline.train.engines import Engine, make_engine, saved_weights
+from pipeline.train.engines.deepspeed_setup import import_deepspeed
 from pipeline.train.setup import initial_model
 from tests.train.conftest import TWO_LEVELS, write_recipe
 from tests.train.many_runs import train_all
@@ -114,6 +117,28 @@ def test_a_missing_package_is_named(recipe: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(UserError, match=r"pip install 'rookery\[deepspeed\]'"):
         make_engine(initial_model(run.config, ALONE), run.config, ALONE)
+
+
+@pytest.mark.parametrize(
+    ("engine", "package", "version", "message"),
+    [
+        ("zero0", "deepspeed", "0.19.0", r"DeepSpeed 0\.19\.0 is too old"),
+        ("zero3 compiled", "torch", "2.14.1+cu130", r"PyTorch 2\.14\.1\+cu130 is too old.*train\.compile=false"),
+        ("zero3 compiled layers", "torch", "2.11.0", "2.15 or newer"),
+        ("zero3", "torch", "2.11.0", None),
+        ("zero1 compiled", "torch", "2.11.0", None),
+        ("zero3 compiled", "torch", "2.15.0+cu132", None),
+        ("zero3 compiled", "deepspeed", "0.20.0", None),
+    ],
+)
+def test_versions_that_compute_something_else(
+    engine: str, package: str, version: str, message: str | None, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = resolve(load_config(recipe, ENGINES[engine]), 1).config
+    import_deepspeed(config, ALONE)  # the versions of this environment are fine
+    monkeypatch.setattr(sys.modules[package], "__version__", TorchVersion(version))
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        import_deepspeed(config, ALONE)
 
 
 @pytest.mark.parametrize("name", [*PLAIN, "offload"])

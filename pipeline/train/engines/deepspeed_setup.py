@@ -7,6 +7,9 @@ import os
 import sys
 from typing import Any
 
+import torch
+from torch.torch_version import TorchVersion
+
 from pipeline.config import RunConfig
 from pipeline.train.distributed import World
 
@@ -48,7 +51,7 @@ def import_deepspeed(config: RunConfig, world: World) -> Any:
     """The deepspeed package, silent, and without what it would compile.
 
     Raises:
-        UserError: it is not installed.
+        UserError: it is not installed, or a version that computes something else, see `_check_versions`.
     """
     # It would look for a GPU by itself, and print what it found.
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
@@ -66,7 +69,22 @@ def import_deepspeed(config: RunConfig, world: World) -> Any:
     finally:
         if blocked:
             del sys.modules["mlflow"]
+    _check_versions(TorchVersion(deepspeed.__version__), config, world)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Its shared-memory collectives for CPUs are compiled at the first start; torch's gloo needs no compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _check_versions(deepspeed: TorchVersion, config: RunConfig, world: World) -> None:
+    """Refuse what was seen to train otherwise than `tests/train/test_engines.py` demands, without a word."""
+    if deepspeed < "0.19.8":
+        world.fail(
+            f"engine.name=deepspeed: DeepSpeed {deepspeed} is too old, in 0.19.0 a step whose gradient is no number is "
+            "taken; install a newer one with: pip install 'rookery[deepspeed]'"
+        )
+    if config.engine.zero_stage == 3 and config.train.compile and torch.__version__ < "2.15":
+        world.fail(
+            f"train.compile with engine.zero_stage=3: PyTorch {torch.__version__} is too old, 2.11 computes other "
+            "gradients; install 2.15 or newer, or set train.compile=false"
+        )

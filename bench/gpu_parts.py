@@ -112,7 +112,8 @@ def main() -> int:
             why = str(error) or repr(error)
         wrong = [row for row in report.get("checks", ()) if not row["passed"]]
         if why or wrong:
-            print(f"failed {why or wrong}"[:2000].replace("\n", " "), flush=True)
+            # What was wrong first: an error may be only what a kernel before it left behind.
+            print(f"failed {wrong or why}"[:2000].replace("\n", " "), flush=True)
             return 1
         print(f"end {name}", flush=True)
     return 0

@@ -119,8 +119,8 @@ def convolve_kernel(
     maps, convolved = of_group(maps, samples * HEADS * plane), of_group(convolved, samples * HIDDEN * plane)
     known, hidden = of_group(known, 3 * HEADS), of_group(hidden, 3 * HIDDEN)
     heads, channels = tl.arange(0, HP), tl.program_id(0) % CHUNKS * CH + tl.arange(0, CH)
-    left = tl.program_id(0) // CHUNKS * (WIDTH - 2 * HALO) - HALO
-    above = tl.program_id(1) * LINES
+    tile = tl.program_id(0) // CHUNKS
+    left, above = tile * (WIDTH - 2 * HALO) - HALO, tl.program_id(1) * LINES
     means, shift = column(known + HEADS, heads, HEADS), column(hidden, channels, HIDDEN)
     expansion = matrix(of_group(weights, HIDDEN * HEADS), channels, heads, HIDDEN, HEADS)
     # Pixels one behind the other, as they are expanded.
@@ -179,7 +179,7 @@ def convolve_kernel(
         spread = tl.maximum(spread, 0.0, propagate_nan=tl.PropagateNan.ALL)
         programs = tl.num_programs(0) // CHUNKS * tl.num_programs(1)
         report = of_group(found, programs * 3 * HIDDEN) + channels
-        report += (tl.program_id(0) // CHUNKS * tl.num_programs(1) + tl.program_id(1)) * 3 * HIDDEN
+        report += (tile * tl.num_programs(1) + tl.program_id(1)) * 3 * HIDDEN
         tl.store(report, n, mask=channels < HIDDEN)
         tl.store(report + HIDDEN, near + away / n, mask=channels < HIDDEN)
         tl.store(report + 2 * HIDDEN, spread, mask=channels < HIDDEN)

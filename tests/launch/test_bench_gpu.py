@@ -140,6 +140,7 @@ def test_a_process_that_fails_outside_of_its_parts_is_an_error(tmp_path: Path, m
         ([True, True], ["begin checks", "end checks", "begin eager", "end eager"]),
         ([True, False], ["begin checks", "failed [{'name': '1', 'passed': False}]"]),
         ([True, None], ["begin checks", "failed no such kernel"]),
+        ([False, None], ["begin checks", "failed [{'name': '0', 'passed': False}]"]),
     ],
 )
 def test_a_process_works_until_something_fails(

@@ -1,7 +1,7 @@
 """The kernels of `block_attention` in Triton's interpreter, against PyTorch: prints a JSON object of what was found.
 
 A process of its own (`TRITON_INTERPRET=1 python -m tests.models.block_attention_cases`): Triton decides once, when it
-is imported, whether kernels are interpreted. The interpreter has no bfloat16 products.
+is imported, whether kernels are interpreted.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.models import create_model
 from pipeline.models.block_attention import block_attention
+from tests.models.interpreted import add_bfloat16
 from tests.models.short_training import losses_of
 
 # Blocks, tokens, heads, keys, channels of a head.
@@ -25,7 +26,7 @@ SHAPES = [
     (4, 64, 2, 2, 32),
     (8, 16, 6, 1, 16),
 ]
-TYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16}
+TYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
 LAYOUTS = ("contiguous", "rows apart", "transposed")
 SMALL: dict[str, object] = {
     "drop_path_rate": 0.0,
@@ -100,10 +101,10 @@ def whole_model(attention: str) -> float:
     return max(float(((a - b).abs().max() / b.abs().max()).nan_to_num(nan=torch.inf)) for a, b in pairs)
 
 
-def training(steps: int) -> list[list[float]]:
-    """Losses of the same training with and without the kernels."""
-    images, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 3])
-    return [losses_of(model, images, labels, steps) for model in models(attention="mqa")]
+def training(steps: int, dtype: torch.dtype | None = None) -> list[list[float]]:
+    """Losses of the same training without and with the kernels; with `dtype`, by autocast to it."""
+    images, labels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 3])
+    return [losses_of(model, images, labels, steps, dtype) for model in models(attention="mqa")]
 
 
 def compiled() -> float:
@@ -119,6 +120,7 @@ def compiled() -> float:
 
 
 def main() -> None:
+    add_bfloat16()
     qkv = torch.randn(3, 16, 5 * 16, dtype=torch.float64, requires_grad=True)
     checked = torch.library.opcheck(torch.ops.rookery.block_attention.default, (qkv, 3, 1))
     nothing = block_attention(torch.zeros(0, 16, 5 * 16), 3, 1)
@@ -130,6 +132,7 @@ def main() -> None:
                 "nothing": list(nothing.shape),
                 "models": {attention: whole_model(attention) for attention in ("mha", "mqa")},
                 "training": training(50),
+                "bfloat16": training(50, torch.bfloat16),
                 "compiled": compiled(),
             }
         )

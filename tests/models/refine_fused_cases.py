@@ -1,7 +1,7 @@
 """The kernels of `refine_fused` in Triton's interpreter, against the plain path: prints what was found as JSON.
 
 A process of its own (`TRITON_INTERPRET=1 python -m tests.models.refine_fused_cases`): Triton decides once, when it is
-imported, whether kernels are interpreted. The interpreter has no bfloat16 products.
+imported, whether kernels are interpreted.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.models import create_model, refine_calls, refine_fused
 from pipeline.models.refine_maps import OfficialRefiner
+from tests.models.interpreted import add_bfloat16
 from tests.models.refiner_step import errors, kept_bytes, some_maps, step, with_weights
 from tests.models.short_training import losses_of
 
@@ -116,23 +117,31 @@ def worst(found: dict[str, float], running: bool) -> float:
     return max(error for name, error in found.items() if ("running" in name) == running)
 
 
-def half_precision(dtype: torch.dtype, device: str = "cpu") -> dict[str, dict[str, float]]:
-    """Errors against float64 under autocast, of the kernels and of PyTorch, on maps as flat as fresh ones are."""
+def half_precision(dtype: torch.dtype, device: str = "cpu", draws: int = 4) -> dict[str, dict[str, float]]:
+    """Errors against float64 under autocast, of the kernels and of PyTorch, on maps as flat as fresh ones are.
+
+    Of some draws the root of the mean square: a single one has few pixels, and few weights that they are summed for.
+    """
     plain = with_weights(OfficialRefiner(3, 3, 3, 0.176)).to(device).train()
-    flat = (0.05 * torch.randn(3, 3, 20, 20, generator=torch.Generator().manual_seed(9)).double()).softmax(-1)
-    flat = flat.to(device)
-    exact = step(copy.deepcopy(plain).double(), flat, None, None)
-    found = {}
-    for name in ("plain", "fused"):
-        refiner = copy.deepcopy(plain)
-        refiner.fused = name == "fused"
-        with torch.autocast(device, dtype):
-            left = step(refiner, flat.float(), None, None)
-        assert all(left[n].dtype == torch.float32 for n in exact if n != "out" and "tracked" not in n)
+    squares: dict[str, dict[str, float]] = {"plain": {}, "fused": {}}
+    for seed in range(draws):
+        generator = torch.Generator().manual_seed(seed)
+        flat = (0.05 * torch.randn(3, 3, 20, 20, generator=generator).double()).softmax(-1).to(device)
+        # Numbers that every type has: the kernels give out half precision, so that is what they are handed, too.
+        above = torch.randn(flat.shape, generator=generator).bfloat16().to(device)
+        exact = step(copy.deepcopy(plain).double(), flat, None, None, above)
         # The gradient of the third BatchNorm's bias is nothing but rounding.
         names = [n for n in exact if n != "bn3.bias" and "running" not in n and "tracked" not in n]
-        found[name] = {n: float((left[n].double() - exact[n]).norm() / exact[n].norm()) for n in names}
-    return found
+        for name, found in squares.items():
+            refiner = copy.deepcopy(plain)
+            refiner.fused = name == "fused"
+            with torch.autocast(device, dtype):
+                left = step(refiner, flat.float(), None, None, above)
+            assert all(left[n].dtype == torch.float32 for n in exact if n != "out" and "tracked" not in n)
+            for n in names:
+                error = float((left[n].double() - exact[n]).norm() / exact[n].norm())
+                found[n] = found.get(n, 0.0) + error**2 / draws
+    return {name: {n: math.sqrt(square) for n, square in found.items()} for name, found in squares.items()}
 
 
 def models() -> tuple[nn.Module, nn.Module]:
@@ -155,10 +164,10 @@ def whole_model() -> float:
     return max(errors(found[1], found[0]).values())
 
 
-def training(steps: int) -> list[list[float]]:
-    """Losses of the same training with and without the kernels."""
-    images, labels = torch.randn(2, 3, 16, 16), torch.tensor([0, 3])
-    return [losses_of(model, images, labels, steps) for model in models()]
+def training(steps: int, dtype: torch.dtype | None = None) -> list[list[float]]:
+    """Losses of the same training without and with the kernels; with `dtype`, by autocast to it."""
+    images, labels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 3])
+    return [losses_of(model, images, labels, steps, dtype) for model in models()]
 
 
 def kept() -> float:
@@ -194,13 +203,16 @@ def operator() -> dict[str, str]:
 
 
 def main() -> None:
+    add_bfloat16()
+    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 15
     print(
         json.dumps(
             {
                 "values": {name: differences(case) for name, case in CASES.items()},
-                "half": half_precision(torch.float16),
+                "half": {name: half_precision(getattr(torch, name)) for name in ("float16", "bfloat16")},
                 "model": whole_model(),
-                "training": training(int(sys.argv[1]) if len(sys.argv) > 1 else 15),
+                "training": training(steps),
+                "bfloat16": training(steps, torch.bfloat16),
                 "kept": kept(),
                 "apart": apart(),
                 "compiled": compiled(),

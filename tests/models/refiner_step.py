@@ -28,13 +28,16 @@ def some_maps(batch: int, heads: int, rows: int, columns: int, contiguous: bool 
     return (maps if contiguous else maps.permute(2, 3, 0, 1)).clone(memory_format=torch.preserve_format)
 
 
-def step(refiner: nn.Module, maps: Tensor, real: Tensor | None, group: int | None) -> dict[str, Tensor]:
-    """Everything that a training step leaves behind."""
+def step(
+    refiner: nn.Module, maps: Tensor, real: Tensor | None, group: int | None, above: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Everything that a training step leaves behind; `above` is the gradient of the refined maps, drawn by default."""
     norms = group_statistics(refiner, group) if group else []
     leaf = maps.detach().requires_grad_()
     out = refiner(leaf, real)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
-    (out * weights.to(out)).sum().backward()
+    if above is None:
+        above = torch.randn(out.shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    (out * above.to(out)).sum().backward()
     if norms:
         update_groups(norms, torch.zeros((), device=maps.device), None)
     found = {"out": out.detach(), "maps": leaf.grad}

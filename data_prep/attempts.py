@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import re
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from data_prep.errors import UserError
+from data_prep.errors import Unreachable, UserError
 
 T = TypeVar("T")
 
@@ -58,13 +59,16 @@ class Patience:
     longest_pause: float = 15.0
 
     @classmethod
-    def of_environment(cls) -> Patience:
+    def of_environment(cls, tries: int | None = None) -> Patience:
         """`ROOKERY_STORE_TRIES` and `ROOKERY_STORE_SECONDS`, or the defaults.
+
+        Args:
+            tries: another default.
 
         Raises:
             UserError: one of them is no number above 0.
         """
-        return cls(int(_number(TRIES, cls.tries)), _number(SECONDS, cls.seconds))
+        return cls(int(_number(TRIES, tries or cls.tries)), _number(SECONDS, cls.seconds))
 
     def pause(self, attempt: int) -> float:
         """Seconds to wait after this attempt, counted from 1."""
@@ -81,7 +85,8 @@ def attempt(request: Callable[[], T], where: str, protocol: str, patience: Patie
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: it is no use to ask again, or was none `patience.tries` times.
+        UserError: it is no use to ask again.
+        Unreachable: it was none `patience.tries` times.
     """
     for number in range(1, patience.tries + 1):
         try:
@@ -92,7 +97,7 @@ def attempt(request: Callable[[], T], where: str, protocol: str, patience: Patie
             if not _may_pass(error):
                 raise _refused(error, where, protocol) from error
             if number == patience.tries:
-                raise UserError(
+                raise Unreachable(
                     f"{where}: no success in {patience.tries} tries, the last: {_text(error)}; see whether the store "
                     f"can be reached from here, and set {TRIES} or {SECONDS} higher if it is slow"
                 ) from error
@@ -118,6 +123,11 @@ def _refused(error: Exception, where: str, protocol: str) -> UserError:
     if _NO_CREDENTIALS.search(type(error).__name__):
         return UserError(f"{where}: no credentials that could be used ({_text(error)}); {mend}")
     return UserError(f"{where}: {_text(error)}; see whether the address is right and the file whole")
+
+
+def has_less(error: BaseException) -> bool:
+    """Whether a request may have failed because the file ends before what was asked for."""
+    return isinstance(error, EOFError) or _status(error) == 416 or getattr(error, "errno", None) == errno.EINVAL
 
 
 def _status(error: BaseException) -> int | None:

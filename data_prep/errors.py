@@ -1,4 +1,4 @@
-"""The error a user can cause while preparing data."""
+"""The error a user can cause while preparing data, and those of stores that are told apart from it."""
 
 from data_prep.redact import redact
 
@@ -6,8 +6,33 @@ from data_prep.redact import redact
 class UserError(Exception):
     """Bad input: the message says what is wrong, where, and how to mend it; credentials in addresses are hidden.
 
-    The command line prints the message alone and exits with status 2.
+    The command line prints the message alone and exits with `status`.
     """
+
+    status = 2
 
     def __init__(self, message: object = "") -> None:
         super().__init__(redact(str(message)))
+
+
+class Unreachable(UserError):
+    """A store gave no answer, however often it was asked: nobody's mistake, and it may pass.
+
+    Its status is that of a failure, after which a run is started again where somebody does that.
+    """
+
+    status = 1
+
+
+class DamagedFile(UserError):
+    """A file of a store has other bytes than its manifest says, however often it is fetched.
+
+    Args:
+        name: the file, as messages call it.
+        reason: what is wrong with it.
+        mend: what to do about it.
+    """
+
+    def __init__(self, name: str, reason: str, mend: str) -> None:
+        super().__init__(f"{name}: {reason}; {mend}")
+        self.reason = reason

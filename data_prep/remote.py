@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from data_prep.attempts import Patience, attempt
-from data_prep.errors import UserError
+from data_prep.attempts import Patience, attempt, has_less
+from data_prep.errors import DamagedFile, UserError
 from data_prep.redact import HIDDEN, redact
 from data_prep.threads import in_parallel, within
 
@@ -25,6 +25,7 @@ PARALLEL = 4
 _PARTS = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
 _S3_KEY = re.compile(r"(?P<key>[^/:@]+):(?P<secret>.+)@(?P<rest>[^@]*)")
 _WEB = ("http", "https")
+_MEND = "restore the file, or make it anew (`rookery verify` checks all of a split)"
 
 
 class RemoteStore:
@@ -77,7 +78,8 @@ class RemoteStore:
 
         Raises:
             FileNotFoundError: there is no such file.
-            UserError: the store can't be read, or has less of the file.
+            DamagedFile: the store has less of the file.
+            UserError: the store can't be read.
         """
         data = self._range(file, start, size)
         return data if len(data) == size else data[start : start + size]
@@ -91,7 +93,8 @@ class RemoteStore:
 
         Raises:
             FileNotFoundError: there is no such file.
-            UserError: the store can't be read, or has less of the file.
+            DamagedFile: the store has less of the file.
+            UserError: the store can't be read.
             OSError: the file on this machine can't be written.
         """
         for start, data in self._pieces(file, size):
@@ -119,12 +122,26 @@ class RemoteStore:
             return b""
 
         def request() -> bytes:
-            data = bytes(self._call("cat_file", self._path(file), size, start=start, end=start + size))
-            if len(data) < size:
-                raise EOFError(f"{len(data)} bytes of {size} from byte {start} on")
+            try:
+                data = bytes(self._call("cat_file", self._path(file), size, start=start, end=start + size))
+                if len(data) < size:
+                    raise EOFError(f"{len(data)} bytes of {size} from byte {start} on")
+            except Exception as error:
+                if has_less(error):
+                    self._check_size(file, start + size)
+                raise
             return data
 
         return bytes(self._attempt(request, file))
+
+    def _check_size(self, file: str, size: int) -> None:
+        """Raise DamagedFile if the store says that it has less than these bytes of a file; it need not say anything."""
+        try:
+            there = self._call("info", self._path(file), 0).get("size")
+        except Exception:
+            return
+        if there is not None and there < size:
+            raise DamagedFile(self.at(file), f"{there} bytes are there, {size} are wanted", _MEND)
 
     def write(self, file: str, data: bytes) -> None:
         self._send("pipe_file", file, len(data), self._path(file), data)

@@ -74,7 +74,7 @@ def app() -> None:
         _commands()
     except UserError as error:
         _say(str(error))
-        sys.exit(2)
+        sys.exit(error.status)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; not every command has imported torch
             raise

@@ -1,5 +1,5 @@
-"""The error a user can cause. The house has one; it is defined in its lowest room."""
+"""The error a user can cause, and its kinds; they are defined in the lowest room of the house."""
 
-from data_prep.errors import UserError
+from data_prep.errors import DamagedFile, Unreachable, UserError
 
-__all__ = ["UserError"]
+__all__ = ["DamagedFile", "Unreachable", "UserError"]

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.data.fast import COMPILED
 from pipeline.data.ring import InSlot, Receiver, Sender
 from pipeline.data.take_ahead import take_ahead
-from pipeline.errors import UserError
+from pipeline.errors import Unreachable, UserError
 
 # What every loader process would import for seconds: the server that they are forked from does it once. The plain
 # path's torchvision and timm are not among it: it is for comparisons, and they would slow the start of every other run.
@@ -35,6 +35,11 @@ class Failed(NamedTuple):
     """A `UserError` on its way out of a loader process, which would otherwise arrive wrapped in a traceback."""
 
     message: str
+    may_pass: bool = False
+
+    @classmethod
+    def of(cls, error: UserError) -> Failed:
+        return cls(str(error), isinstance(error, Unreachable))
 
 
 class Batches:
@@ -110,7 +115,7 @@ class Batches:
         for _ in range(len(self._loader)):
             batch = next(loader)
             if isinstance(batch, Failed):
-                raise UserError(batch.message)
+                raise (Unreachable if batch.may_pass else UserError)(batch.message)
             yield _map(batch, self._tensor)
 
     def _tensor(self, value: Any) -> Any:

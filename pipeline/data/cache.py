@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -33,7 +35,7 @@ from data_prep.hashes import file_sha256
 from data_prep.manifest import DOWNLOADS
 from data_prep.remote import RemoteStore, write_all
 from pipeline.data.cache_room import CacheOptions, entries, free_limit
-from pipeline.errors import UserError
+from pipeline.errors import DamagedFile, UserError
 
 log = logging.getLogger("rookery")
 
@@ -45,10 +47,8 @@ _TOLD_SECONDS = 2.0
 _LINE_SECONDS = 10.0
 # How exactly the time of the last use is kept.
 _TOUCH_SECONDS = 1.0
-
-
-class DamagedFile(UserError):
-    """A file of the store has other bytes than the manifest says, however often it is fetched."""
+# A file that is damaged in the store is not fetched again for each of its samples, but now and then: it may be mended.
+_DAMAGED_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ class NodeCache:
         self.folder = options.path
         self._limit = None if options.gigabytes is None else int(options.gigabytes * 1e9)
         self._touched: dict[str, float] = {}
+        self._damaged: dict[str, tuple[float, DamagedFile]] = {}
+        self._sound: set[str] = set()
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if options.directory is None and self.folder.stat().st_uid != os.getuid():
@@ -101,9 +103,12 @@ class NodeCache:
 
         Raises:
             FileNotFoundError: the store doesn't have it.
-            DamagedFile: what the store has is not what the manifest describes.
+            DamagedFile: what the store has is not what the manifest describes, now or a few minutes ago.
             UserError: the store can't be read, or the cache can't take the file.
         """
+        since, fault = self._damaged.get(file.sha256, (-math.inf, None))
+        if fault is not None and time.monotonic() - since < _DAMAGED_SECONDS:
+            raise fault
         began = time.monotonic()
         while True:
             descriptor = self._open_verified(file)
@@ -113,6 +118,32 @@ class NodeCache:
                 self._tell(file, time.monotonic() - began, wait)
                 return descriptor
             time.sleep(_POLL_SECONDS)
+
+    def drop_if_rotten(self, file: RemoteFile) -> bool:
+        """Remove a file that is no longer what was fetched, which its size alone doesn't tell; whether it was removed.
+
+        Of a file whose sample can't be used; its bytes are hashed once.
+        """
+        path = self.folder / file.sha256
+        if file.sha256 in self._sound:
+            return False
+        try:
+            with open(path, "rb") as opened:
+                if hashlib.file_digest(opened, "sha256").hexdigest() == file.sha256:
+                    self._sound.add(file.sha256)
+                    return False
+                with self._locked():
+                    if not _is_at(opened.fileno(), path):  # somebody else has fetched it again
+                        return True
+                    path.unlink()
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise self._unwritable(error) from error
+            path.unlink(missing_ok=True)
+        log.warning("%s: its copy in %s has changed since it was fetched, fetching it again", file.name, self.folder)
+        return True
 
     def _open_verified(self, file: RemoteFile) -> int | None:
         path = self.folder / file.sha256
@@ -142,6 +173,9 @@ class NodeCache:
                 return None
             try:
                 kept = self._fetch(file, descriptor, part, wait)
+            except DamagedFile as error:
+                self._damaged[file.sha256] = time.monotonic(), error
+                raise
             except OSError as error:
                 if isinstance(error, FileNotFoundError) and error.filename != str(part):
                     raise
@@ -174,8 +208,9 @@ class NodeCache:
                 return True
             log.warning("%s: arrived damaged (its sha256 is not that of the manifest), fetching it again", file.name)
         raise DamagedFile(
-            f"{file.name}: not what the manifest describes, {DOWNLOADS} times in a row (another sha256); "
-            f"`rookery verify {file.store.name}` checks all files, `rookery prep --repair` makes the damaged ones anew"
+            file.name,
+            f"not what the manifest describes, {DOWNLOADS} times in a row (another sha256)",
+            f"`rookery verify {file.store.name}` checks all files, `rookery prep --repair` makes the damaged ones anew",
         )
 
     def _reserve(self, descriptor: int, size: int, wait: bool) -> bool:

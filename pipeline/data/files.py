@@ -10,11 +10,16 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from data_prep.attempts import Patience
 from data_prep.manifest import DOWNLOADS, Shard
 from data_prep.remote import RemoteStore
 from data_prep.store import local_path, remote_store
-from pipeline.data.cache import DamagedFile, NodeCache, RemoteFile
+from pipeline.data.cache import NodeCache, RemoteFile
 from pipeline.data.cache_room import CacheOptions
+from pipeline.errors import DamagedFile
+
+# Some 80 seconds of waiting: a run is worth more of them than a command that somebody waits for.
+_TRIES = 12
 
 
 class ShardFile(Protocol):
@@ -25,6 +30,7 @@ class ShardFile(Protocol):
 
         Raises:
             OSError: it can't be read any more.
+            DamagedFile: the store has another file than the manifest describes.
             UserError: the store or the cache can't be used.
         """
         ...
@@ -61,6 +67,10 @@ class Files(Protocol):
         """
         ...
 
+    def renew(self, shard: Shard) -> bool:
+        """After a sample that can't be used: whether that was for a copy on this machine, which is fetched anew now."""
+        ...
+
     def open(self, shard: Shard) -> ShardFile:
         """Open the shard.
 
@@ -79,7 +89,10 @@ def open_files(directory: str | Path, cache: CacheOptions | None) -> LocalFiles 
     store = remote_store(directory)
     if store is None:
         return LocalFiles(local_path(directory))
-    return DirectFiles(store) if cache is None else CachedFiles(store, cache)
+    if cache is None:
+        return DirectFiles(store)
+    store.patience = Patience.of_environment(tries=_TRIES)
+    return CachedFiles(store, cache)
 
 
 class LocalFiles:
@@ -98,6 +111,9 @@ class LocalFiles:
     @contextmanager
     def index(self, shard: Shard) -> Iterator[Path]:
         yield self.directory / shard.index_file
+
+    def renew(self, shard: Shard) -> bool:
+        return False
 
     def open(self, shard: Shard) -> _LocalFile:
         return _LocalFile(open(self.directory / shard.file, "rb", buffering=0, opener=_without_waiting))
@@ -166,12 +182,21 @@ class CachedFiles(_StoredFiles):
     def open(self, shard: Shard) -> _CachedFile:
         return _CachedFile(self, self._shard_of(shard))
 
+    def renew(self, shard: Shard) -> bool:
+        return any([self.cache.drop_if_rotten(file) for file in (self._index_of(shard), self._shard_of(shard))])
+
     def fetch(self, shard: Shard) -> bool:
-        """Fetch the shard and its index if they are missing and no other process does; whether anything was fetched."""
+        """Fetch the shard and its index if they are missing and no other process does; whether anything was fetched.
+
+        One that is gone or damaged is left to those who read it, so that the next ones come all the same.
+        """
         fetched = False
         for file in (self._index_of(shard), self._shard_of(shard)):
             if not self.cache.holds(file):
-                descriptor = self.cache.open(file, wait=False)
+                try:
+                    descriptor = self.cache.open(file, wait=False)
+                except (FileNotFoundError, DamagedFile):
+                    return False
                 if descriptor is not None:
                     os.close(descriptor)
                     fetched = True
@@ -221,11 +246,15 @@ class DirectFiles(_StoredFiles):
             if hashlib.sha256(data).hexdigest() == shard.index_sha256:
                 break
         else:
-            raise DamagedFile(f"{self.at(shard.index_file)}: not the index that the manifest describes")
+            mend = f"`rookery verify {self.name}` checks all files"
+            raise DamagedFile(self.at(shard.index_file), "not the index that the manifest describes", mend)
         with os.fdopen(os.memfd_create("index"), "w+b") as file:
             file.write(data)
             file.flush()
             yield Path(f"/dev/fd/{file.fileno()}")
+
+    def renew(self, shard: Shard) -> bool:
+        return False
 
     def open(self, shard: Shard) -> _DirectFile:
         return _DirectFile(self.store, shard.file)

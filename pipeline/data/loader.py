@@ -126,6 +126,15 @@ def load_sample(
     Raises:
         BadSample: it can't be.
     """
+    try:
+        return _loaded(shards, sample, in_chans, tokens, wanted)
+    except BadSample as error:
+        if error.passing or not shards.renew(sample):
+            raise
+        return _loaded(shards, sample, in_chans, tokens, wanted)
+
+
+def _loaded(shards: ShardSet, sample: int, in_chans: int, tokens: bool, wanted: Wanted | None) -> Decoded:
     read = next(shards.read([sample], tokens))
     try:
         picture: Any
@@ -201,7 +210,7 @@ class StepDataset(Dataset):
         try:
             return self._batch(step)
         except UserError as error:
-            return Failed(str(error))
+            return Failed.of(error)
 
     def _batch(self, step: int) -> TrainBatch:
         order, seed = self.order, self.order.seed
@@ -310,7 +319,7 @@ class EvalDataset(Dataset):
         except BadSample as error:
             return Failed(f"{error}; evaluation leaves no sample out: figures over others would not compare")
         except UserError as error:
-            return Failed(str(error))
+            return Failed.of(error)
 
     def samples_of(self, i: int) -> range:
         """The samples of batch `i`; fewer than `batch_size`, or none, at the end."""

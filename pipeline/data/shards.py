@@ -19,7 +19,7 @@ from data_prep.manifest import MAX_BYTES, BadIndex, Manifest, load_index, token_
 from pipeline.data.cache_room import CacheOptions
 from pipeline.data.files import ShardFile, open_files
 from pipeline.data.substitute import BadSample
-from pipeline.errors import UserError
+from pipeline.errors import DamagedFile, UserError
 
 # An open shard holds two file descriptors, of which a process often has no more than 1,024.
 MAX_OPEN = 256
@@ -110,6 +110,12 @@ class ShardSet:
         """Open the shard of a sample anew when it is read next: it may be mended by then, which makes another file."""
         self._forget(self._place(sample)[0])
 
+    def renew(self, sample: int) -> bool:
+        """After a `BadSample`: whether it is worth another try at once, for a copy on this machine was what was bad."""
+        shard = self._place(sample)[0]
+        self._forget(shard)
+        return self.files.renew(self.manifest.shards[shard])
+
     def path_of(self, sample: int) -> str:
         """The shard that holds a sample, as messages call it."""
         return self._path(self._place(sample)[0])
@@ -187,6 +193,8 @@ class ShardSet:
             if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
                 raise self._unreadable(name, error.__cause__) from error
             raise BadSample(name, error.reason, _MEND, lost=True) from error
+        except DamagedFile as error:
+            raise BadSample(name, error.reason, _MEND, lost=True) from error
         except OSError as error:
             raise self._unreadable(name, error) from error
         self._checked.add(shard)
@@ -214,6 +222,9 @@ class ShardSet:
             if opened.file is None:
                 opened.file = self.files.open(self.manifest.shards[shard])
             data = opened.file.pread(size, offset)
+        except DamagedFile as error:
+            self._forget(shard)
+            raise BadSample(self._path(shard), error.reason, _MEND, key, lost=True) from error
         except OSError as error:
             lost = opened.file is None
             self._forget(shard)  # as `reopen`

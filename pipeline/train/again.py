@@ -12,7 +12,7 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
-from pipeline.train.status import INTERRUPTED, MISTAKE, RESUBMIT
+from pipeline.train.status import FAILED, INTERRUPTED, MISTAKE, RESUBMIT
 
 # Environment variables by which the launcher tells its processes the folder, and what to do.
 FOLDER = "ROOKERY_AGAIN"
@@ -25,10 +25,10 @@ def work(module: str) -> int:
     """Run the job of this process, and leave its exit status for the launcher.
 
     Args:
-        module: has `run(job) -> status`. An exception in it makes all processes start again.
+        module: has `run(job) -> status`. An exception in it, or `FAILED`, makes all processes start again.
     """
     status = import_module(module).run(os.environ[JOB])
-    if status:
+    if status not in (0, FAILED):
         _write(_status_file(), status)
     return status
 

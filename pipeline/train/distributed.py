@@ -75,15 +75,17 @@ class World:
             try:
                 box[0] = work()
             except UserError as error:
-                box[1] = error
+                box[1] = str(error), error.status
         dist.broadcast_object_list(box, src=0, device=self.device, group=self.group)
         if box[1] is not None:
-            self.fail(str(box[1]))
+            self.fail(*box[1])
         return box[0]
 
-    def fail(self, message: str) -> NoReturn:
+    def fail(self, message: str, status: int = UserError.status) -> NoReturn:
         """Raise a user's mistake that all processes know of, so that only rank 0 prints it."""
-        raise (UserError if self.is_main else PeerError)(message)
+        error = (UserError if self.is_main else PeerError)(message)
+        error.status = status
+        raise error
 
 
 class PeerError(UserError):

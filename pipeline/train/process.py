@@ -25,7 +25,8 @@ COMMAND = "ROOKERY_COMMAND"
 
 
 def run_process(job: Callable[[World], object], threads: int | None = None) -> int:
-    """Run a job in this process and return its exit status: 0, 2 for a user's mistake, see `stop` for signals.
+    """Run a job in this process and return its exit status: 0, 2 for a user's mistake, 1 for a store out of reach, see
+    `stop` for signals.
 
     A mistake is printed once.
 
@@ -47,11 +48,11 @@ def run_process(job: Callable[[World], object], threads: int | None = None) -> i
             job(world)
     except Stopped as stop:
         return stop.status
-    except PeerError:
-        return MISTAKE
+    except PeerError as error:
+        return error.status
     except UserError as error:
         print(f"rookery: {error}", file=sys.stderr, flush=True)
-        return MISTAKE
+        return error.status
     except torch.OutOfMemoryError as error:
         print(f"rookery: {no_room(error, world)}", file=sys.stderr, flush=True)
         return MISTAKE

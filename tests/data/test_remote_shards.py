@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,14 +19,19 @@ from torch.utils.data import Dataset
 
 import pipeline.data.ahead as ahead_module
 import pipeline.data.batches as batches_module
+import pipeline.data.cache as cache_module
+import pipeline.data.loader as loader_module
 from data_prep.attempts import SECONDS, TRIES
+from data_prep.hashes import file_sha256
 from data_prep.store import open_store
 from pipeline.data.ahead import ComingShards, fetched_ahead
 from pipeline.data.batches import Batches
 from pipeline.data.cache_room import CacheOptions
 from pipeline.data.files import CachedFiles
+from pipeline.data.loader import load_sample
 from pipeline.data.order import DataOrder
 from pipeline.data.shards import ShardSet
+from pipeline.data.substitute import BadSample, Substitutes
 from pipeline.errors import UserError
 from tests.data.test_shards import tar_samples
 from tests.faulty_server import FaultyServer, folder
@@ -124,6 +130,92 @@ def test_a_store_that_fails_is_one_message(
         list(shards.read([0]))
 
 
+def spoil(path: Path, damage: str) -> None:
+    if damage == "gone":
+        path.unlink()
+        return
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data if damage == "flipped" else data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+@pytest.mark.parametrize("lost", ["test-000000.tar", "test-000000.idx.npy"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_what_is_damaged_in_the_store_is_a_bad_sample(
+    damage: str, lost: str, cached: bool, digits: Path, tmp_path: Path
+) -> None:
+    """Which a run replaces; and no reason to fetch a shard again for each of its samples."""
+    shutil.copytree(digits / "test", tmp_path / "files" / "test")
+    spoil(tmp_path / "files" / "test" / lost, damage)
+    with FaultyServer(folder(tmp_path / "files")) as server:
+        shards = ShardSet(f"{server.uri}/test", options(tmp_path) if cached else None)
+        last = shards.manifest.shards[0].samples - 1
+        if lost.endswith("tar") and damage == "flipped" and not cached:
+            assert len(list(shards.read([0, last]))) == 2  # what is asked for alone, nobody hashes
+            return
+        for _ in range(4):
+            with pytest.raises(BadSample) as caught:
+                load_sample(shards, last, 1)
+        reason = "can't be read" if damage == "gone" else "not .* that the manifest|not what the manifest|bytes are the"
+        assert re.search(reason, caught.value.reason) and caught.value.file == lost
+        assert caught.value.lost or not cached
+        if cached and damage == "flipped":
+            assert server.asked(lost) == 3
+        replaced = Substitutes([s.samples for s in shards.manifest.shards], 0, True)
+        by, _, fault = replaced.load(last, 0, lambda sample: load_sample(shards, sample, 1))
+        assert by > last and fault is not None
+
+
+def test_a_shard_damaged_in_the_store_and_mended_counts_again(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(digits / "test", tmp_path / "files" / "test")
+    path = tmp_path / "files" / "test" / "test-000000.tar"
+    spoil(path, "flipped")
+    with FaultyServer(folder(tmp_path / "files")) as server:
+        shards = ShardSet(f"{server.uri}/test", options(tmp_path))
+        with pytest.raises(BadSample):
+            load_sample(shards, 0, 1)
+        spoil(path, "flipped")
+        with pytest.raises(BadSample):
+            load_sample(shards, 0, 1)
+        monkeypatch.setattr(cache_module, "_DAMAGED_SECONDS", 0.0)
+        assert load_sample(shards, 0, 1).key == shards.keys([0])[0]
+
+
+@pytest.mark.parametrize("what", ["shard", "index"])
+def test_a_copy_that_rots_in_the_cache_is_fetched_again(
+    what: str, server: FaultyServer, digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = np.asarray(load_sample(ShardSet(digits / "test"), 3, 1).picture)
+    described = ShardSet(digits / "test").manifest.shards[0]
+    list(ShardSet(f"{server.uri}/test", options(tmp_path)).read([3]))
+    copy = tmp_path / "cache" / (described.sha256 if what == "shard" else described.index_sha256)
+    copy.write_bytes(bytes(copy.stat().st_size))  # as long as before, nothing but zeros
+    shards = ShardSet(f"{server.uri}/test", options(tmp_path))
+    assert np.array_equal(np.asarray(load_sample(shards, 3, 1).picture), expected)
+    assert server.asked("000.tar" if what == "shard" else "000.idx.npy") == 2
+    assert "has changed since it was fetched, fetching it again" in caplog.text
+    assert file_sha256(copy) == copy.name
+
+
+def test_a_picture_that_was_stored_damaged_is_fetched_once(
+    server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its shard is what the manifest says, so there is nothing better to be had."""
+
+    def no_picture(*args: object) -> None:
+        raise UserError("can't be decoded")
+
+    monkeypatch.setattr(loader_module, "decode_image", no_picture)
+    shards = ShardSet(f"{server.uri}/test", options(tmp_path))
+    for sample in (0, 1, 0):
+        with pytest.raises(BadSample, match="can't be decoded"):
+            load_sample(shards, sample, 1)
+    assert server.asked("000.tar") == 1
+
+
 # Fetching ahead.
 
 SIZES = [(10, 100)] * 6  # samples and bytes of six shards
@@ -216,6 +308,19 @@ def test_shards_are_fetched_before_they_are_needed(
     assert torch.equal(copy[9], dataset[9]), "this step reads what is here; the thread fails, and nobody is told"
     with pytest.raises(UserError, match="access denied"):
         copy[13]
+
+
+def test_shards_behind_a_damaged_one_are_fetched_all_the_same(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead_module, "_PAUSE_SECONDS", 0.02)
+    shutil.copytree(digits / "train", tmp_path / "files" / "train")
+    spoil(tmp_path / "files" / "train" / "train-000001.tar", "flipped")
+    spoil(tmp_path / "files" / "train" / "train-000002.tar", "gone")
+    with FaultyServer(folder(tmp_path / "files")) as server:
+        dataset = Labels(ShardSet(f"{server.uri}/train", options(tmp_path)), 100)
+        fetched_ahead(dataset, dataset.shards, dataset.samples_of, len(dataset), 0.75)[0]
+        wait_for("those behind", lambda: all(server.asked(f"{number:06d}.tar") for number in range(8)))
 
 
 def test_loader_processes_share_the_downloads(

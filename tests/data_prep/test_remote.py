@@ -19,7 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import data_prep.remote as remote_module
 from data_prep.attempts import SECONDS, TRIES, Patience
-from data_prep.errors import UserError
+from data_prep.errors import DamagedFile, UserError
 from data_prep.remote import RemoteStore
 from data_prep.store import LocalStore, is_remote, local_path, open_store
 from tests.faulty_server import Fault, FaultyServer, Request, folder
@@ -151,8 +151,8 @@ def test_what_does_not_pass_is_told_at_once(files: Path) -> None:
             store.write("c.bin", b"")
 
 
-def test_a_shorter_file_is_no_success(files: Path) -> None:
-    with FaultyServer(folder(files)) as server, pytest.raises(UserError, match=r"no success.*10240 bytes of 10241"):
+def test_a_shorter_file_is_a_damaged_one(files: Path) -> None:
+    with FaultyServer(folder(files)) as server, pytest.raises(DamagedFile, match=r"10240 bytes are there, 10241 are wanted"):
         fetched(RemoteStore(server.uri, QUICK), "a.bin", len(DATA) + 1)
 
 

@@ -60,7 +60,7 @@ class PlanDataset(Dataset):
         try:
             return self._batch(step)
         except UserError as error:
-            return Failed(str(error))
+            return Failed.of(error)
 
     def _batch(self, step: int) -> TrainBatch:
         order, seed = self.order, self.order.seed

@@ -74,7 +74,7 @@ class _Chunks(Dataset):
         try:
             return self._chunk(self.samples_of(i))
         except UserError as error:
-            return Failed(str(error))
+            return Failed.of(error)
 
     def _chunk(self, samples: range) -> _Chunk:
         pixels, labels, faults = None, np.zeros(len(samples), np.int64), []

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import queue
 import shlex
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,7 +86,8 @@ def process(command: Sequence[str]) -> Ended:
     """Let a process work, and end it if a part of its takes too long."""
     done: list[str] = []
     at, why = "", ""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
+    # A session of its own, so that compilers that it has started end with it: they hold its pipe, too.
+    with ending(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)) as worker:
         assert worker.stdout is not None
         found = lines(worker.stdout)
         longest = LONGEST
@@ -99,7 +103,7 @@ def process(command: Sequence[str]) -> Ended:
                 elif word == "failed":
                     why = name
         except queue.Empty:
-            worker.kill()
+            end(worker)
             why = f"took more than {longest:.0f} s"
         code = worker.wait()
     if code == 0:
@@ -107,6 +111,23 @@ def process(command: Sequence[str]) -> Ended:
     if not at:
         raise SystemExit(f"bench/gpu.sh: the process that measures ended with {code} outside of its parts")
     return Ended(done, at, why or f"its process ended with {code}")
+
+
+@contextmanager
+def ending(worker: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """Whatever ends this process, be it the time limit of the script, ends that one and what it has started."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    try:
+        yield worker
+    finally:
+        end(worker)
+        worker.wait()
+        signal.signal(signal.SIGTERM, before)
+
+
+def end(worker: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGKILL)
 
 
 def lines(stream: Iterable[str]) -> queue.Queue[str]:

@@ -183,7 +183,8 @@ class CachedFiles(_StoredFiles):
         return _CachedFile(self, self._shard_of(shard))
 
     def renew(self, shard: Shard) -> bool:
-        return any([self.cache.drop_if_rotten(file) for file in (self._index_of(shard), self._shard_of(shard))])
+        index, data = (self.cache.drop_if_rotten(file) for file in (self._index_of(shard), self._shard_of(shard)))
+        return index or data
 
     def fetch(self, shard: Shard) -> bool:
         """Fetch the shard and its index if they are missing and no other process does; whether anything was fetched.

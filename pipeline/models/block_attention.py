@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.errors import ModelError
-from pipeline.models.kernels import triton_module
+from pipeline.models.kernels import launching, triton_module
 
 TOKENS, HEAD_DIMS = (16, 64), (16, 32, 64, 128)
 
@@ -51,7 +51,8 @@ def block_attention(qkv: Tensor, num_heads: int, kv_heads: int) -> Tensor:
 
 @torch.library.custom_op("rookery::block_attention", mutates_args=())
 def _forward(qkv: Tensor, num_heads: int, kv_heads: int) -> Tensor:
-    return triton_module("block_kernel").forward(qkv, num_heads, kv_heads)
+    with launching(qkv):
+        return triton_module("block_kernel").forward(qkv, num_heads, kv_heads)
 
 
 @_forward.register_fake
@@ -62,7 +63,8 @@ def _(qkv: Tensor, num_heads: int, kv_heads: int) -> Tensor:
 
 @torch.library.custom_op("rookery::block_attention_backward", mutates_args=())
 def _backward(grad: Tensor, qkv: Tensor, num_heads: int, kv_heads: int) -> Tensor:
-    return triton_module("block_kernel").backward(grad, qkv, num_heads, kv_heads)
+    with launching(qkv):
+        return triton_module("block_kernel").backward(grad, qkv, num_heads, kv_heads)
 
 
 @_backward.register_fake

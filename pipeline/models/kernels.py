@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from pipeline.models.errors import ModelError
@@ -26,6 +28,25 @@ def asked_for(options: Mapping[str, Any]) -> bool:
     """Whether a model's options have Triton's kernels, at their top or in one of them (`refine`)."""
     inner = (value for value in options.values() if isinstance(value, Mapping))
     return options.get("kernels") == "triton" or any(map(asked_for, inner))
+
+
+@contextmanager
+def launching(x: Tensor) -> Iterator[None]:
+    """On the device of a tensor; Triton launches on the current one, whatever the tensors are on.
+
+    Raises:
+        ModelError: a kernel needs more of a processor than it has.
+    """
+    try:
+        with torch.cuda.device_of(x) if x.is_cuda else nullcontext():
+            yield
+    except Exception as error:
+        if type(error).__name__ != "OutOfResources":  # Triton's, which need not be there
+            raise
+        kind = str(x.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"kernels=triton: too large for this GPU in {kind} ({error}); train in half precision, or leave it out"
+        ) from error
 
 
 def triton_module(name: str) -> ModuleType:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.models.batch_norm import note_groups
 from pipeline.models.errors import ModelError
-from pipeline.models.kernels import triton_module
+from pipeline.models.kernels import launching, triton_module
 from pipeline.models.refine_group import as_typed, refine_groups
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def refine_fused(refiner: OfficialRefiner, maps: Tensor) -> Tensor:
 def _forward(
     maps: Tensor, parameters: Sequence[Tensor], groups: int, eps: float, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with as_typed(maps):
+    with as_typed(maps), launching(maps):
         out, known = triton_module("refine_steps").forward(maps, parameters, groups, eps, scale)
     return out, *known
 
@@ -93,7 +93,7 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     steps = triton_module("refine_steps")
-    with as_typed(maps):
+    with as_typed(maps), launching(maps):
         return steps.backward(grad, maps, steps.Known(*known), parameters, groups, eps, scale)
 
 
@@ -114,10 +114,14 @@ def _(
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     maps, parameters, *ctx.settings = inputs
+    # The other outputs have no gradients; zeros for them would be as large as the maps.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(maps, *output[1:], *parameters)
 
 
-def _gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, list[Tensor], None, None, None]:
+def _gradient(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, Any, None, None, None]:
+    if grad is None:
+        return None, [None] * (len(ctx.saved_tensors) - 7), None, None, None
     maps, *saved = ctx.saved_tensors
     known, parameters = saved[:6], saved[6:]
     grad_maps, grads = torch.ops.rookery.refine_backward(grad, maps, known, parameters, *ctx.settings)

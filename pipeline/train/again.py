@@ -12,7 +12,7 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
-from pipeline.train.status import FAILED, INTERRUPTED, MISTAKE, RESUBMIT
+from pipeline.train.status import INTERRUPTED, MISTAKE, RESUBMIT
 
 # Environment variables by which the launcher tells its processes the folder, and what to do.
 FOLDER = "ROOKERY_AGAIN"
@@ -20,17 +20,25 @@ JOB = "ROOKERY_JOB"
 # And who started them.
 AGENT_PID = "ROOKERY_AGENT_PID"
 
+_may_pass = False
+
 
 def work(module: str) -> int:
     """Run the job of this process, and leave its exit status for the launcher.
 
     Args:
-        module: has `run(job) -> status`. An exception in it, or `FAILED`, makes all processes start again.
+        module: has `run(job) -> status`. An exception in it makes all processes start again.
     """
     status = import_module(module).run(os.environ[JOB])
-    if status not in (0, FAILED):
+    if status and not _may_pass:
         _write(_status_file(), status)
     return status
+
+
+def hope() -> None:
+    """Why this process ends may pass: unlike a status of its own choice, that is a reason to start all again."""
+    global _may_pass
+    _may_pass = True
 
 
 def chosen_status() -> int | None:

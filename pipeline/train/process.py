@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from pipeline.errors import UserError
-from pipeline.train.again import AGENT_PID
+from pipeline.train.again import AGENT_PID, hope
 from pipeline.train.cores import bind_cores
 from pipeline.train.distributed import PeerError, World, open_world
 from pipeline.train.no_room import no_room
@@ -48,10 +48,11 @@ def run_process(job: Callable[[World], object], threads: int | None = None) -> i
             job(world)
     except Stopped as stop:
         return stop.status
-    except PeerError as error:
-        return error.status
     except UserError as error:
-        print(f"rookery: {error}", file=sys.stderr, flush=True)
+        if not isinstance(error, PeerError):
+            print(f"rookery: {error}", file=sys.stderr, flush=True)
+        if error.status != MISTAKE:
+            hope()
         return error.status
     except torch.OutOfMemoryError as error:
         print(f"rookery: {no_room(error, world)}", file=sys.stderr, flush=True)

@@ -152,7 +152,10 @@ def test_what_does_not_pass_is_told_at_once(files: Path) -> None:
 
 
 def test_a_shorter_file_is_a_damaged_one(files: Path) -> None:
-    with FaultyServer(folder(files)) as server, pytest.raises(DamagedFile, match=r"10240 bytes are there, 10241 are wanted"):
+    with (
+        FaultyServer(folder(files)) as server,
+        pytest.raises(DamagedFile, match=r"10240 bytes are there, 10241 are wanted"),
+    ):
         fetched(RemoteStore(server.uri, QUICK), "a.bin", len(DATA) + 1)
 
 

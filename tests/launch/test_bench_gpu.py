@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,8 @@ def test_no_number_is_no_small_error() -> None:
     one, none, nothing = torch.ones(2), torch.tensor([1.0, torch.nan]), torch.zeros(2)
     found = [gpu_checks.worst([a], [b]) for a, b in ((one, none), (none, one), (nothing, nothing))]
     assert found == [math.inf] * 3 and gpu_checks.worst([one], [one]) == 0
+    found = [gpu_checks.overall([a], [b]) for a, b in ((one, none), (none, one), (nothing, nothing))]
+    assert found == [math.inf] * 3 and gpu_checks.overall([one], [one]) == 0
     assert not gpu_checks.row("k", [none], [one], math.inf)["passed"]
 
 
@@ -194,3 +197,27 @@ def test_a_kernel_that_raises_is_a_failed_check() -> None:
 
     row = gpu_checks.attempt("k", broken, 1.0)
     assert not row["passed"] and "illegal access" in row["error"]
+
+
+@pytest.mark.parametrize(("broken", "passed"), [("raises", True), ("wrong", False)])
+def test_what_cannot_be_compiled_stops_nothing_else(broken: str, passed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(model: Any, backend: str) -> Any:
+        def run(images: torch.Tensor) -> torch.Tensor:
+            if broken == "raises":
+                raise RuntimeError("no C compiler")
+            return 2 * model(images)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    row = next(row for row in gpu_checks.fast_paths(tiny=True) if "compiled" in row["name"])
+    assert row["passed"] is passed and ("no C compiler" in str(row["error"])) is passed
+
+
+def test_what_a_part_has_started_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that hangs holds the pipe of the process that started it."""
+    program = "import subprocess, time; subprocess.Popen(['sleep', '60']); print('begin eager', flush=True); "
+    monkeypatch.setattr(gpu, "LONGEST", 3.0)
+    began = time.monotonic()
+    ended = gpu.process([sys.executable, "-c", program + "time.sleep(60)"])
+    assert ended.failed == "eager" and ended.why == "took more than 3 s" and time.monotonic() - began < 20

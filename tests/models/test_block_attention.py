@@ -8,11 +8,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import pipeline.models.block_attention as block_attention_module
 from pipeline.models import ModelError, create_model
 from pipeline.models.block_attention import block_attention
 from pipeline.models.kernels import runs_here
@@ -77,6 +79,17 @@ def test_what_they_can_not_do_is_said(options: dict[str, Any], expected: str) ->
     assert expected in str(caught.value)
 
 
+def test_a_gpu_without_room_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    def launched(*_: object) -> None:
+        raise OutOfResources(327680, 232448, "shared memory")
+
+    monkeypatch.setattr(block_attention_module, "triton_module", lambda name: SimpleNamespace(forward=launched))
+    with pytest.raises(ModelError, match=r"too large for this GPU in float64 .*327680.* train in half precision"):
+        block_attention(torch.zeros(1, 16, 48, dtype=torch.float64), 1, 1)
+
+
 def test_on_a_cpu_nothing_changes() -> None:
     images = torch.randn(2, 3, 16, 16)
     assert not runs_here(images)
@@ -117,9 +130,12 @@ def test_they_compile(
     for kernel in (block_kernel._forward_kernel, block_kernel._backward_kernel):
         types = {name: "constexpr" if name in constants else f"*{dtype}" for name in kernel.arg_names}
         types |= {"row": "i32", "block": "i32", "blocks": "i32"}
+        # As they are launched: rows and blocks of these widths are.
+        aligned = {"row", "block"} | {name for name, kind in types.items() if kind[0] == "*"}
+        attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned & types.keys()}
         places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
         made = triton.compile(
-            ASTSource(kernel, types, constexprs=places),
+            ASTSource(kernel, types, constexprs=places, attrs=attributes),
             target=GPUTarget("cuda", capability, 32),
             options=block_kernel.options(tokens, of_torch),
         )

@@ -53,6 +53,14 @@ def explain(
     sign: Annotated[
         int, typer.Option(help="gradcat: +1, high scores raise the logit; -1, the sign that the paper prints")
     ] = 1,
+    plain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLOUR",
+            help="conductance and occlusion: what takes the place of a block, such as black or #808080; default: 0 "
+            "after normalisation",
+        ),
+    ] = None,
     boxes: Annotated[
         Path | None,
         typer.Option(help="cam: JSON file to compare its boxes with: by image, lists of left, top, right, bottom"),
@@ -92,11 +100,12 @@ def explain(
         raise UserError(f"{boxes}: there are several images called {twice[0]}; explain their folders one by one")
     subject = _subject(run, weights)
     chosen = methods.choose_method(subject, "cam" if boxes is not None or threshold is not None else method)
-    _check_fit(chosen, wanted, sign, scores)
+    _check_fit(chosen, wanted, sign, scores, plain)
     options = methods.Options(
         None if wanted is None else subject.class_index(wanted),
         scores or Scores.conductance,
         sign,
+        None if plain is None else subject.transform.colour(_rgb(plain)),
         THRESHOLD if threshold is None else threshold,
         truths,
     )
@@ -154,13 +163,29 @@ def _check(method: str | None, sign: int, boxes: Path | None, threshold: float |
         raise UserError(f"--threshold {threshold:g}: a part of the map's range, from 0 to 1")
 
 
-def _check_fit(method: str, wanted: str | None, sign: int, scores: Scores | None) -> None:
+def _check_fit(method: str, wanted: str | None, sign: int, scores: Scores | None, plain: str | None) -> None:
     """Options that the method has no use for, once it is known."""
-    for option, given in (("--sign", sign != 1), ("--scores", scores is not None)):
+    for option, given in (("--sign", sign != 1), ("--scores", scores is not None), ("--plain", plain is not None)):
         if given and method != "gradcat":
             raise UserError(f"{option} belongs to --method gradcat, not to {method}; leave it out")
     if wanted is not None and method not in ("gradcat", "cam"):
         raise UserError(f"--class belongs to --method gradcat and cam; {method} knows no class, leave it out")
+
+    if plain is not None and scores in (Scores.gradient, Scores.channel_weights):
+        raise UserError(f"--plain belongs to --scores conductance and occlusion; {scores} puts nothing in its place")
+
+
+def _rgb(colour: str) -> tuple[int, int, int]:
+    from PIL import ImageColor
+
+    mistake = UserError(f"--plain {colour}: no colour; write a name, such as black, or #808080")
+    try:
+        red, green, blue, *alpha = ImageColor.getrgb(colour)
+    except ValueError as error:
+        raise mistake from error
+    if alpha:
+        raise mistake
+    return red, green, blue
 
 
 def _clear(out: Path) -> None:
@@ -280,6 +305,8 @@ def _finish(
     result: dict[str, Any] = {"run": run, "model": subject.name, "img_size": subject.model.img_size, "method": method}
     if method == "gradcat":
         result |= {"scores": options.scores, "sign": options.sign}
+        if options.plain is not None:
+            result["plain"] = options.plain.tolist()
     ious = [one.record["iou"] for one in explained if "iou" in one.record]
     if ious:
         found = sum(one.record.get("found", False) for one in explained) / len(ious)

@@ -39,7 +39,8 @@ def train(
 ) -> None:
     """Train a model; the same command again continues a run that was stopped.
 
-    Exit status: 0 finished, 2 a mistake in config, data or options, 1 a failure while training; after a checkpoint 130
+    Exit status: 0 finished, 2 a mistake in config, data or options, 1 a failure while training or a store without an
+    answer; after a checkpoint 130
     when Ctrl-C or SIGTERM asked for it, and 75 when SIGUSR1 did, which means: submit it again.
     """
     if nodes > 1:

@@ -66,6 +66,7 @@ class Options:
         wanted: the class; None: the predicted one of each image.
         scores: of GradCAT's tree.
         sign: of these scores.
+        plain: (C,) colour that pictures fade to, normalised; None: 0.
         threshold: of a box from CAM.
         truths: by name of the picture, boxes in its pixels.
     """
@@ -73,6 +74,7 @@ class Options:
     wanted: int | None = None
     scores: Scores = Scores.conductance
     sign: int = 1
+    plain: Tensor | None = None
     threshold: float = THRESHOLD
     truths: Mapping[str, Sequence[Box]] = field(default_factory=dict)
 
@@ -99,7 +101,7 @@ class Explained(NamedTuple):
 
 def _gradcat(subject: Subject, pictures: Sequence[Picture], images: Tensor, options: Options) -> list[Explained]:
     model, classes = check_tree(subject.model), _classes(options, images)
-    tree = score_tree(options.scores, model, images, classes, options.sign)
+    tree = score_tree(options.scores, model, images, classes, options.sign, options.plain)
     path = descend(tree)
     explained = []
     for i, (picture, record) in enumerate(_records(subject, pictures, tree.logits, tree.classes)):

@@ -112,6 +112,26 @@ def test_the_default(models: Path, pictures: Path, explain: Explain, tmp_path: P
         assert sum(below["scores"]) == pytest.approx(root["scores"][root["child"]], rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.parametrize("scores", ["conductance", "occlusion"])
+def test_the_plain_colour(scores: str, models: Path, pictures: Path, explain: Explain, tmp_path: Path) -> None:
+    """Given as pixels, used as the model sees them."""
+    status, _, err = explain(
+        models / "nest", pictures / "a.jpg", "--out", tmp_path, "--plain", "#ff8000", "--scores", scores
+    )
+    assert status == 0, err
+    told = result(tmp_path)
+    model, transform = nest(models)
+    plain = transform.colour((255, 128, 0))
+    orange = transform(Image.new("RGB", (300, 300), (255, 128, 0)))
+    assert torch.allclose(plain[:, None, None].expand_as(orange), orange, atol=1e-5)
+    assert told["plain"] == pytest.approx(plain.tolist())
+    image = read_picture(pictures / "a.jpg", transform).pixels[None]
+    tree, usual = (TREES[Scores(scores)](model, image, None, 1, colour) for colour in (plain, None))
+    found = told["images"][0]["steps"][0]["scores"]
+    assert found == pytest.approx(tree.scores[0][0].flatten().tolist(), rel=1e-3, abs=1e-5)
+    assert found != pytest.approx(usual.scores[0][0].flatten().tolist(), rel=1e-2)
+
+
 def test_bad_images_of_a_folder_are_left_out(models: Path, pictures: Path, explain: Explain, tmp_path: Path) -> None:
     """One that was named is a mistake, and what was there before stays."""
     folder, out = tmp_path / "images", tmp_path / "out"
@@ -228,6 +248,13 @@ CASES = {
         ["{models}/nest", "{pictures}", "--scores", "weights"],
         "'conductance', 'occlusion', 'gradient', 'channel-weights'.",
     ),
+    "plain of none": (["{models}/hvt", "{pictures}", "--plain", "black"], "--plain belongs to --method gradcat"),
+    "plain of a gradient": (
+        ["{models}/nest", "{pictures}", "--plain", "black", "--scores", "gradient"],
+        "--plain belongs to --scores conductance and occlusion; gradient puts nothing",
+    ),
+    "no colour": (["{models}/nest", "{pictures}", "--plain", "bläck"], "--plain bläck: no colour; write a name"),
+    "clear colour": (["{models}/nest", "{pictures}", "--plain", "#80808080"], "--plain #80808080: no colour"),
     "class of none": (["{models}/hvt", "{pictures}", "--class", "cat"], "rollout knows no class"),
     "no such image": (["{models}/nest", "{tmp}/x.jpg"], "x.jpg: no such image"),
     "no image": (

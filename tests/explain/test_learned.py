@@ -99,6 +99,16 @@ def test_what_is_masked_matters() -> None:
         assert chosen > 1.2 * random, (depth, chosen, random)
         assert done[PLUS, depth].beats_random() > 0.5
         assert done[MINUS, depth].chosen.mean() < min(random, chosen)
+    colours = {"grey": 0.0, "mean colour": float(images.mean()), "black": -1.0, "white": 1.0}
+    for plain, value in colours.items():
+        tree = score_tree(DEFAULT, model, others, plain=torch.tensor([value]))
+        for mask, colour in colours.items():
+            fallen = delete_blocks(model, others, tree, torch.tensor([colour]), 2)
+            print(f"plain {plain}, mask {mask}: {fallen.beats_random():.2f} / {fallen.beats_lowest():.2f}")
+            if plain == mask:  # what it was asked
+                assert fallen.beats_random() >= 0.9 and fallen.beats_lowest() >= 0.95
+            elif {plain, mask} == {"black", "white"}:  # the opposite
+                assert fallen.beats_random() < 0.5
     channels = done[CHANNELS, 2]
     assert channels.chosen.mean() > 2 * channels.random.mean()
     assert channels.beats_random() > 0.6 and channels.beats_lowest() > 0.6

@@ -64,6 +64,11 @@ class EvalTransform:
         pixels = self._antialiased(image) if self.config.antialias else self._point_sampled(image)
         return pixels.sub_(self.mean).div_(self.std)
 
+    def colour(self, rgb: tuple[int, int, int]) -> torch.Tensor:
+        """(C,) what a picture of nothing but this colour, in 0..255, becomes."""
+        pixel = to_tensor(to_mode(Image.new("RGB", (1, 1), rgb), len(self.mean)))
+        return pixel.sub_(self.mean).div_(self.std).flatten()
+
     def _antialiased(self, image: Image.Image) -> torch.Tensor:
         """Pillow's resize, as torchvision, timm, DeiT, HVT and Refiner evaluate."""
         config, side = self.config, self.img_size

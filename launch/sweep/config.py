@@ -16,6 +16,7 @@ from pipeline.config_section import Directory, Section, kind_alone
 from pipeline.durations import Duration, Epochs
 from pipeline.errors import UserError
 from pipeline.tracking.metric_names import lower_is_better
+from pipeline.tracking.redact import redact
 
 Metric = Literal[
     "top1",
@@ -189,6 +190,8 @@ class SweepConfig(Section):
                 elif axis.grid and not above[other].grid:
                     found.append(f"space.{key}: a grid can depend on grids only, and {other} is drawn; write choice")
             above[key] = axis
+            if _only_credentials_differ(axis.options or []):
+                found.append(f"space.{key}: two values differ in credentials alone; leave one out")
         drawn = [key for key, axis in above.items() if not axis.grid]
         if self.searcher.kind == "grid" and (drawn or self.trials):
             reason = f"space.{drawn[0]} is drawn" if drawn else "trials follows from the grids"
@@ -251,6 +254,10 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
         if key in _BOTH:
             raise UserError(f"override {override!r}: the runs are named by the sweep; set {key} in it")
     return config.model_copy(update={"recipe": _beside(Path(path), config.recipe)})
+
+
+def _only_credentials_differ(options: list[Any]) -> bool:
+    return len({repr(option) for option in options}) > len({repr(redact(option)) for option in options})
 
 
 def _beside(path: Path, recipe: str | list[str]) -> str | list[str]:

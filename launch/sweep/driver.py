@@ -24,7 +24,7 @@ from launch.sweep.plan import plan_trial
 from launch.sweep.records import Record, Records
 from launch.sweep.schedulers import make_scheduler
 from launch.sweep.search import OptunaSearch
-from launch.sweep.space import shown
+from launch.sweep.space import hidden, revealed, shown
 from launch.sweep.table import Progress
 from launch.sweep.take_over import GIVEN
 from launch.sweep.trial import LEAVE, Job, Trial
@@ -102,8 +102,8 @@ def run_sweep(config: SweepConfig, records: Records, calendar: Calendar, facts: 
 
 
 def tune_config(record: Record, length: Length) -> dict[str, Any]:
-    """What an actor has to know of its trial."""
-    return {"name": record.name, "values": record.values, "length": list(length), "over": record.is_over}
+    """What an actor has to know of its trial. Tune writes it down, so it has no credentials."""
+    return {"name": record.name, "values": hidden(record.values), "length": list(length), "over": record.is_over}
 
 
 def _rounds_done(records: Records, record: Record, calendar: Calendar) -> int:
@@ -205,7 +205,7 @@ class Watch(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         record = self._records.get(str(trial))
-        values = trial.config["trial"]["values"]
+        values = revealed(self._config, trial.config["trial"]["values"])
         if values != record.values:
             self.progress.say(f"{record.name} takes over, with {shown(values)}")
             record.values = values

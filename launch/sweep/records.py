@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch.sweep.config import SweepConfig
-from launch.sweep.space import TRIALS, Values
+from launch.sweep.space import TRIALS, Values, hidden, revealed
 from pipeline.errors import UserError
 from pipeline.tracking.files import read_json, read_lines, write_json
+from pipeline.tracking.redact import redact
 
 FILE = "sweep.json"
 TAKEN_OVER = "taken_over.jsonl"
@@ -78,10 +79,8 @@ class Records:
                 ) from error
 
     def _take(self, saved: dict[str, Any]) -> None:
-        now = self.config.model_dump(mode="json")
-        differing = [
-            key for key in ("recipe", "overrides", "space", "metric", "goal") if saved["sweep"][key] != now[key]
-        ]
+        now, then = redact(self.config.model_dump(mode="json")), redact(saved["sweep"])
+        differing = [key for key in ("recipe", "overrides", "space", "metric", "goal") if then[key] != now[key]]
         if differing:
             raise UserError(
                 f"{self.folder} holds a sweep with another {' and '.join(differing)}; "
@@ -98,8 +97,7 @@ class Records:
             if not record.is_over:
                 record.state = "waiting"
             taken = read_lines(self.path(record) / TAKEN_OVER)
-            if taken:
-                record.values = taken[-1]["values"]
+            record.values = revealed(self.config, taken[-1]["values"] if taken else record.values)
             self._by_name[record.name] = record
 
     def all(self) -> list[Record]:
@@ -163,16 +161,16 @@ class Records:
         return repr(read_json(self.folder / FILE)) != self._read
 
     def save(self) -> None:
-        """Write `sweep.json`, in one rename."""
+        """Write `sweep.json`, in one rename and without credentials."""
         best = self.best()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(
             self.folder / FILE,
             {
-                "sweep": self.config.model_dump(mode="json"),
+                "sweep": redact(self.config.model_dump(mode="json")),
                 "best": None if best is None else best.name,
                 "epochs": self.epochs(),
                 "gpu_hours": self.gpu_hours,
-                "trials": [asdict(record) for record in self.all()],
+                "trials": [asdict(record) | {"values": hidden(record.values)} for record in self.all()],
             },
         )

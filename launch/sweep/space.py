@@ -14,6 +14,7 @@ import yaml
 from launch.sweep.config import Axis, SweepConfig
 from pipeline.config import TrackingConfig
 from pipeline.hashing import hash64
+from pipeline.tracking.redact import redact
 
 Values = dict[str, Any]
 RECIPE = "recipe"
@@ -132,6 +133,24 @@ def arguments_of(config: SweepConfig, name: str, values: Values) -> list[str]:
     return [str(values.get(RECIPE, config.recipe)), *config.overrides, *as_overrides(values), *place]
 
 
+def hidden(values: Values) -> Values:
+    """Values as they may be written down: without credentials."""
+    return dict(redact(values))
+
+
+def revealed(config: SweepConfig, values: Values) -> Values:
+    """What `hidden` was given: credentials only stand in options, which the sweep has."""
+    space = axes(config)
+    return {key: _revealed(space[key], key, value) if key in space else value for key, value in values.items()}
+
+
+def _revealed(axis: Axis, key: str, value: Any) -> Any:
+    options = axis.options or []
+    if value in options:
+        return value
+    return next((option for option in options if redact({key: option}) == {key: value}), value)
+
+
 def _as_yaml(value: Any) -> str:
     if isinstance(value, str):
         return value if value and yaml.safe_load(value) == value else json.dumps(value)
@@ -139,6 +158,7 @@ def _as_yaml(value: Any) -> str:
 
 
 def shown(values: Values) -> str:
-    """Values for a reader: the last word of each key, and no paths."""
+    """Values for a reader: the last word of each key, no credentials, and no paths to recipes."""
+    values = hidden(values)
     named = {RECIPE: Path(str(values[RECIPE])).stem} if RECIPE in values else {}
     return " ".join(f"{key.rpartition('.')[2]}={_as_yaml(value)}" for key, value in (values | named).items())

@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from launch.sweep.config import Metric, Pbt, SweepConfig
 from launch.sweep.milestones import Length, Milestone
 from launch.sweep.processes import LOGS, Evaluations, NodeProcess, end_of
-from launch.sweep.space import TRIALS, Values, arguments_of
+from launch.sweep.space import TRIALS, Values, arguments_of, revealed
 from launch.sweep.take_over import give, take_over
 from pipeline.tracking.files import read_json
 from pipeline.tracking.run_dir import RESULT_NAME, is_locked
@@ -79,7 +79,7 @@ class Trial(tune.Trainable):
         os.chdir(job.folder)  # Tune has a folder for each trial; recipes and shards are named from the sweep's
         self.run_dir = job.sweep / TRIALS / self.trial_name
         own = config["trial"]
-        self.values: Values = own["values"]
+        self.values: Values = revealed(job.config, own["values"])
         self.length = Length(*own["length"])
         self.is_over: bool = own["over"]
         self.take_over: dict[str, Any] | None = own.get("take_over")

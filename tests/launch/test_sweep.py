@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Timer
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from launch import cli
 from launch.sweep import cluster
 from launch.sweep.cluster import probe
-from launch.sweep.config import load_sweep
+from launch.sweep.config import SweepConfig, load_sweep
 from launch.sweep.milestones import Length, milestones
 from launch.sweep.plan import plan_trial, run_config
 from launch.sweep.processes import Evaluations
@@ -79,6 +80,10 @@ def write(folder: Path, **changes: Any) -> Path:
         ({"scheduler": "pbt"}, "scheduler.every is missing"),
         ({"scheduler": {"grace": "3ep"}}, "scheduler.kind is missing"),
         ({"space": {"name": {"grid": ["a", "b"]}}}, "space.name: the runs are named by the sweep"),
+        (
+            {"space": {"data.train": {"grid": ["s3://K:S@b/train", "s3://K:T@b/train"]}}},
+            "space.data.train: two values differ in credentials alone",
+        ),
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else None,
 )
@@ -407,6 +412,36 @@ def test_records_survive_a_restart(tmp_path: Path) -> None:
     assert records.is_outdated() and not again.is_outdated(), "the first has written since it read"
     with pytest.raises(UserError, match="holds a sweep with another space"):
         Records(load_sweep(write(tmp_path, metric="loss", space={"optim.lr": {"grid": [5.0]}})))
+
+
+def test_credentials_are_used_and_not_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from launch.sweep.driver import tune_config
+    from launch.sweep.trial import Job, Trial
+
+    def sweep(host: str = "host", secret: str = "SECRET") -> SweepConfig:
+        grid = ["/local", f"s3://KEY:{secret}@bucket/train"]
+        return load_sweep(
+            write(tmp_path, space={"data.train": {"grid": grid}}, overrides=["train.epochs=2"]),
+            [f"data.val=http://me:{secret}@{host}/val?sig={secret}"],
+        )
+
+    records = Records(sweep())
+    for values in drawn_trials(sweep()):
+        records.add(values)
+    records.save()
+    told = [tune_config(record, Length(10, 5.0)) for record in records.all()]
+    for written in [(records.folder / FILE).read_text(), json.dumps(told), *(shown(r.values) for r in records.all())]:
+        assert "SECRET" not in written
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node"))
+    trial = object.__new__(Trial)
+    trial._trial_info = SimpleNamespace(trial_name="x")
+    trial.setup({"trial": told[1]}, Job(sweep(), 0, (), 0, str(Path.cwd()), {}))
+    again = Records(sweep("host", "NEW"))
+    assert trial.values == {"data.train": "s3://KEY:SECRET@bucket/train"}
+    assert [r.values["data.train"] for r in again.all()] == ["/local", "s3://KEY:NEW@bucket/train"]
+    assert "data.val=http://me:NEW@host/val?sig=NEW" in arguments_of(again.config, "x", {})
+    with pytest.raises(UserError, match="holds a sweep with another overrides"):
+        Records(sweep("other"))
 
 
 @pytest.mark.parametrize("trials", [2, 3, 4])

@@ -116,7 +116,7 @@ def to_latex(runs: Sequence[RunSummary], metric: str, price: float | None) -> st
     ]
     for group in groups:
         first = group.members[0]
-        costs = [cost(run, price) for run in group.members]
+        costs = [cost(run, price) for run in group.counted]
         cells = [
             *([latex(labels[id(first)])] if names else []),
             *(latex(text(group.settings[key]) or "--") for key in keys),
@@ -124,8 +124,8 @@ def to_latex(runs: Sequence[RunSummary], metric: str, price: float | None) -> st
             "--" if first.macs is None else f"{first.macs / 1e9:.2f}",
             _latex_spread(group.final, metric, bold=group.final is not None and group.final.mean == top),
             *([str(len(group.values))] if seeds else []),
-            _mean([run.images_per_second for run in group.members], ".0f"),
-            _mean([run.gpu_hours for run in group.members], ".1f"),
+            _mean([run.images_per_second for run in group.counted], ".0f"),
+            _mean([run.gpu_hours for run in group.counted], ".1f"),
             *([_mean(costs, ".2f")] if money else []),
         ]
         lines.append(" & ".join(cells) + r" \\")

@@ -49,6 +49,11 @@ def test_latex(runs: list[RunSummary]) -> None:
     assert r"\begin{tabular}{lrrrrr}" in to_latex(runs[:1], "top1", None)
 
 
+def test_latex_counts_runs_that_came_to_their_end(folder: Path, tmp_path: Path) -> None:
+    killed = write_run(tmp_path / "a2", [0.9] * 8, seed=2, settings={"optim.name": "lamb_&_co"}, status=None)
+    assert to_latex(summarize_all([folder, killed])[0], "top1", None) == LATEX.lstrip()
+
+
 @pytest.mark.parametrize(
     ("words", "escaped"),
     [

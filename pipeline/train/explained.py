@@ -7,6 +7,7 @@ of rank 0's own; the model in training gets no hook and no gradient, and no gene
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from pipeline.tracking.files import write_aside
 from pipeline.tracking.run_dir import EXPLAIN_NAME
 from pipeline.train.distributed import World
 from pipeline.train.engines import Engine
+from pipeline.train.no_room import no_picture
 
 log = logging.getLogger("rookery")
 
@@ -47,8 +49,15 @@ class Explainer:
             return
         try:
             self._write(self._subject(weights), step)
-        except UserError as error:
-            log.warning("no explanation of step %d: %s; training goes on", step, error)
+            return
+        except (UserError, OSError) as error:
+            fault = str(error)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            fault = f"{no_picture(error)}; fewer explain.images take less"
+        # Only now is nothing of the drawing left that holds memory: until here the error did.
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warning("no explanation of step %d: %s; training goes on", step, fault)
 
     def _subject(self, weights: dict[str, torch.Tensor]) -> Subject:
         config = self.run.config
@@ -77,6 +86,6 @@ class Explainer:
         assert config.data.val is not None, "checked with the config"
         shards = ShardSet(config.data.val, config.data.cache_options())
         chosen = np.unique(np.linspace(0, len(shards) - 1, config.explain.images).astype(int)).tolist()
-        samples = [load_sample(shards, sample, config.model.in_chans) for sample in chosen]
-        shards.close()
+        with closing(shards):
+            samples = [load_sample(shards, sample, config.model.in_chans) for sample in chosen]
         return [prepared(f"{classes[s.label]}: {s.key}", s.picture, subject.transform) for s in samples]

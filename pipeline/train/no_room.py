@@ -12,6 +12,11 @@ _ADVICE = (
 )
 
 
+def no_picture(error: BaseException) -> str:
+    """Why nothing was drawn, in a few words; what is given up then costs the training nothing."""
+    return f"no memory for it ({str(error).partition('. If ')[0] or type(error).__name__})"
+
+
 def no_room(error: RuntimeError, world: World | None = None) -> str:
     """The message.
 

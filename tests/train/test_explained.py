@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -50,6 +51,36 @@ def test_no_generator_moves(digits: Path, tmp_path: Path) -> None:
     assert np.array_equal(before[2], np.random.get_state()[1])  # noqa: NPY002
     assert all(param.grad is None for param in engine.plain.parameters())
     assert [path.name for path in (tmp_path / "runs" / "run" / "explain").iterdir()] == ["step-00000007.png"]
+
+
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free. If reserved memory is ..."
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (
+            torch.OutOfMemoryError(OUT_OF_MEMORY),
+            "no memory for it (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free); fewer",
+        ),
+        (MemoryError(), "no memory for it (MemoryError)"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (UserError("a damaged sample"), "a damaged sample"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_a_failure_is_told_and_costs_nothing(
+    failure: Exception, expected: str, digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = resolve(load_config(write_recipe(digits, tmp_path), ["explain.images=2"]), 1)
+    world = World(0, 1, 0, torch.device("cpu"))
+    engine = make_engine(initial_model(run.config, world), run.config, world)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.train.explained.explain", Mock(side_effect=failure))
+        Explainer(run, world).draw(7, engine)
+    (told,) = caplog.messages
+    assert told.startswith("no explanation of step 7: ") and told.endswith("; training goes on")
+    assert expected in told and "\n" not in told
 
 
 @pytest.mark.parametrize(

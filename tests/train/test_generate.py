@@ -8,6 +8,7 @@ import math
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -205,6 +206,20 @@ def test_evaluation_does_not_change_the_training(recipe: Path, fork_server: Fork
         fork_server.train(recipe, *overrides, "train.epochs=4steps")
     weights = [load_file(tmp_path / "runs" / name / "final" / "model.safetensors") for name in ("often", "never")]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_a_page_without_memory_costs_nothing(
+    recipe: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = resolve(load_config(recipe, []), 1)
+    work, engine = run.task.begin(run, ALONE), run.task.make_engine(ALONE)
+    failure = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. If reserved memory is ...")
+    monkeypatch.setattr("pipeline.train.tasks.generate.samples", Mock(side_effect=failure))
+    generator = engine.plain.generator.train()
+    work.evaluated(7, engine)
+    why = "no memory for it (CUDA out of memory. Tried to allocate 2.00 GiB)"
+    assert caplog.messages == [f"no pictures of step 7: {why}; training goes on"]
+    assert generator.training
 
 
 def test_generate_and_eval(recipe: Path, rookery: Rookery, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from pipeline.tracking.confusion import Confusion
 from pipeline.tracking.files import write_aside
 from pipeline.tracking.run_dir import SAMPLES_NAME
 from pipeline.train.distributed import World
+from pipeline.train.no_room import no_picture
 from pipeline.train.setup import INIT_STREAM, device_batches, eval_batches, try_samples
 from pipeline.train.state import Best
 from pipeline.train.step import StepResult, accumulated
@@ -258,19 +259,26 @@ class GenerateWork(Work):
             return
         generator = cast(Gan, engine.eval_model(self.run.config.eval.weights)).generator
         was_training = generator.training
-        generator.eval()
-        pages = {
-            "samples": sheet(samples(generator, _SHEET), _COLUMNS),
-            "interpolations": sheet(interpolations(generator, _LINES, _LINE_STEPS), _LINE_STEPS),
-        }
-        generator.train(was_training)
         folder = self.folder / SAMPLES_NAME
         try:
+            generator.eval()
+            pages = {
+                "samples": sheet(samples(generator, _SHEET), _COLUMNS),
+                "interpolations": sheet(interpolations(generator, _LINES, _LINE_STEPS), _LINE_STEPS),
+            }
             folder.mkdir(exist_ok=True)
             for name, page in pages.items():
                 write_aside(folder / f"{name}-{step:08d}.png", lambda file, page=page: page.save(file, "PNG"))  # type: ignore[misc]
+            return
         except (OSError, UserError) as error:
-            log.warning("no pictures of step %d: %s; training goes on", step, error)
+            fault = str(error)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            fault = no_picture(error)
+        finally:
+            generator.train(was_training)
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warning("no pictures of step %d: %s; training goes on", step, fault)
 
 
 def feature_net(config: RunConfig, shards: ShardSet, folder: Path, world: World) -> FeatureNet:

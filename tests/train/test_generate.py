@@ -277,6 +277,7 @@ def test_the_recipe_of_digits_learns(digits: Path, rookery: Rookery, tmp_path: P
         (("mix.mixup_alpha=0.8",), "set mix.prob=0"),
         (("explain.images=2",), "explain.images=2"),
         (("model.drop_path_rate=0.1",), "model.drop_path_rate=0.1"),
+        (("tracking.register_model=mine",), "tracking.register_model=mine"),
         (("model.name=nest_tiny",), "unknown generator 'nest_tiny'"),
         (("model.options.depth=3",), "did you mean 'depths'"),
         (("model.img_size=18",), "img_size=18"),

@@ -302,7 +302,7 @@ def _check(config: RunConfig) -> None:
     Raises:
         UserError: one of them is set.
     """
-    model, train = config.model, config.train
+    model, train, registered = config.model, config.train, config.tracking.register_model
     wrong = {
         f"engine.name={config.engine.name}": (
             config.engine.name != "ddp",
@@ -318,6 +318,7 @@ def _check(config: RunConfig) -> None:
         f"explain.images={config.explain.images}": (config.explain.images > 0, "there are no classes; set it to 0"),
         f"model.init={model.init}": (model.init is not None, "both networks start from random weights; leave it out"),
         f"model.drop_path_rate={model.drop_path_rate}": (bool(model.drop_path_rate), "generators have none; leave it"),
+        f"tracking.register_model={registered}": (registered is not None, "classifiers alone are; leave it out"),
     }
     for key, (is_wrong, why) in wrong.items():
         if is_wrong:

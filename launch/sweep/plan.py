@@ -55,6 +55,9 @@ def plan_trial(config: SweepConfig, name: str, values: Values) -> tuple[Length, 
         resolved = resolve(run, config.resources.world_size)
         if resolved.val is None:
             raise UserError("data.val is missing: a sweep judges its trials by their evaluations")
+        if config.metric not in resolved.task.figures:
+            there = ", ".join(resolved.task.figures)
+            raise UserError(f"metric={config.metric}: the evaluations of this run measure {there}; choose one of them")
         check_same_run(Path(run.out, run.name), resolved)
     except UserError as error:
         raise _about(name, values, error) from error

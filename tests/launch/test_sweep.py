@@ -589,6 +589,31 @@ def test_a_trial_that_can_not_be_is_named(shards: Path, tmp_path: Path) -> None:
         plan_trial(sweep, "x", {"model.options.aggregation": "max4"})
 
 
+@pytest.mark.parametrize(
+    ("recipe", "metric", "measured"),
+    [
+        ("demo.yaml", "f1", "top1, top5, loss"),
+        ("nlp/demo.yaml", "top1", "accuracy, loss"),
+        ("generate/nest_digits32.yaml", "fid_inception", "fid_small, is_small"),
+    ],
+)
+def test_a_metric_is_one_that_the_recipe_measures(
+    recipe: str, metric: str, measured: str, shards: Path, tmp_path: Path
+) -> None:
+    data = ["data.train=made:64", "data.val=made:16@1", f"data.cache={tmp_path}", "train.global_batch_size=2"]
+    if not recipe.startswith("nlp/"):
+        data = [f"data.train={shards}/train", f"data.val={shards}/val", "model.in_chans=3", *SMALL]
+    if recipe.startswith("generate/"):
+        data.append("task.discriminator.group=0")
+    place = {"recipe": str(ROOT / "configs" / recipe), "overrides": data}
+    said = f"metric={metric}: the evaluations of this run measure {measured}; choose one of them"
+    with pytest.raises(UserError) as error:
+        plan_trial(load_sweep(write(tmp_path, metric=metric, **place)), "x", {"seed": 1})
+    assert str(error.value) == f"trial x (seed=1): {said}"
+    for name in measured.split(", "):
+        plan_trial(load_sweep(write(tmp_path, metric=name, **place)), "x", {"seed": 1})
+
+
 def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

@@ -26,6 +26,7 @@ from pipeline.resolve import resolve
 from pipeline.tracking.metrics import read_metrics
 from pipeline.train.distributed import World
 from pipeline.train.engines.whole import WholeState
+from pipeline.train.tasks import make_task
 from tests.train.conftest import Rookery
 from tests.train.forked import ForkServer
 from tests.train.test_resume import check_same_run
@@ -241,6 +242,7 @@ def test_generate_and_eval(recipe: Path, rookery: Rookery, tmp_path: Path) -> No
     evaluated = json.loads(rookery("eval", run).stdout.splitlines()[-1])
     for key in ("fid_small", "is_small"):
         assert evaluated[key] == pytest.approx(result[key], rel=1e-3) and math.isfinite(result[key])
+    assert {"fid_small", "is_small"} == {*make_task(load_config(recipe)).figures}
     assert result["best"]["fid_small"] == min(line["fid_small"] for line in lines(run, "eval"))
     classifier = tmp_path / "classifier"
     classifier.mkdir()

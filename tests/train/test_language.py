@@ -197,6 +197,7 @@ def test_figures_by_hand(name: str) -> None:
     found, confusion = evaluate_text(model, EvalBatches(split, 2, 0, 1), TASKS[name], nullcontext(), ALONE)
     assert {k: found[k] for k in wanted} == pytest.approx(wanted, rel=1e-6)
     assert next(iter(found)) == TASKS[name].figure and found["count"] == 5
+    assert tuple(found) == (*TASKS[name].figures, "count")
     assert (confusion is None) == (name == "stsb")
     if confusion is not None:
         assert confusion.dense().tolist() == [[1, 1], [1, 2]]

@@ -30,6 +30,12 @@ class TextTask:
         """Of the model's head."""
         return len(self.classes) or 1
 
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """All that an evaluation measures, the figure that judges first."""
+        more = {"accuracy": (), "spearman": ("pearson",)}.get(self.figure, ("accuracy",))
+        return (self.figure, *more, "loss")
+
 
 _ENTAILED = ("entailment", "not_entailment")
 

@@ -63,11 +63,13 @@ class Task(ABC):
         unit: what a sample is, for rates: `img/s`.
         config: of the run; methods say where it must be a resolved one.
         best: the figure of an evaluation that tells which weights are the best.
+        figures: names of all that an evaluation measures, `count` left out.
     """
 
     kind: ClassVar[str]
     unit: ClassVar[str]
     best: Best
+    figures: tuple[str, ...]
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config

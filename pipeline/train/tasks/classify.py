@@ -42,6 +42,7 @@ class ClassifyTask(Task):
     kind = "classify"
     unit = "img"
     best = Best("top1", "max")
+    figures = ("top1", "top5", "loss")
 
     def splits(self) -> tuple[Manifest, Manifest | None]:
         val = self.config.data.val

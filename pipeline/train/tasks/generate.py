@@ -78,6 +78,7 @@ class GenerateTask(Task):
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
         self.best = Best(f"fid_{self.settings.features}", "min")
+        self.figures = (self.best.figure, f"is_{self.settings.features}")
 
     @property
     def settings(self) -> GenerateConfig:

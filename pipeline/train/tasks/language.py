@@ -51,6 +51,7 @@ class LanguageTask(Task):
         self.settings = config.task
         self.text = TASKS[config.task.name]
         self.best = Best(self.text.figure, "max")
+        self.figures = self.text.figures
 
     def on(self, config: RunConfig) -> LanguageTask:
         other = LanguageTask(config)

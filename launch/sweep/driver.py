@@ -28,7 +28,7 @@ from launch.sweep.space import hidden, revealed, shown
 from launch.sweep.table import Progress
 from launch.sweep.take_over import GIVEN
 from launch.sweep.trial import LEAVE, Job, Trial
-from pipeline.errors import UserError
+from pipeline.errors import Unreachable, UserError
 from pipeline.tracking.files import read_json
 from pipeline.tracking.run_dir import RESULT_NAME
 from pipeline.train.status import FAILED, INTERRUPTED
@@ -120,6 +120,9 @@ def _searcher(config: SweepConfig, records: Records, lengths: dict[str, Length],
     def prepare(record: Record) -> dict[str, Any]:
         try:
             lengths[record.name], _ = plan_trial(config, record.name, record.values)
+        except Unreachable as error:
+            watch.progress.say(f"rookery: {error}; it is tried again")
+            raise
         except UserError as error:
             # Only this combination can't be; the run says so again, and the searcher learns that it fails.
             watch.progress.say(f"rookery: {error}")

@@ -10,7 +10,7 @@ from launch.sweep.milestones import Length, Milestone, milestones
 from launch.sweep.space import Values, arguments_of, shown
 from pipeline.config import RunConfig
 from pipeline.config_load import load_config
-from pipeline.errors import UserError
+from pipeline.errors import Unreachable, UserError
 from pipeline.resolve import Resolved, resolve
 from pipeline.train.same_run import check_same_run
 
@@ -89,4 +89,5 @@ def plan_milestones(config: SweepConfig, lengths: Iterable[Length]) -> list[Mile
 
 
 def _about(name: str, values: Values, error: UserError) -> UserError:
-    return UserError(f"trial {name} ({shown(values)}): {error}")
+    kind = Unreachable if isinstance(error, Unreachable) else UserError
+    return kind(f"trial {name} ({shown(values)}): {error}")

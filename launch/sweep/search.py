@@ -10,7 +10,7 @@ from ray.tune.search import Searcher
 from launch.sweep.config import SweepConfig
 from launch.sweep.records import Record, Records
 from launch.sweep.space import Values, axes, draw
-from pipeline.errors import UserError
+from pipeline.errors import Unreachable, UserError
 
 
 class OptunaSearch(Searcher):
@@ -22,7 +22,7 @@ class OptunaSearch(Searcher):
     Args:
         config: the sweep.
         records: its trials; new ones are added.
-        prepare: makes Tune's config of a trial, or says why it can't run.
+        prepare: makes Tune's config of a trial, or says why it can't run; `Unreachable` where that isn't known now.
 
     Raises:
         UserError: Optuna is not installed.
@@ -46,7 +46,11 @@ class OptunaSearch(Searcher):
         asked = self._asked[trial_id] = self._study.ask()
         values = draw(axes(self._config), _Asking(asked), {})
         record = known[count] if count < len(known) else self._records.add(values)
-        return self._prepare(record)
+        try:
+            return self._prepare(record)
+        except Unreachable:  # Tune asks again later, and gets the same trial
+            self._study.tell(self._asked.pop(trial_id), state=_optuna().trial.TrialState.FAIL)
+            return None
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         asked = self._asked[trial_id]

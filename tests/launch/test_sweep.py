@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import Timer
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -28,7 +29,7 @@ from launch.sweep.space import arguments_of, drawn_trials, shown
 from launch.sweep.take_over import give, take_over
 from pipeline.config_load import load_config
 from pipeline.data.order import default_lanes
-from pipeline.errors import UserError
+from pipeline.errors import Unreachable, UserError
 from pipeline.tracking.files import read_lines
 from pipeline.tracking.metrics import MetricsLog, read_metrics
 from pipeline.tracking.run_dir import RunDir
@@ -140,6 +141,52 @@ def test_an_evaluation_is_a_result(
     result = trial.step()
     assert {key: result[key] for key in expected} == expected
     assert result["done"] == (expected["ended"] == "failed")
+
+
+@pytest.mark.parametrize("place", ["http://127.0.0.1:9/train", "/none"])
+def test_a_trial_is_tried_again_after_an_outage_and_not_after_a_mistake(
+    place: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command is the real one; Tune starts a trial again when `step` raises."""
+    from launch.sweep.trial import Job, Trial
+
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node"))
+    monkeypatch.setattr("ray.get", lambda references: references)
+    own = [f"data.train={place}", f"data.val={shards}/val", *SMALL]
+    sweep = load_sweep(write(tmp_path, recipe=str(ROOT / "configs" / "demo.yaml"), overrides=own))
+    environment = {"PYTHONPATH": str(ROOT), "ROOKERY_STORE_TRIES": "1", "ROOKERY_STORE_SECONDS": "5"}
+    trial = object.__new__(Trial)
+    trial._trial_info = SimpleNamespace(trial_name="x")
+    told = {"name": "x", "values": {"optim.lr": 1e-3}, "length": [10, 5.0], "over": False}
+    trial.setup({"trial": told}, Job(sweep, 0, (), 0, str(Path.cwd()), environment))
+    if place == "/none":
+        result = trial.step()
+        assert (result["done"], result["ended"]) == (True, "failed") and "/none" in result["fault"]
+    else:
+        with pytest.raises(RuntimeError, match=r"exit status 1; .*\n.*127\.0\.0\.1:9/train.*: no success in 1 tries"):
+            trial.step()
+
+
+def test_an_outage_while_optuna_proposes_costs_no_trial(tmp_path: Path) -> None:
+    from launch.sweep.search import OptunaSearch
+
+    space = {"optim.lr": {"uniform": [0.0, 1.0]}}
+    config = load_sweep(write(tmp_path, space=space, searcher="optuna", trials=2))
+    prepare = Mock(side_effect=[Unreachable("gone"), {"trial": "first"}, {"trial": "second"}])
+    search = OptunaSearch(config, Records(config), prepare)
+    assert [search.suggest(name) for name in "abc"] == [None, {"trial": "first"}, {"trial": "second"}]
+    one, again, other = (call.args[0] for call in prepare.call_args_list)
+    assert one is again and again.values != other.values
+    assert [record.name for record in search._records.all()] == ["sweep-000", "sweep-001"]
+
+
+def test_an_outage_while_planning_is_no_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROOKERY_STORE_TRIES", "1")
+    own = ["data.train=http://127.0.0.1:9/train"]
+    sweep = load_sweep(write(tmp_path, recipe=str(ROOT / "configs" / "demo.yaml"), overrides=own))
+    with pytest.raises(Unreachable, match=r"trial x \(lr=0\.001\): .*no success in 1 tries") as error:
+        plan_trial(sweep, "x", {"optim.lr": 1e-3})
+    assert error.value.status == 1
 
 
 # --- the space

@@ -42,7 +42,7 @@ build() {
   echo "installing packages (about 7 GB the first time) ..."
   # shellcheck disable=SC2086
   uv pip install --quiet --compile-bytecode --python "$env/bin/python" --constraint "$checkout/constraints.txt" \
-    --editable "${checkout}[ray,deepspeed,s3]" ${ROOKERY_PACKAGES:-}
+    --editable "${checkout}[ray,deepspeed,s3,nlp,generate]" ${ROOKERY_PACKAGES:-}
   echo "$wanted" >"$env/.ready"
 }
 if [ -n "${ROOKERY_ENV:-}" ]; then

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline.config_load import load_config
 from tests.conftest import missing
+from tests.recipe_cases import RECIPES
 from tests.train.commands import ROOT
 
 FOLDER = ROOT / "configs" / "ray"
@@ -134,6 +137,16 @@ def test_variables_are_those_of_setup(name: str) -> None:
     said = (FOLDER / "setup.sh").read_text()
     used = re.findall(r"(ROOKERY_\w+)=", " ".join(read(name)["setup_commands"]))
     assert used and all(f"#   {variable} " in said for variable in used)
+
+
+def test_setup_installs_what_every_recipe_needs() -> None:
+    """The extras are those of the tasks and engines that a recipe may ask for, of the sweep, and of stores."""
+    (installed,) = re.findall(r"\$\{checkout\}\[([a-z0-9,]+)\]", (FOLDER / "setup.sh").read_text())
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    of_tasks = {"classify": set(), "language": {"nlp"}, "generate": {"generate"}}
+    kinds = {load_config(path).task.kind for path in RECIPES.values()}
+    needed = {"ray", "s3", "deepspeed"}.union(*(of_tasks[kind] for kind in kinds))
+    assert kinds == set(of_tasks) and needed == set(installed.split(",")) <= set(known)
 
 
 def test_scripts_are_clean() -> None:

@@ -63,7 +63,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train_on(split: Path, check_files: bool) -> tuple[str, int]:
     """What training says that can't go on, else nothing; and how many bad samples it replaced."""
     try:
-        shards = ShardSet(split, check_files)
+        shards = ShardSet(split, check_files=check_files)
         sizes = tuple(shard.samples for shard in shards.manifest.shards)
         order = DataOrder(sizes, seed=0, batch=6, lanes=2, window=9)
         transform = build_train_transform(AugmentConfig(normalize="half"), 16, 3)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.build import WRITERS, ShardBuilder, ShardTask
+from data_prep.cores import usable_cores
 from data_prep.errors import UserError
 from data_prep.manifest import MANIFEST_NAME, BadImage, Manifest
 from data_prep.options import PrepOptions
@@ -20,7 +21,7 @@ from data_prep.state import Record, SplitState
 from data_prep.store import Store, is_remote, local_path, open_store
 from data_prep.token_labels import TokenMaps, open_token_maps
 from data_prep.wording import counted, printable
-from data_prep.workers import build_shards, usable_cores
+from data_prep.workers import build_shards
 
 SHOWN = 20
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import beton
+from data_prep.cores import usable_cores
 from data_prep.errors import UserError
 from data_prep.hashes import file_sha256
 from data_prep.manifest import (
@@ -32,7 +33,6 @@ from data_prep.store import LocalStore, local_path, remote_store
 from data_prep.tarscan import Member, TarError, members
 from data_prep.token_labels import EXTENSION
 from data_prep.wording import counted
-from data_prep.workers import usable_cores
 
 REPAIR = "run the same `rookery prep` command again with --repair: it makes only what is damaged"
 _LABEL_BYTES = 20

@@ -25,13 +25,6 @@ REPORT_SECONDS = 0.2
 PR_SET_PDEATHSIG = 1
 
 
-def usable_cores() -> int:
-    """Cores this process may run on (a Slurm job or container often has fewer than the machine)."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def build_shards(
     builder: ShardBuilder,
     shards: Sequence[int],

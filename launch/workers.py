@@ -17,6 +17,7 @@ from types import FrameType
 import psutil
 import torch
 
+from data_prep.cores import usable_cores
 from launch.meeting import Meeting
 from launch.quiet import unquiet_workers
 from pipeline.errors import UserError
@@ -100,7 +101,7 @@ def start_workers(module: str, payload: str, nodes: Nodes, threads: int | None =
         The exit status: 0, 2 for a user's mistake, 130 or 75 when a signal ended it (see `pipeline.train.stop`), 1 for
         any other failure.
     """
-    threads = threads or max(1, len(os.sched_getaffinity(0)) // nodes.nproc)
+    threads = threads or max(1, usable_cores() // nodes.nproc)
     if nodes.world_size == 1:
         return importlib.import_module(module).run(payload, threads)
     nodes.check()

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from data_prep.cores import usable_cores
 from launch.sweep.config import Resources
 from pipeline.errors import UserError
 
@@ -74,7 +75,7 @@ def connected(address: str | None) -> Iterator[Any]:
     if address is not None:
         probe(address)
     own: dict[str, Any] = {
-        "num_cpus": len(os.sched_getaffinity(0)),
+        "num_cpus": usable_cores(),
         "include_dashboard": False,
         "object_store_memory": _STORE_BYTES,
     }

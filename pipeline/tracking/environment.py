@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from data_prep.cores import usable_cores
 from pipeline.tracking.redact import is_secret_variable, redact
 
 _VARIABLE_PREFIXES = (
@@ -89,7 +90,7 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "gpus": _gpus(),
-        "cpu": {"model": cpu_model(), "usable": len(os.sched_getaffinity(0)), "total": os.cpu_count()},
+        "cpu": {"model": cpu_model(), "usable": usable_cores(), "total": os.cpu_count()},
         "memory_bytes": psutil.virtual_memory().total,
         "packages": packages(),
         "variables": variables(),
@@ -162,8 +163,7 @@ def device_name() -> str:
 
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    cores = len(os.sched_getaffinity(0))
-    return f"{cores} CPU cores, {cpu_model()}"
+    return f"{usable_cores()} CPU cores, {cpu_model()}"
 
 
 def cpu_model() -> str:

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from data_prep.cores import usable_cores
+
 # Environment variable by which `launch` asks for cores of their own for the processes of a node.
 BIND = "ROOKERY_BIND_CORES"
 
@@ -22,15 +24,14 @@ def bind_cores() -> None:
     cores = os.sched_getaffinity(0)
     if os.environ.pop(BIND, None) is None or len(cores) < size:
         return
+    global _own
+    _own = num_cores()
     os.sched_setaffinity(0, share(in_order(cores), int(os.environ.get("LOCAL_RANK", 0)), size))
-    global _bound
-    _bound = True
 
 
 def num_cores() -> int:
     """Cores that this process may count as its own; at least 1."""
-    usable = len(os.sched_getaffinity(0))
-    return usable if _bound else max(1, usable // _local_size())
+    return _own or max(1, usable_cores() // _local_size())
 
 
 def share(cores: list[int], rank: int, size: int) -> list[int]:
@@ -55,4 +56,5 @@ def _local_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-_bound = False
+# Once this process keeps to its share: how many those are.
+_own: int | None = None

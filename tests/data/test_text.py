@@ -125,6 +125,11 @@ NAMED = b"sentence,label\n"
             'line 3 is no JSON object; write each row as ."sentence"',
         ),
         ("rows.csv", NAMED + b"a,1\nb,c,d,0\n", "can't be read as csv: .*line 3, saw 4; .*quotes around"),
+        (
+            "rows.tsv",
+            b'sentence\tlabel\na\t1\n"a\tb"\t1\n',
+            "as tsv: .*line 3, saw 3; .*none can hold a tab .*quotes don't",
+        ),
         ("rows.parquet", b"no", "can't be read as parquet: .*; it is damaged or of another kind: write it again"),
     ],
 )
@@ -144,6 +149,12 @@ def test_words_of_a_csv_that_stand_for_nothing_elsewhere_are_sentences(tmp_path:
     path = tmp_path / "rows.csv"
     path.write_text("\ufeffsentence,label\nNA,1\nnull,0\n1.0,1\n", "utf-8")
     assert read_rows(str(path), "sst2", TASKS["sst2"], "train") == Rows([["NA", "null", "1.0"]], [1, 0, 1])
+
+
+def test_a_quote_in_a_tsv_is_a_letter_as_in_glue(tmp_path: Path) -> None:
+    path, sentences = tmp_path / "rows.tsv", ['"He left', "a", 'six" wide', '"b"', "c"]
+    path.write_text("sentence\tlabel\n" + "".join(f"{sentence}\t1\n" for sentence in sentences))
+    assert read_rows(str(path), "sst2", TASKS["sst2"], "train") == Rows([sentences], [1] * 5)
 
 
 @pytest.mark.parametrize("missing", ["", None])

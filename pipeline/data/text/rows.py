@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from pipeline.errors import UserError
 HUB, MADE = "hub:", "made:"
 _FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 _MEND = {
-    "csv": "every line needs as many cells as the first, with quotes around one that holds a separator or a line break",
-    "parquet": "it is damaged or of another kind: write it again",
+    ".csv": "every line needs as many cells as the first, with quotes around one that holds a comma or a line break",
+    ".tsv": "every line needs as many cells as the first; none can hold a tab or a line break, quotes don't help here",
+    ".parquet": "it is damaged or of another kind: write it again",
 }
 
 
@@ -134,9 +136,12 @@ def _read_file(file: Path, task: TextTask, address: str) -> Any:
     if kind == "csv":
         if len(read_utf8(file).strip().splitlines()) == 1:
             raise UserError(f"{file}: no rows below the names of the columns; write some, or name another file")
-        # Else the sentences "NA" and "null" would be missing ones, and "1.0" a number.
+        tabs = file.suffix == ".tsv"
         options = {
-            "sep": "\t" if file.suffix == ".tsv" else ",",
+            "sep": "\t" if tabs else ",",
+            # As in GLUE's files: a quote is a letter there, and one without its fellow would swallow the rows after it.
+            "quoting": csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
+            # Else the sentences "NA" and "null" would be missing ones, and "1.0" a number.
             "converters": dict.fromkeys(task.columns, str),
             "keep_default_na": False,
             "na_values": {"label": ["", "NA", "N/A", "NaN", "nan", "null", "None"]},
@@ -148,7 +153,8 @@ def _read_file(file: Path, task: TextTask, address: str) -> Any:
     except UserError:
         raise
     except Exception as error:  # of pandas or Arrow
-        raise UserError(f"{file}: can't be read as {file.suffix[1:]}: {_reason(error)}; {_MEND[kind]}") from error
+        mend = _MEND[file.suffix]
+        raise UserError(f"{file}: can't be read as {file.suffix[1:]}: {_reason(error)}; {mend}") from error
 
 
 def _reason(error: BaseException) -> str:

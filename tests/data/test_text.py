@@ -97,6 +97,15 @@ NAMED = b"sentence,label\n"
     [
         ("rows.csv", b"text,class\na,1\n", "needs the columns sentence, label; sentence is not among text, class"),
         ("rows.csv", NAMED + b"a,1\nb,\n", "row 1 has the label None; there are 0 or negative"),
+        ("rows.csv", NAMED + b"a,1\nb,0.0\nc,maybe\nd,7\n", "row 2 has the label 'maybe'; there are 0 or negative"),
+        ("rows.csv", NAMED + b"a,1\nb,-1\nc,negative\n", r"row 1 has the label '-1' \(the labels of GLUE"),
+        ("rows.csv", NAMED + b"a,1\n" * 10_001 + b"b,maybe\n", "row 10001 has the label 'maybe'"),
+        (
+            "rows.json",
+            b'[{"sentence": "a", "label": "1"}, {"sentence": "a", "label": true}]',
+            "row 1 has the label True",
+        ),
+        ("rows.json", b'[{"sentence": "a", "label": "1"}, {"sentence": "a", "label": 0.5}]', "row 1 has the label 0.5"),
         ("rows.csv", NAMED + b"a,1\n,0\n", "row 1 has no sentence; write its text, or take the row out"),
         ("rows.csv", NAMED + b'a,1\n"  ",0\n', "row 1 has no sentence"),
         ("rows.tsv", b"sentence\tlabel\n\t0\n", "row 0 has no sentence"),
@@ -149,6 +158,13 @@ def test_words_of_a_csv_that_stand_for_nothing_elsewhere_are_sentences(tmp_path:
     path = tmp_path / "rows.csv"
     path.write_text("\ufeffsentence,label\nNA,1\nnull,0\n1.0,1\n", "utf-8")
     assert read_rows(str(path), "sst2", TASKS["sst2"], "train") == Rows([["NA", "null", "1.0"]], [1, 0, 1])
+
+
+@pytest.mark.parametrize("labels", ["1\n0\n1", "positive\n0\n1", "1\nnegative\n1.0", "positive\nnegative\n 1"])
+def test_numbers_and_names_of_classes_may_stand_side_by_side(labels: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("sentence,label\n" + "".join(f"a,{label}\n" for label in labels.split("\n")))
+    assert read_rows(str(path), "sst2", TASKS["sst2"], "train").labels == [1, 0, 1]
 
 
 def test_a_quote_in_a_tsv_is_a_letter_as_in_glue(tmp_path: Path) -> None:

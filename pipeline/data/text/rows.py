@@ -85,15 +85,31 @@ def _labels(values: list[Any], task: TextTask, address: str) -> list[int] | list
             return [float(value) for value in values]
         except (TypeError, ValueError) as error:
             raise UserError(f"{address}: a label that is no number: {error}") from error
-    numbers = {name: i for i, name in enumerate(task.classes)} | {i: i for i in range(len(task.classes))}
-    for row, value in enumerate(values):
-        if not isinstance(value, int | float | str) or value not in numbers:
-            hidden = " (the labels of GLUE's test splits are hidden)" if value == -1 else ""
-            raise UserError(
-                f"{address}: row {row} has the label {value!r}{hidden}; there are "
-                f"{', '.join(f'{i} or {name}' for i, name in enumerate(task.classes))}"
-            )
-    return [numbers[value] for value in values]
+    labels = [_class_of(value, task.classes) for value in values]
+    if None in labels:
+        row = labels.index(None)
+        hidden = " (the labels of GLUE's test splits are hidden)" if _number(values[row]) == -1 else ""
+        raise UserError(
+            f"{address}: row {row} has the label {values[row]!r}{hidden}; there are "
+            f"{', '.join(f'{i} or {name}' for i, name in enumerate(task.classes))}"
+        )
+    return [label for label in labels if label is not None]
+
+
+def _class_of(value: Any, classes: tuple[str, ...]) -> int | None:
+    """The class that a label names or numbers; a column with a word in it has its numbers as text."""
+    if value in classes:
+        return classes.index(value)
+    number = _number(value)
+    return None if number is None or number not in range(len(classes)) else int(number)
+
+
+def _number(value: Any) -> float | None:
+    """A number, however it is written; true and false are none, as no class is called so."""
+    try:
+        return None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _table(address: str, name: str, task: TextTask, split: str) -> Any:
@@ -142,9 +158,9 @@ def _read_file(file: Path, task: TextTask, address: str) -> Any:
             # As in GLUE's files: a quote is a letter there, and one without its fellow would swallow the rows after it.
             "quoting": csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
             # Else the sentences "NA" and "null" would be missing ones, and "1.0" a number.
-            "converters": dict.fromkeys(task.columns, str),
+            # Labels too are read as they stand: one that is no number would make all of them text, or none of them fit.
+            "converters": dict.fromkeys(task.columns, str) | {"label": _cell},
             "keep_default_na": False,
-            "na_values": {"label": ["", "NA", "N/A", "NaN", "nan", "null", "None"]},
         }
     elif not file.stat().st_size:
         raise UserError(f"{file}: the file is empty; write it again, or name another file")
@@ -155,6 +171,11 @@ def _read_file(file: Path, task: TextTask, address: str) -> Any:
     except Exception as error:  # of pandas or Arrow
         mend = _MEND[file.suffix]
         raise UserError(f"{file}: can't be read as {file.suffix[1:]}: {_reason(error)}; {mend}") from error
+
+
+def _cell(text: str) -> str | None:
+    """A label as it stands in a file; None where there is none."""
+    return None if text.strip() in ("", "NA", "N/A", "NaN", "nan", "null", "None") else text
 
 
 def _reason(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,11 @@ def test_a_folder_holds_a_file_for_each_split(tmp_path: Path) -> None:
         ("rte", [{**PAIRS[0], "label": -1}], "row 0 has the label -1 .*hidden.*0 or entailment"),
         ("rte", [{**PAIRS[0], "label": "maybe"}], "label 'maybe'"),
         ("stsb", [{**PAIRS[0], "label": "high"}], "a label that is no number"),
+        ("stsb", [PAIRS[0], {**PAIRS[0], "label": "high"}], "row 1 has 'high', a label that is no number; write one"),
+        ("stsb", [PAIRS[0], {**PAIRS[0], "label": math.inf}], "row 1 has inf, a label that is no number"),
+        ("stsb", [PAIRS[0], {**PAIRS[0], "label": math.nan}], "row 1 has nan, a label that is no number"),
+        ("stsb", [PAIRS[0], {**PAIRS[0], "label": None}], "row 1 has no label; write one"),
+        ("stsb", [PAIRS[0], {**PAIRS[0], "label": 10**400}], "row 1 has 10*, a label that is no number"),
     ],
 )
 def test_what_does_not_fit_is_told(name: str, rows: list[Any], told: str, tmp_path: Path) -> None:
@@ -158,6 +164,24 @@ def test_words_of_a_csv_that_stand_for_nothing_elsewhere_are_sentences(tmp_path:
     path = tmp_path / "rows.csv"
     path.write_text("\ufeffsentence,label\nNA,1\nnull,0\n1.0,1\n", "utf-8")
     assert read_rows(str(path), "sst2", TASKS["sst2"], "train") == Rows([["NA", "null", "1.0"]], [1, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("cells", "told"),
+    [
+        ("4.2\n\n1", "row 1 has no label"),
+        ("4.2\nNaN\n1", "row 1 has no label"),
+        ("4.2\n-inf\nx", "row 1 has '-inf'"),
+        ("4.2\n1e999\n1", "row 1 has '1e999', a label that is no number"),
+    ],
+)
+def test_a_number_that_a_csv_lacks_is_told_with_its_row(cells: str, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("sentence1,sentence2,label\n" + "".join(f"a,b,{cell}\n" for cell in cells.split("\n")))
+    with pytest.raises(UserError, match=f"rows.csv: {told}"):
+        read_rows(str(path), "stsb", TASKS["stsb"], "train")
+    path.write_text("sentence1,sentence2,label\na,b,4.2\na,b,3\n")
+    assert read_rows(str(path), "stsb", TASKS["stsb"], "train").labels == [4.2, 3.0]
 
 
 @pytest.mark.parametrize("labels", ["1\n0\n1", "positive\n0\n1", "1\nnegative\n1.0", "positive\nnegative\n 1"])

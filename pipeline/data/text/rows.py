@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,12 @@ def _sentences(values: list[Any], column: str, address: str) -> list[str]:
 
 def _labels(values: list[Any], task: TextTask, address: str) -> list[int] | list[float]:
     if not task.classes:
-        try:
-            return [float(value) for value in values]
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{address}: a label that is no number: {error}") from error
+        numbers = [_number(value) for value in values]
+        for row, number in enumerate(numbers):
+            if number is None or not math.isfinite(number):
+                has = "no label" if values[row] is None else f"{values[row]!r}, a label that is no number"
+                raise UserError(f"{address}: row {row} has {has}; write one (3.8, say), or take the row out")
+        return [number for number in numbers if number is not None]
     labels = [_class_of(value, task.classes) for value in values]
     if None in labels:
         row = labels.index(None)

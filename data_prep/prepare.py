@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from data_prep.build import WRITERS, ShardBuilder, ShardTask
 from data_prep.cores import usable_cores
 from data_prep.errors import UserError
@@ -24,6 +26,7 @@ from data_prep.wording import counted, printable
 from data_prep.workers import build_shards
 
 SHOWN = 20
+SHOWN_CLASSES = 5
 
 
 def prepare(
@@ -81,6 +84,7 @@ def prepare_splits(
     jobs = {}
     for split in chosen:  # all of them are listed before any work: a bad one shows at once
         listing = _list(opened, split, progress)
+        _tell_empty(listing, split, progress)
         directory = options.maps_of(split)
         maps = None if directory is None else open_token_maps(directory, listing)
         plan = make_plan(listing, opened.kind, opened.name, split, options, maps)
@@ -101,6 +105,19 @@ def _list(source: Source, split: str, progress: Progress) -> Listing:
     if not len(listing):
         raise UserError(f"{source.name}: no images in the split {split}; are its class folders empty?")
     return listing
+
+
+def _tell_empty(listing: Listing, split: str, progress: Progress) -> None:
+    """Name the classes that the split has no image of: a slip of the pen in one split makes such a class."""
+    counts = np.bincount(listing.labels, minlength=len(listing.classes)).tolist()
+    empty = [printable(name) for name, count in zip(listing.classes, counts, strict=True) if not count]
+    if empty:
+        named = ", ".join(empty[:SHOWN_CLASSES])
+        more = f" and {len(empty) - SHOWN_CLASSES:,} more" if len(empty) > SHOWN_CLASSES else ""
+        progress.say(
+            f"{split}: warning: no images of {counted(len(empty), 'class')}: {named}{more}; "
+            "if that is not meant, mend the source"
+        )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data_prep.errors import UserError
 from data_prep.options import PrepOptions, flag
-from data_prep.sources.base import Source, reading
+from data_prep.sources.base import Source, hidden, reading
 from data_prep.sources.cifar import CifarSource
 from data_prep.sources.digits import DigitsSource
 from data_prep.sources.folder import FolderSource
@@ -71,5 +71,5 @@ def _check_options(where: str | Path, kind: str, options: PrepOptions) -> None:
 def _what_is(path: Path) -> str:
     if not path.is_dir():
         return "not a source that is understood"
-    files = sum(not entry.name.startswith(".") for entry in path.iterdir())
+    files = sum(not hidden(entry.name) for entry in path.iterdir())
     return f"a folder with {counted(files, 'file')}, but no class folders" if files else "an empty folder"

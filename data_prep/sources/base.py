@@ -136,6 +136,11 @@ def sample_key(position: int, stem: str) -> str:
     return f"{position:08d}_{safe}"[:KEY_BYTES] if safe else f"{position:08d}"
 
 
+def hidden(name: str) -> bool:
+    """Whether a file or folder is none of the user's: hidden, or what macOS puts into its archives."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 @contextmanager
 def reading(what: str | Path) -> Iterator[None]:
     """Turn a failure of the operating system to read the source into a message for the user."""

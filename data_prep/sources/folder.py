@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -13,7 +14,8 @@ from data_prep.errors import UserError
 from data_prep.images import absurd_bytes
 from data_prep.manifest import MAX_BYTES, BadImage
 from data_prep.options import PrepOptions
-from data_prep.sources.base import SPLIT_NAMES, Item, Listing, reading
+from data_prep.sources.base import SPLIT_NAMES, Item, Listing, hidden, reading
+from data_prep.wording import printable
 
 
 class FolderSource:
@@ -49,6 +51,7 @@ class FolderSource:
             own = _folders(root)
             if not own:
                 raise UserError(f"{root}: no class folders in it; the layout is <class>/<images>")
+            self._check_forms(classes)
             names, labels, sizes = [], [], []
             rejected: list[BadImage] = []
             label_of = {name: label for label, name in enumerate(classes)}
@@ -68,6 +71,21 @@ class FolderSource:
             stems=[PurePosixPath(name).stem for name in names],
             rejected=sorted(rejected, key=lambda bad: bad.source),
         )
+
+    def _check_forms(self, classes: list[str]) -> None:
+        """Refuse names that look the same: macOS writes an accent as a letter of its own, others don't."""
+        forms: dict[str, str] = {}
+        for name in classes:
+            other = forms.setdefault(unicodedata.normalize("NFC", name), name)
+            if other != name:
+                places = [
+                    f"{next(root for root in self._roots.values() if (root / one).is_dir())}{os.sep}{ascii(one)[1:-1]}"
+                    for one in (other, name)
+                ]
+                raise UserError(
+                    f"{places[0]} and {places[1]}: the same name {printable(name)} in two Unicode forms would be two "
+                    "classes; give both folders one name"
+                )
 
 
 class FolderReader:
@@ -91,7 +109,7 @@ class FolderReader:
 
 def _folders(path: Path) -> list[str]:
     with os.scandir(path) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(entry.name for entry in entries if entry.is_dir() and not hidden(entry.name))
 
 
 def _files(root: Path, folder: str, rejected: list[BadImage]) -> Iterator[tuple[str, int]]:
@@ -111,7 +129,7 @@ def _files(root: Path, folder: str, rejected: list[BadImage]) -> Iterator[tuple[
         with os.scandir(root / folder) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 name = f"{folder}/{entry.name}"
-                if entry.name.startswith("."):
+                if hidden(entry.name):
                     continue
                 if entry.is_dir():
                     waiting.append(name)

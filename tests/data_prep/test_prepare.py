@@ -217,6 +217,21 @@ def test_all_splits_and_some(tmp_path: Path) -> None:
         prepare(tmp_path / "source", tmp_path / "b", options(), split="test")
 
 
+def test_classes_that_a_split_has_no_image_of_are_told(tmp_path: Path) -> None:
+    make_folder(tmp_path / "source" / "train", ("ant", "bee", "cat"))
+    make_folder(tmp_path / "source" / "val", ("ant", "bee", *(f"other\x1b{n}" for n in range(6))), per_class=1)
+    (tmp_path / "source" / "train" / "dog").mkdir()
+    text = io.StringIO()
+    made = prepare_splits(tmp_path / "source", tmp_path / "out", options(), progress=LineProgress(text))
+    assert made["train"].num_classes == made["val"].num_classes == 10
+    warned = [line.partition("; ")[0] for line in text.getvalue().splitlines() if "warning" in line]
+    others = ", ".join(rf"other\x1b{n}" for n in range(4))
+    assert warned == [
+        f"train: warning: no images of 7 classes: dog, {others} and 2 more",
+        "val: warning: no images of 2 classes: cat, dog",
+    ]
+
+
 @pytest.mark.parametrize("split", ["../x", "", ".hidden"])
 def test_split_names_stay_below_out(source: Path, tmp_path: Path, split: str) -> None:
     with pytest.raises(UserError, match="--split"):

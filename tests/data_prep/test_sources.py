@@ -32,6 +32,9 @@ def test_class_folders(tmp_path: Path) -> None:
     (root / "crow" / "more" / "deep" / "z.png").write_bytes(encoded(pixels(1), "PNG"))
     (root / "crow" / ".DS_Store").write_bytes(TEXT)
     (root / ".hidden").mkdir()
+    for folder in ("__MACOSX", "crow/__MACOSX"):
+        (root / folder / "crow").mkdir(parents=True)
+        (root / folder / "crow" / "x.jpg").write_bytes(TEXT)
     (root / "readme.txt").write_bytes(TEXT)
     source = open_source(root)
     listing = source.listing("train")
@@ -51,6 +54,17 @@ def test_split_folders_share_their_classes(tmp_path: Path) -> None:
     assert source.splits() == ["train", "val"]
     assert source.listing("train").classes == source.listing("val").classes == ["a", "b", "c", "d"]
     assert sorted(set(source.listing("val").labels)) == [1, 3]
+
+
+@pytest.mark.parametrize("other", ["", "val"])
+def test_a_class_in_two_unicode_forms_is_refused(tmp_path: Path, other: str) -> None:
+    composed, decomposed = "caf\N{LATIN SMALL LETTER E WITH ACUTE}", "cafe\N{COMBINING ACUTE ACCENT}"
+    make_folder(tmp_path / "train", ("a", composed))
+    make_folder(tmp_path / (other or "train"), (decomposed,))
+    told = r"train/caf.*\\xe9: the same name .* in two Unicode forms .*one name"
+    with pytest.raises(UserError, match=told) as caught:
+        open_source(tmp_path).listing("train")
+    assert f"{tmp_path / (other or 'train')}/cafe\\u0301" in str(caught.value)
 
 
 def test_a_split_without_class_folders_is_named(tmp_path: Path) -> None:
@@ -150,7 +164,7 @@ def test_a_forced_kind_that_does_not_fit(tmp_path: Path, kind: str, message: str
     ("files", "message"),
     [
         ([], ": an empty folder; a source is one of"),
-        ([".DS_Store"], ": an empty folder; a source is one of"),
+        ([".DS_Store", "__MACOSX"], ": an empty folder; a source is one of"),
         (["a.jpg"], ": a folder with 1 file, but no class folders; a source is one of"),
         (["a.jpg", "b.jpg"], ": a folder with 2 files, but no class folders; a source is one of"),
     ],

@@ -115,6 +115,8 @@ def find_job(run: Path, weights: str | None, data: str | None, precision: str | 
     if not run.is_dir():
         raise UserError(f"{run}: {_no_directory(run)}; name a run directory (runs/<name>) or one with exported weights")
     if (run / MODEL_CONFIG).is_file():
+        if weights is not None:
+            raise UserError(f"{run}: no run, there is nothing to choose from with --weights {weights}; leave it out")
         if data is None:
             raise UserError(f"{run}: which split? pass --data DIRECTORY")
         return EvalJob(str(run), data, precision=precision or "fp32", task=exported_task(run))

@@ -116,6 +116,7 @@ def test_cifar10_test_split_at_1_2_and_3_processes(
         (["{run}/.."], ["neither a run directory", "it holds the runs run: name one of them"]),
         (["{run}", "--weights", "middle"], ["no such weights", "best and final and last"]),
         (["{run}/final"], ["pass --data"]),
+        (["{run}/final", "--weights", "best"], ["final: no run", "--weights best; leave it out"]),
         (["{run}", "--precision", "fp8"], ["fp8", "bf16"]),
         (["{run}", "--output", "{run}"], ["a folder; name a file"]),
         (["{run}", "--output", "nowhere/result.json"], ["can't be written (there is no folder nowhere)"]),

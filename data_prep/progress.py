@@ -54,7 +54,7 @@ class LineProgress:
 
         def line() -> None:
             left = f", {_clock((total - current) / rate.value)} left" if rate.value and current < total else ""
-            self.say(f"{title}: {current:,}/{total:,} images, {rate.value:,.0f} img/s{left}")
+            self.say(f"{title}: {current:,}/{total:,} images{rate.text(', ')}{left}")
 
         def advance(images: int) -> None:
             nonlocal current, last
@@ -96,27 +96,37 @@ class BarProgress:
 
             def advance(images: int) -> None:
                 rate.add(images)
-                bar.update(task, advance=images, rate=f"{rate.value:,.0f} img/s")
+                bar.update(task, advance=images, rate=rate.text())
 
             yield advance
 
 
 class _Rate:
-    """Images per second since the first report: the start of the workers is not the rate of the work."""
+    """Images per second since the first report: the start of the workers is not the rate of the work.
+
+    While there was no second report, since the beginning: all that is known then.
+    """
 
     def __init__(self) -> None:
+        self._begun = time.monotonic()
         self._start: float | None = None
-        self._images = 0
+        self._first = self._images = 0
 
     def add(self, images: int) -> None:
         if self._start is None:
-            self._start = time.monotonic()
+            self._start, self._first = time.monotonic(), images
         else:
             self._images += images
 
     @property
     def value(self) -> float:
-        return self._images / max(time.monotonic() - self._start, 1e-9) if self._start is not None else 0.0
+        if self._start is not None and self._images:
+            return self._images / max(time.monotonic() - self._start, 1e-9)
+        return self._first / max(time.monotonic() - self._begun, 1e-9)
+
+    def text(self, before: str = "") -> str:
+        """The rate, after `before`; nothing where nothing was done."""
+        return f"{before}{self.value:,.0f} img/s" if self.value else ""
 
 
 def make_progress(stream: TextIO | None = None) -> Progress:

@@ -289,6 +289,19 @@ def test_progress_lines(source: Path, tmp_path: Path) -> None:
     assert again[2].startswith("train: 12/15 images")
 
 
+@pytest.mark.parametrize(("reports", "told"), [([], ""), ([50], ", 25 img/s"), ([20, 30], ", 30 img/s")])
+def test_the_rate_in_the_last_line(reports: list[int], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Since the first report, but since the beginning where all was done by then."""
+    now, text = [100.0], io.StringIO()
+    monkeypatch.setattr("data_prep.progress.time.monotonic", lambda: now[0])
+    with LineProgress(text).task("train", 50, 50 - sum(reports)) as advance:
+        now[0] += 1
+        for images in reports:
+            advance(images)
+        now[0] += 1
+    assert text.getvalue() == f"train: 50/50 images{told}\n"
+
+
 def test_the_bar_of_a_terminal(source: Path, tmp_path: Path) -> None:
     text = io.StringIO()
     progress = BarProgress(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -49,6 +50,9 @@ class Subject:
         """
         if text in self.classes:
             return self.classes.index(text)
+        composed = [unicodedata.normalize("NFC", name) for name in (text, *self.classes)]  # as a terminal may not write
+        if composed[0] in composed[1:]:
+            return composed.index(composed[0], 1) - 1
         if text.isdecimal() and int(text) < len(self.classes):
             return int(text)
         if text.isdecimal():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,15 @@ def nest(models: Path) -> tuple[Nest, EvalTransform]:
     trained = Trained.from_export(models / "nest")
     transform = build_eval_transform(trained.transform, trained.augment, trained.img_size, trained.in_chans)
     return check_tree(trained.model.eval()), transform  # type: ignore[arg-type]
+
+
+def renamed(model: Path, copy: Path, names: dict[int, str]) -> None:
+    """A copy of an exported model, with other names for some of its classes."""
+    shutil.copytree(model, copy)
+    described = json.loads((copy / "config.json").read_text())
+    for number, name in names.items():
+        described["classes"][number] = name
+    (copy / "config.json").write_text(json.dumps(described))
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -130,6 +140,17 @@ def test_the_plain_colour(scores: str, models: Path, pictures: Path, explain: Ex
     found = told["images"][0]["steps"][0]["scores"]
     assert found == pytest.approx(tree.scores[0][0].flatten().tolist(), rel=1e-3, abs=1e-5)
     assert found != pytest.approx(usual.scores[0][0].flatten().tolist(), rel=1e-2)
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC"), ("NFC", "NFC")])
+def test_a_class_is_found_in_either_unicode_form(
+    forms: tuple[str, str], models: Path, pictures: Path, explain: Explain, tmp_path: Path
+) -> None:
+    written, asked = (unicodedata.normalize(form, "caf\N{LATIN SMALL LETTER E WITH ACUTE}") for form in forms)
+    renamed(models / "nest", tmp_path / "nest", {3: written})
+    status, _, err = explain(tmp_path / "nest", pictures / "a.jpg", "--out", tmp_path, "--class", asked)
+    assert (status, err) == (0, "")
+    assert result(tmp_path)["images"][0]["class"]["index"] == 3
 
 
 def test_bad_images_of_a_folder_are_left_out(models: Path, pictures: Path, explain: Explain, tmp_path: Path) -> None:

@@ -101,6 +101,9 @@ def explain(
     subject = _subject(run, weights)
     chosen = methods.choose_method(subject, "cam" if boxes is not None or threshold is not None else method)
     _check_fit(chosen, wanted, sign, scores, plain)
+    also = None if wanted is None else subject.other_reading(wanted)
+    if also is not None:
+        typer.echo(also, err=True)
     options = methods.Options(
         None if wanted is None else subject.class_index(wanted),
         scores or Scores.conductance,

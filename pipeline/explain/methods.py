@@ -61,6 +61,16 @@ class Subject:
         mend = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(self.classes[:5])} ..."
         raise UserError(f"--class {text}: the model has no such class; {mend}")
 
+    def other_reading(self, text: str) -> str | None:
+        """What `text` also stands for: the number of another class than the one that it names."""
+        index = self.class_index(text)
+        if not text.isdecimal() or int(text) == index or int(text) >= len(self.classes):
+            return None
+        return (
+            f"--class {text}: the class called {self.classes[index]} is explained (number {index}); class number "
+            f"{int(text)} is {self.classes[int(text)]}"
+        )
+
 
 @dataclass(frozen=True)
 class Options:

@@ -153,6 +153,24 @@ def test_a_class_is_found_in_either_unicode_form(
     assert result(tmp_path)["images"][0]["class"]["index"] == 3
 
 
+@pytest.mark.parametrize(
+    ("asked", "index", "note"),
+    [
+        ("2", 5, "--class 2: the class called 2 is explained (number 5); class number 2 is cat\n"),
+        ("02", 2, ""),
+        ("3", 3, ""),
+        ("30", 4, ""),
+    ],
+)
+def test_a_name_that_is_also_a_number_is_told(
+    asked: str, index: int, note: str, models: Path, pictures: Path, explain: Explain, tmp_path: Path
+) -> None:
+    renamed(models / "nest", tmp_path / "nest", {3: "3", 4: "30", 5: "2"})
+    status, _, err = explain(tmp_path / "nest", pictures / "a.jpg", "--out", tmp_path, "--class", asked)
+    assert (status, err) == (0, note)
+    assert result(tmp_path)["images"][0]["class"]["index"] == index
+
+
 def test_bad_images_of_a_folder_are_left_out(models: Path, pictures: Path, explain: Explain, tmp_path: Path) -> None:
     """One that was named is a mistake, and what was there before stays."""
     folder, out = tmp_path / "images", tmp_path / "out"

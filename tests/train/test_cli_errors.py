@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from data_prep.manifest import Manifest
 from pipeline.config_load import load_config
+from pipeline.errors import UserError
+from pipeline.resolve import resolve
 from pipeline.tracking.metrics import read_metrics
 from pipeline.tracking.run_dir import RunDir
 from tests.train.conftest import Rookery
@@ -76,6 +80,25 @@ def test_message_and_status(case: str, recipe: Path, digits: Path, rookery: Rook
     for text in expected:
         assert text.format(digits=digits) in done.stderr, done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("classes", "told"),
+    [
+        (9, r"\(9 classes and 10 classes\): number 9 is missing in data.val and is '9' in data.train; prepare both"),
+        (1, r"\(1 class and 10 classes\): number 1 is missing in data.val and is '1' in data.train"),
+        (11, r"\(11 classes and 10 classes\): number 10 is '10' in data.val and is missing in data.train"),
+        (-10, r"\(10 classes and 10 classes\): number 0 is 'x0' in data.val and is '0' in data.train"),
+    ],
+)
+def test_classes_that_differ_are_told_by_the_first(
+    classes: int, told: str, recipe: Path, digits: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(digits / "test", tmp_path / "val")
+    names = [f"{'x' if classes < 0 else ''}{number}" for number in range(abs(classes))]
+    replace(Manifest.load(tmp_path / "val"), classes=names).save(tmp_path / "val")
+    with pytest.raises(UserError, match=f"data.val={tmp_path}/val has other classes than data.train=.* {told}"):
+        resolve(load_config(recipe, [f"data.val={tmp_path}/val"]), 1)
 
 
 SHORT = ("train.epochs=4steps", "optim.schedule.warmup=1steps", "checkpoint.every=2steps")

@@ -30,6 +30,7 @@ from pipeline.train.setup import device_batches, eval_batches, initial_model, tr
 from pipeline.train.state import Best
 from pipeline.train.step import StepResult, train_step
 from pipeline.train.tasks.base import Task, Work
+from pipeline.wording import counted
 
 if TYPE_CHECKING:
     from pipeline.train.engines import Engine
@@ -170,11 +171,13 @@ def _check_classes(config: RunConfig, train: Manifest, val: Manifest | None) -> 
             "leave model.num_classes out, or point data.train at the matching shards"
         )
     if val is not None and val.classes != train.classes:
-        different = next((a, b) for a, b in zip_longest(train.classes, val.classes) if a != b)
+        pairs = enumerate(zip_longest(train.classes, val.classes))
+        number, named = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+        theirs, own = ("is missing" if name is None else f"is {name!r}" for name in named)
         raise UserError(
             f"data.val={config.data.val} has other classes than data.train={config.data.train} "
-            f"({val.num_classes} and {train.num_classes}; the first difference: {different[1]!r}, {different[0]!r}); "
-            "prepare both splits from the same class list"
+            f"({counted(val.num_classes, 'class')} and {counted(train.num_classes, 'class')}): number {number} {own} "
+            f"in data.val and {theirs} in data.train; prepare both splits from the same class list"
         )
 
 

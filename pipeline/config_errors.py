@@ -104,6 +104,8 @@ def _describe(detail: Any, path: KeyPath, tree: dict[str, Any], model: type[Base
         message = f"should be one of {detail['ctx']['expected_tags']}"
     elif kind == "missing":
         message = "too few values"
+    elif kind == "tuple_type":
+        message = _numbers(key, model)
     if not key:
         return message
     if isinstance(value, bool) and kind in ("int_parsing", "float_parsing"):
@@ -111,6 +113,14 @@ def _describe(detail: Any, path: KeyPath, tree: dict[str, Any], model: type[Base
     if value is None:
         return f"{key} is empty (null): {message}"
     return f"{key}: {message}" if isinstance(value, dict) else f"{key}={_shown(value)}: {message}"
+
+
+def _numbers(key: str, model: type[BaseModel]) -> str:
+    """How several numbers are written, for who knows no tuples."""
+    default = next((info.default for name, info in config_keys(model) if name == key), None)
+    if isinstance(default, tuple):
+        return f"should be {len(default)} numbers, such as {json.dumps(default)}"
+    return "should be several numbers, such as [0.5, 0.5]"
 
 
 def _unknown(key: str, path: KeyPath, tree: dict[str, Any], model: type[BaseModel]) -> str:

@@ -40,6 +40,10 @@ def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except OSError as error:
         with suppress(OSError):
             aside.unlink()
+        if isinstance(error, FileNotFoundError) and not target.parent.exists():
+            raise UserError(
+                f"{path} can't be written: no such folder {path.parent}; make it, or name another"
+            ) from error
         raise UserError(f"{path} can't be written: {error.strerror}; free space or choose another folder") from error
 
 

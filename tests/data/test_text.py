@@ -72,6 +72,11 @@ def test_a_folder_holds_a_file_for_each_split(tmp_path: Path) -> None:
     assert read_rows(str(tmp_path), "rte", TASKS["rte"], "validation") == WANTED
     with pytest.raises(UserError, match=r"no file train\.\(json"):
         read_rows(str(tmp_path), "rte", TASKS["rte"], "train")
+    with pytest.raises(UserError, match=r"validation.cvs: no file .* there: no such file or folder; check the path"):
+        read_rows(str(tmp_path / "validation.cvs"), "rte", TASKS["rte"], "validation")
+    (tmp_path / "validation.txt").touch()
+    with pytest.raises(UserError, match=r"validation.txt: a file of another kind; name one of .json, .*, .tsv$"):
+        read_rows(str(tmp_path / "validation.txt"), "rte", TASKS["rte"], "validation")
 
 
 @pytest.mark.parametrize(
@@ -127,6 +132,12 @@ NAMED = b"sentence,label\n"
         ("rows.csv", NAMED, "no rows below the names of the columns; write some"),
         ("rows.json", b"[]", "no rows in it; write some"),
         ("rows.csv", NAMED + b"caf\xe9,1\n", r"line 2 is not UTF-8 \(byte 0xe9\); save the file as UTF-8, .*iconv"),
+        (
+            "rows.csv",
+            "\ufeffsentence,label\na,1\n".encode("utf-16-le"),
+            "is UTF-16, not UTF-8; save .*iconv -f UTF-16 -t",
+        ),
+        ("rows.jsonl", "\ufeff{}".encode("utf-16-be"), "is UTF-16, not UTF-8; .* rows.jsonl > utf8.jsonl"),
         ("rows.jsonl", b'{"sentence": "caf\xe9", "label": 1}', "line 1 is not UTF-8"),
         (
             "rows.jsonl",

@@ -114,4 +114,6 @@ def test_mistakes(folder: Path, tmp_path: Path) -> None:
         invoke(str(folder), "--metric", "top3")
     with pytest.raises(UserError, match="can't be written"):
         invoke(str(folder), "--html", str(tmp_path / "none" / "r.html"))
+    with pytest.raises(UserError, match=f"r.csv can't be written: no such folder {tmp_path}/none; make it, or name"):
+        invoke(str(folder), "--csv", str(tmp_path / "none" / "r.csv"))
     assert "± 0.71" in invoke(str(folder))

@@ -191,11 +191,14 @@ def _reason(error: BaseException) -> str:
 def _file(path: Path, split: str) -> Path:
     if path.is_file() and path.suffix in _FILES:
         return path
+    if path.is_file():
+        raise UserError(f"{path}: a file of another kind; name one of {', '.join(_FILES)}")
     found = sorted(file for file in path.glob(f"{split}.*") if file.suffix in _FILES)
     if len(found) != 1:
         many = "more than one" if found else "no"
+        place = "there; name" if path.exists() else "there: no such file or folder; check the path, or name"
         raise UserError(
-            f"{path}: {many} file {split}.({'|'.join(suffix[1:] for suffix in _FILES)}) there; name the file itself, "
+            f"{path}: {many} file {split}.({'|'.join(suffix[1:] for suffix in _FILES)}) {place} the file itself, "
             "hub:nyu-mll/glue, or made:COUNT"
         )
     return found[0]

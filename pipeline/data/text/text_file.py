@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,11 @@ def read_utf8(file: Path) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise UserError(
+                f"{file}: is UTF-16, not UTF-8; save the file as UTF-8, "
+                f"for instance: iconv -f UTF-16 -t UTF-8 {file.name} > utf8{file.suffix}"
+            ) from error
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
             f"{file}: line {line} is not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8, "

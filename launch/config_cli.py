@@ -19,7 +19,7 @@ def config(
     The model is built, without memory for its weights, so that a name or option it doesn't know is told here too; the
     data are not looked at. Exit status: 0, or 2 for a mistake in the recipe.
     """
-    from pipeline.config_load import dump_config, load_config
+    from pipeline.config_load import dump_config, load_config, placing
     from pipeline.config_schema import describe_keys, file_schema
 
     if schema:
@@ -30,7 +30,8 @@ def config(
         from pipeline.train.tasks import make_task
 
         resolved = load_config(recipe, overrides or [])
-        make_task(resolved).build_model("meta")
+        with placing(recipe, overrides or []):
+            make_task(resolved).build_model("meta")
         typer.echo(redact(dump_config(resolved)), nl=False)
     else:
         for key, default, about, is_section in describe_keys():

@@ -11,7 +11,7 @@ from launch.slurm import slurm
 from launch.slurm_script import LOGS, Request, standing_options, write_script
 from launch.summary import print_summary
 from launch.workers import Nodes
-from pipeline.config_load import load_config
+from pipeline.config_load import load_config, placing
 from pipeline.errors import UserError
 from pipeline.resolve import resolve
 from pipeline.train.same_run import check_same_run
@@ -31,7 +31,8 @@ def submit(request: Request, nodes: int, options: Sequence[str], dry_run: bool) 
     if request.nproc is None:
         raise UserError("--slurm needs to know how many processes (GPUs) a node has: --nproc 8")
     job = Nodes(request.nproc, nodes)
-    resolved = resolve(load_config(request.config, request.overrides), job.world_size)
+    with placing(request.config, request.overrides):
+        resolved = resolve(load_config(request.config, request.overrides), job.world_size)
     run = Path(resolved.config.out, resolved.config.name)
     check_same_run(run, resolved)
     print_summary(resolved, job)

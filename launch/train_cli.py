@@ -64,7 +64,7 @@ def train(
     from launch.slurm_submit import submit
     from launch.summary import print_summary
     from launch.workers import Nodes, start_workers
-    from pipeline.config_load import load_config
+    from pipeline.config_load import load_config, placing
     from pipeline.resolve import resolve
     from pipeline.tracking.files import check_place
     from pipeline.train.same_run import check_same_run
@@ -79,7 +79,8 @@ def train(
     job = Nodes(nproc or 1, nodes, rendezvous)
     if not dry_run or rendezvous is not None:
         job.check()
-    resolved = resolve(load_config(config, overrides or []), job.world_size)
+    with placing(config, overrides or []):
+        resolved = resolve(load_config(config, overrides or []), job.world_size)
     check_place(Path(resolved.config.out), "out=...")
     check_same_run(Path(resolved.config.out, resolved.config.name), resolved)
     print_summary(resolved, job)

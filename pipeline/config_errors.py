@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from difflib import SequenceMatcher
 from typing import Any
@@ -11,8 +12,32 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config import RunConfig
 from pipeline.config_schema import config_keys, sections
+from pipeline.errors import UserError
 
 KeyPath = tuple[str | int, ...]
+
+
+class ModelMistake(UserError):
+    """What a model says of its name and options, which no config knows; `config_load.placing` adds where they stand."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(f"model: {message}")
+
+    def place(self, places: Mapping[KeyPath, str]) -> str | None:
+        """Where the option was written that the message speaks of, or the options, or the model."""
+        text = str(self).partition("; its options are")[0]
+        told = [
+            (-len(path), found.start(), place)
+            for path, place in places.items()
+            if path[0] in ("model", "task") and path[1:] not in ((), ("name",), ("kind",), ("options",))
+            if (found := re.search(rf"\b{re.escape(str(path[-1]))}\b", text))
+        ]
+        if told:
+            return min(told)[2]
+        keys = ("name",) if "unknown model" in text else ("options", "name")
+        return next((places["model", key] for key in keys if ("model", key) in places), places.get(("model",)))
+
+
 # Flags of timm's train.py whose likeness to our keys shows to people only.
 _TIMM = {
     "aa": "augment.rand_augment",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config import RunConfig
-from pipeline.config_errors import KeyPath, explain
+from pipeline.config_errors import KeyPath, ModelMistake, explain
 from pipeline.errors import UserError
 
 # Where each key was written.
@@ -58,6 +59,16 @@ def read_tree(path: str | Path, overrides: Iterable[str] = ()) -> tuple[dict[str
         overriding = _merge(overriding, _nested(keys, value))
         places = dict.fromkeys(_prefixes(keys), "override") | places | dict.fromkeys(_within(keys, value), "override")
     return _merge(tree, overriding), places
+
+
+@contextmanager
+def placing(path: str | Path, overrides: Iterable[str] = ()) -> Iterator[None]:
+    """Say where a mistake was made that a model finds in a recipe and its overrides, as is said of all others."""
+    try:
+        yield
+    except ModelMistake as error:
+        place = error.place(read_tree(path, overrides)[1])
+        raise UserError(f"{place or path}: {error}") from error
 
 
 def parse_tree(tree: dict[str, Any], origin: str, places: Mapping[KeyPath, str] | None = None) -> RunConfig:

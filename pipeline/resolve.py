@@ -14,6 +14,7 @@ from torch import nn
 
 from data_prep.manifest import Manifest
 from pipeline.config import RunConfig
+from pipeline.config_errors import ModelMistake
 from pipeline.data.cache_room import CacheOptions
 from pipeline.data.order import DataOrder, default_lanes
 from pipeline.data.shards import ShardSet
@@ -154,12 +155,12 @@ def build_model(config: RunConfig, device: str | torch.device) -> ImageModel:
         with torch.device(device):
             model = create_model(config.model.name, **config.model.overrides())
     except UnknownOption as error:
-        raise UserError(
-            f"model: {error}. To leave out the options of another model that a recipe comes with, "
+        raise ModelMistake(
+            f"{error}. To leave out the options of another model that a recipe comes with, "
             "write model.options=null before your own"
         ) from error
     except (ValueError, TypeError) as error:
-        raise UserError(f"model: {error}") from error
+        raise ModelMistake(error) from error
     set_recomputation(model, config)
     return model
 

@@ -441,6 +441,29 @@ def test_command_looks_at_the_model_and_not_at_the_data(override: str, said: str
     assert not wrong.stdout
 
 
+@pytest.mark.parametrize(
+    ("model", "overrides", "said"),
+    [
+        ("options: {depths: 3, depth: 4}", [], "{recipe}:2: model: model 'nest_tiny' has no option 'depth', did you"),
+        ("options:\n    gelu: 7", [], "{recipe}:3: model: gelu=7 is not one of"),
+        ("options: {gelu: erf}", ["model.options.gelu=x"], "override: model: gelu='x' is not one of"),
+        ("options: {gelu: erf}\n  name: nest_tny", [], "{recipe}:3: model: unknown model 'nest_tny'"),
+        ("options: {gelu: erf}\n  img_size: 30", [], "{recipe}:3: model: "),
+        (
+            "options:\n    refine:\n      kernel: 3\n      kernl: 5",
+            [],
+            "{recipe}:5: model: refine has no option 'kernl'",
+        ),
+    ],
+)
+def test_a_mistake_that_a_model_finds_has_its_place(
+    model: str, overrides: list[str], said: str, tmp_path: Path
+) -> None:
+    recipe = write(tmp_path, recipe=f"model:\n  {model}\nbase: small.yaml\n", small=SMALL)["recipe"]
+    wrong = CliRunner().invoke(cli._commands, ["config", str(recipe), *overrides])
+    assert isinstance(wrong.exception, UserError) and str(wrong.exception).startswith(said.format(recipe=recipe))
+
+
 def test_command_lists_every_key_with_its_default() -> None:
     lines = CliRunner().invoke(cli._commands, ["config"]).stdout.splitlines()
     listed = {line.split()[0]: line for line in lines if line}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from data_prep.manifest import Manifest
 from pipeline.config import RunConfig
+from pipeline.config_errors import ModelMistake
 from pipeline.config_task import GenerateConfig
 from pipeline.data.augment.transforms import build_eval_transform
 from pipeline.data.loader import EvalBatch, TrainBatch
@@ -116,12 +117,12 @@ class GenerateTask(Task):
             with torch.device(device):
                 model = make_gan(config.name, options, judge.model_dump())
         except UnknownOption as error:
-            raise UserError(
-                f"model: {error}. To leave out the options of another model that a recipe comes with, "
+            raise ModelMistake(
+                f"{error}. To leave out the options of another model that a recipe comes with, "
                 "write model.options=null before your own"
             ) from error
         except (ValueError, TypeError) as error:
-            raise UserError(f"model: {error}") from error
+            raise ModelMistake(error) from error
         set_recomputation(model, self.config)
         return model
 

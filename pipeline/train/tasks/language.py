@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from data_prep.manifest import Manifest
 from pipeline.config import RunConfig
+from pipeline.config_errors import ModelMistake
 from pipeline.config_task import LanguageConfig
 from pipeline.data.order import DataOrder
 from pipeline.data.text.batches import EvalBatches, TextBatch, step_batches
@@ -23,6 +24,7 @@ from pipeline.errors import UserError
 from pipeline.hashing import seed64
 from pipeline.models.bert import Bert, bert_config, check_pretrained, count_macs, load_pretrained
 from pipeline.models.bert_options import PAPER, REFINER_PAPER, BertOptions
+from pipeline.models.errors import ModelError
 from pipeline.resolve import Resolved, continues, set_recomputation, updated
 from pipeline.tracking.confusion import Confusion
 from pipeline.train.distributed import World
@@ -126,8 +128,11 @@ class LanguageTask(Task):
         return BertOptions.of(model.name, {"num_classes": model.num_classes or self.text.outputs, **model.options})
 
     def build_model(self, device: str | torch.device) -> Bert:
-        with torch.device(device):
-            model = Bert(self.options)
+        try:
+            with torch.device(device):
+                model = Bert(self.options)
+        except ModelError as error:
+            raise ModelMistake(error) from error
         set_recomputation(model, self.config)
         return model
 

@@ -151,9 +151,14 @@ def _weights_of(run: Path, weights: str | None) -> tuple[Path, int | None]:
     if wanted in exported:
         return run / wanted, None
     if wanted == "last":
-        newest = CheckpointStore(run / "checkpoints").newest()
+        store = CheckpointStore(run / "checkpoints")
+        newest = store.newest()
         if newest is not None:
             return newest.path, newest.step
+        damage = store.damage()
+        if damage is not None:
+            other = f"choose --weights {exported[0]}" if exported else "train the run again, which begins anew"
+            raise UserError(f"{run}: no last weights; {damage}; restore its files from a copy, or {other}")
         if weights is None:
             raise UserError(f"{run}: no final weights and no complete checkpoint yet; train it first")
     has_checkpoint = any((run / "checkpoints").glob("step-*"))

@@ -93,11 +93,16 @@ def find_weights(path: Path, weights: str | None = None) -> Path:
     wanted = weights or ("final" if "final" in exported else "last")
     if wanted in exported:
         return path / wanted
-    newest = CheckpointStore(path / "checkpoints").newest()
+    store = CheckpointStore(path / "checkpoints")
+    newest = store.newest()
     if wanted == "last" and newest is not None:
         return newest.path
     found = exported + ([] if newest is None else ["last"])
     mend = f"the run has {' and '.join(found)}, choose with --weights {found[0]}" if found else "train the run first"
+    damage = store.damage() if newest is None and (wanted == "last" or not found) else None
+    if damage is not None:
+        other = f"choose --weights {found[0]}" if found else "train the run again, which begins anew"
+        mend = f"{damage}; restore its files from a copy, or {other}"
     raise UserError(f"{path}: no {wanted} weights; {mend}")
 
 

@@ -109,6 +109,13 @@ class CheckpointStore:
             log.warning("checkpoint %s is not used: %s", path, fault)
         return None
 
+    def damage(self) -> str | None:
+        """What is wrong where there are checkpoints, and `newest` found none that is whole."""
+        paths = sorted(self.directory.glob("step-*"))
+        if not paths:
+            return None
+        return f"none of its checkpoints is whole (the newest, {paths[-1]}: {_fault(paths[-1])})"
+
     def clear_parts(self) -> None:
         """Remove what a killed save left behind."""
         for part in self.directory.glob(".part-*"):

@@ -108,6 +108,12 @@ def test_weights_that_a_run_lacks(run: Path, export: Export, tmp_path: Path) -> 
     status, _, err = export(tmp_path / "young", tmp_path / "out")
     assert status == 2
     assert "no last weights; train the run first" in err
+    damaged = tmp_path / "young" / "checkpoints" / "step-00000007"
+    damaged.mkdir(parents=True)
+    status, _, err = export(tmp_path / "young", tmp_path / "out")
+    assert status == 2
+    assert f"no last weights; none of its checkpoints is whole (the newest, {damaged}: commit.json is missing)" in err
+    assert "; restore its files from a copy, or train the run again, which begins anew" in err
     (tmp_path / "young" / "best").symlink_to(run / "best")
     status, _, err = export(tmp_path / "young", tmp_path / "out", "--weights", "final")
     assert status == 2

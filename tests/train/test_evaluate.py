@@ -162,6 +162,18 @@ def test_the_checkpoint_of_an_unfinished_run(unfinished: Path, trained: Path) ->
     }
     (unfinished / "checkpoints" / "step-00000012" / "commit.json").unlink()
     assert find_job(unfinished, None, None, None).step == 10
+    state = unfinished / "checkpoints" / "step-00000010" / "state.pt"
+    state.write_bytes(state.read_bytes()[:-1])
+    told = (
+        "none of its checkpoints is whole .*step-00000012: commit.json is missing.; restore its files from a copy, or "
+    )
+    for wanted in (None, "last"):
+        with pytest.raises(UserError, match=f"no last weights; {told}train the run again"):
+            find_job(unfinished, wanted, None, None)
+    shutil.copytree(trained / "best", unfinished / "best")
+    with pytest.raises(UserError, match=f"{told}choose --weights best"):
+        find_job(unfinished, None, None, None)
+    shutil.rmtree(unfinished / "best")
     shutil.rmtree(unfinished / "checkpoints")
     with pytest.raises(UserError, match="no final weights and no complete checkpoint yet"):
         find_job(unfinished, None, None, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -34,7 +35,7 @@ class PlainTraining:
             {"params": [p for n, p in self.model.named_parameters() if n not in exempt], "weight_decay": 0.05},
             {"params": [p for n, p in self.model.named_parameters() if n in exempt], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=False, foreach=False)
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, eps=self.run.config.optim.eps, fused=False, foreach=False)
 
     def batches(self) -> Iterator[TrainBatch]:
         return iter(train_batches(self.run, ShardSet(self.run.config.data.train), ALONE, 0))
@@ -49,7 +50,7 @@ class PlainTraining:
             logits = self.model(images)
         loss = soft_target_cross_entropy(logits, targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.config.train.clip_grad_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.item()

@@ -43,7 +43,7 @@ def _renamed(model: nn.Module, rename: Callable[[str], str]) -> dict[str, Source
 
 def hvt_sources(model: Hvt) -> dict[str, Source]:
     """Every entry of the model's state dict and the official one it comes from."""
-    if model.refine is not None or model.pool_options.kind == "conv" or model.cls_token is not None:
+    if model.refine is not None or model.pool_options.kind != "max" or model.cls_token is not None:
         raise ModelError("the official HVT has max-pools, no class token and refines no attention maps")
     return _renamed(model, lambda name: re.sub(r"^pools\.", "blocks.", name))
 

@@ -162,6 +162,18 @@ def test_hvt_without_pools_and_with_a_class_token_is_deit():
         torch.testing.assert_close(hvt(images), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "options", [{"pool_kind": "avg"}, {"pool_kind": "conv"}, {"head": "cls"}, {"refine": {"expansion": 3}}]
+)
+def test_official_weights_are_not_for_another_function(options):
+    """An average has no weights, so that shapes alone would let them in."""
+    weights = dict(create_model("hvt_ti_2", **SMALL).state_dict())
+    weights = {name.replace("pools.", "blocks."): value for name, value in weights.items()}
+    load_official(create_model("hvt_ti_2", **SMALL), weights)
+    with pytest.raises(ModelError, match="the official HVT has max-pools, no class token and refines no attention"):
+        load_official(create_model("hvt_ti_2", **SMALL, **options), weights)
+
+
 @pytest.mark.parametrize("options", [{}, {"pool_dims": 2}, {"head": "cls"}, {"pool_kernel": 2}])
 def test_positions_at_another_size_stay_where_they_are(options):
     """Embeddings that are a smooth function of the place in the image are that function at another size."""

@@ -169,6 +169,22 @@ def test_drop_path_rates_rise_linearly(name):
         assert max(m.rate for m in create_model(name).modules() if isinstance(m, DropPath)) == pytest.approx(own)
 
 
+# From the official code, written here once more. Refiner-L has the rate of its training with token labels.
+PUBLISHED_DROP_PATH = {
+    **{"nest_tiny": 0.2, "nest_small": 0.3, "nest_base": 0.5},
+    **dict.fromkeys(["nest_tiny_cifar", "nest_small_cifar", "nest_base_cifar"], 0.1),
+    "nest_micro": 0.1,  # of no paper: as the small ones
+    **{f"refiner_vit_{size}": rate for size, rate in (("s", 0.1), ("m", 0.2), ("l", 0.25))},
+    **{f"refiner_vit_{size}_linear": rate for size, rate in (("s", 0.1), ("m", 0.2), ("l", 0.25))},
+    **{f"hvt_{size}_{stages}": 0.1 for size in ("ti", "s", "b") for stages in range(5)},
+    **dict.fromkeys(["deit_tiny", "deit_small", "deit_base"], 0.1),
+}
+
+
+def test_drop_path_rates_are_the_published_ones():
+    assert {name: model_info(name).config["drop_path_rate"] for name in list_models()} == PUBLISHED_DROP_PATH
+
+
 @every_model
 def test_weights_survive_safetensors_and_deepcopy(name):
     model = small(name).eval()

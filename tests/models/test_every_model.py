@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -222,21 +223,46 @@ def test_decayed_parameters_are_the_official_ones(name):
 
 @every_model
 def test_weights_work_at_another_resolution(name):
-    """Twice the side: everything but the position embeddings stays as it is, and these keep their mean."""
+    """Twice the side: position embeddings are interpolated on their own grid, everything else stays as it is."""
     model = small(name).eval()
-    torch.manual_seed(0)
     options = SMALL[model_info(name).family](model_info(name))
     larger = create_model(name, **(options | {"img_size": 2 * model.img_size}), num_classes=7).eval()
-    resized = resize_pos_embed(model.state_dict(), larger)
+    state = model.state_dict()
+    assert all(value is state[key] for key, value in resize_pos_embed(state, model).items())
+    resized = resize_pos_embed(state, larger)
     larger.load_state_dict(resized)
+    assert resized.keys() == state.keys()
+    for key, value in state.items():
+        if not key.endswith("pos_embed"):
+            assert torch.equal(resized[key], value)
+        else:
+            torch.testing.assert_close(resized[key], twice_as_large(value, key, larger), rtol=1e-5, atol=1e-7)
     images = torch.randn(2, 3, model.img_size, model.img_size, generator=torch.Generator().manual_seed(1))
     double = F.interpolate(images, scale_factor=2)
     with torch.no_grad():
         assert larger(double).isfinite().all() and larger(double).shape == (2, 7)
-        assert not torch.allclose(larger(double), create_model(name, **options, num_classes=7).eval()(images))
-    for key, value in model.state_dict().items():
-        if not key.endswith("pos_embed"):
-            assert torch.equal(resized[key], value)
-        else:
-            assert resized[key].numel() > value.numel()
-            torch.testing.assert_close(resized[key].mean(), value.mean(), rtol=0.5, atol=3e-3)
+        assert not torch.allclose(larger(double), model(images))
+
+
+def twice_as_large(old: Tensor, key: str, larger: nn.Module) -> Tensor:
+    """Position embeddings by torch's bicubic interpolation: (1, ..., N, C) -> (1, ..., 4 N, C)."""
+    extra = 1 if any(name.endswith("cls_token") for name, _ in larger.named_parameters()) else 0
+    if key.startswith("pools"):  # a sequence: NumPy spreads it over the raster order and takes it from there again
+        step = 2 ** (1 + larger.pooled_layers.index(int(key.split(".")[1])))
+        side = larger.img_size // larger.patch_size
+        channels = old[0].T.double().numpy()
+        middles = step * np.arange(1, channels.shape[1] + 1) - 1  # windows of 3 tokens, 2 apart, of windows, ...
+        raster = np.stack([np.interp(np.arange((side // 2) ** 2), middles, channel) for channel in channels])
+        raster = double_side(torch.from_numpy(raster.T[None])).numpy()[0].T
+        middles = step * np.arange(1, larger.get_parameter(key).shape[1] + 1) - 1
+        return torch.from_numpy(np.stack([np.interp(middles, np.arange(side**2), c) for c in raster]).T[None]).float()
+    if old.ndim == 4:  # (1, T, n, C): every block by itself
+        return double_side(old[0])[None]
+    return torch.cat([old[:, :extra], double_side(old[:, extra:])], dim=1)
+
+
+def double_side(grids: Tensor) -> Tensor:
+    """(B, s * s, C) -> (B, 2 s * 2 s, C)."""
+    s = round(grids.shape[1] ** 0.5)
+    planes = grids.unflatten(1, (s, s)).permute(0, 3, 1, 2)
+    return F.interpolate(planes, scale_factor=2, mode="bicubic").permute(0, 2, 3, 1).flatten(1, 2)

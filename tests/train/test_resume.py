@@ -26,7 +26,8 @@ from tests.train.forked import ForkServer
 
 DDP, FSDP = ("engine.name=ddp",), ("engine.name=fsdp",)
 TARS, FFCV = "webdataset", "ffcv"
-ZERO1, ZERO2, ZERO3 = (("engine.name=deepspeed", f"engine.zero_stage={stage}") for stage in (1, 2, 3))
+ZERO0, ZERO1, ZERO2, ZERO3 = (("engine.name=deepspeed", f"engine.zero_stage={stage}") for stage in range(4))
+BF16, FP16 = ("train.precision=bf16",), ("train.precision=fp16",)
 
 
 def kill_after(seconds: float, number: int, run: Path, log: Path, *args: object) -> None:
@@ -65,7 +66,14 @@ def test_kill_and_resume_is_bit_identical(
 
 @pytest.mark.chaos
 @pytest.mark.parametrize(
-    ("engine", "nproc", "shards"), [(FSDP, 3, TARS), (ZERO1, 2, TARS), (ZERO2, 2, TARS), (DDP, 2, FFCV)]
+    ("engine", "nproc", "shards"),
+    [
+        (FSDP + BF16, 3, TARS),
+        (ZERO0 + FP16, 2, TARS),
+        (ZERO1, 2, TARS),
+        (ZERO2 + BF16, 2, TARS),
+        (DDP, 2, FFCV),
+    ],
 )
 def test_other_engines_and_shards_do_it_too(
     engine: tuple[str, ...],
@@ -76,7 +84,7 @@ def test_other_engines_and_shards_do_it_too(
     fork_server: ForkServer,
     tmp_path: Path,
 ) -> None:
-    """Those that test_chaos.py leaves out. The run on FFCV shards ends as the one on tars that was left alone."""
+    """And precisions: those that test_chaos.py leaves out. The run on FFCV shards ends as the one on tars that was left alone."""
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
     fork_server.train(recipe, *engine, "name=whole", nproc=nproc)
     engine += ffcv_digits if shards == FFCV else ()

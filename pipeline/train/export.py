@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from data_prep.hashes import file_sha256
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.models import ImageModel, create_model
@@ -22,6 +23,8 @@ from pipeline.train.tasks import Task, make_task
 
 WEIGHTS = "model.safetensors"
 MODEL_CONFIG = "config.json"
+# Its key for the hash of the weights beside it.
+SHA256 = "sha256"
 _NEEDED = ("model", "overrides", "classes", "augment", "eval_transform")
 
 
@@ -53,11 +56,37 @@ def describe(config: RunConfig, classes: list[str], figures: dict[str, Any]) -> 
 
 
 def write_weights(directory: Path, weights: Mapping[str, torch.Tensor], described: Mapping[str, Any]) -> None:
-    """Write `model.safetensors` and `config.json` into a directory."""
+    """Write `model.safetensors`, and `config.json` with its hash, into a directory."""
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, directory / WEIGHTS)
-    (directory / MODEL_CONFIG).write_text(json.dumps(described, indent=1) + "\n")
+    whole = {**described, SHA256: file_sha256(directory / WEIGHTS)}
+    (directory / MODEL_CONFIG).write_text(json.dumps(whole, indent=1) + "\n")
     # safetensors lets only the owner read its file; others may use the model as well as its config.
     shutil.copymode(directory / MODEL_CONFIG, directory / WEIGHTS)
+
+
+def read_weights(directory: Path, described: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors that `write_weights` wrote into a directory.
+
+    Args:
+        described: its `config.json`; one that was written by others need have no hash.
+
+    Raises:
+        OSError, SafetensorError: they can't be read.
+        UserError: they have other bytes than they were written with.
+    """
+    tensors: dict[str, torch.Tensor] = load_file(directory / WEIGHTS)
+    check_weights(directory, described)
+    return tensors
+
+
+def check_weights(directory: Path, described: Mapping[str, Any]) -> None:
+    """Raise UserError if the weights have other bytes than they were written with; arguments as `read_weights`."""
+    wanted = described.get(SHA256)
+    if wanted is not None and file_sha256(directory / WEIGHTS) != wanted:
+        raise UserError(
+            f"{directory / WEIGHTS}: changed since it was written ({MODEL_CONFIG} has another {SHA256}); of a run take "
+            f"other weights, any others fetch or export again; if the change is meant, take {SHA256} out there"
+        )
 
 
 @contextmanager
@@ -101,7 +130,7 @@ def load_weights(directory: Path) -> tuple[ImageModel, dict[str, Any]]:
     """
     try:
         described = json.loads((directory / MODEL_CONFIG).read_text())
-        weights: dict[str, torch.Tensor] = load_file(directory / WEIGHTS)
+        weights = read_weights(directory, described if isinstance(described, dict) else {})
     except FileNotFoundError as error:
         # safetensors says which file is missing in its text only.
         name = Path(error.filename).name if error.filename else WEIGHTS
@@ -125,4 +154,5 @@ def load_weights(directory: Path) -> tuple[ImageModel, dict[str, Any]]:
         model.load_state_dict(weights)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{directory}: the weights don't fit the model that {MODEL_CONFIG} names: {error}") from error
+    described.pop(SHA256, None)
     return model, described

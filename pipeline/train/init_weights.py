@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
 from pipeline.models import ImageModel, ModelError, resize_pos_embed
-from pipeline.train.export import MODEL_CONFIG, WEIGHTS
+from pipeline.train.export import MODEL_CONFIG, WEIGHTS, check_weights
 
 _HEADS = ("head", "aux_head")
 
@@ -50,6 +50,8 @@ def check_init(model: ImageModel, config: ModelConfig, classes: Sequence[str]) -
     except (OSError, SafetensorError) as error:
         raise UserError(f"model.init={config.init}: can't read {path.name}: {error}") from error
     _fitted({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, model, config, path)
+    if path.name == WEIGHTS:
+        check_weights(path.parent, _described(path))
     before = _described(path).get("classes")
     if config.init_head == "keep" and before is not None and before != list(classes):
         raise UserError(

@@ -16,7 +16,7 @@ from pipeline.export.source import Source
 from pipeline.export.timm_format import NATIVE_FORMS
 from pipeline.export.write import write
 from pipeline.models import ModelError, create_model, list_models, resize_pos_embed
-from pipeline.train.export import MODEL_CONFIG, WEIGHTS, load_weights, whole_directory
+from pipeline.train.export import MODEL_CONFIG, SHA256, WEIGHTS, load_weights, whole_directory
 from pipeline.train.trained import Trained
 from tests.export.sources import CLASSES, full_source, source
 
@@ -168,12 +168,31 @@ def described(out: Path, **changes: Any) -> None:
     (out / MODEL_CONFIG).write_text(json.dumps(old | changes))
 
 
+def flipped(file: Path) -> None:
+    """Change one bit of the last number."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def test_weights_without_a_hash_are_taken(tmp_path: Path) -> None:
+    """Those of others, or changed on purpose; and what is read doesn't keep the hash of another file."""
+    write(source("nest_micro"), tmp_path, "safetensors")
+    assert SHA256 not in load_weights(tmp_path)[1]
+    flipped(tmp_path / WEIGHTS)
+    old = json.loads((tmp_path / MODEL_CONFIG).read_text())
+    assert len(old.pop(SHA256)) == 64
+    (tmp_path / MODEL_CONFIG).write_text(json.dumps(old))
+    load_weights(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda out: (out / WEIGHTS).unlink(), "model.safetensors is missing"),
         (lambda out: (out / MODEL_CONFIG).unlink(), "config.json is missing"),
         (lambda out: (out / WEIGHTS).write_bytes(b"short"), f"{WEIGHTS}: damaged or incomplete"),
+        (lambda out: flipped(out / WEIGHTS), f"{WEIGHTS}: changed since it was written .*if the change is meant"),
         (lambda out: (out / MODEL_CONFIG).write_text("{"), f"{MODEL_CONFIG}: damaged or incomplete"),
         (lambda out: (out / MODEL_CONFIG).write_text("[]"), "not the description of a model"),
         (lambda out: (out / MODEL_CONFIG).write_text("{}"), "'model' is missing"),

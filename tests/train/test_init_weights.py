@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.models import ImageModel, resize_pos_embed
 from pipeline.resolve import build_model, resolve
 from pipeline.train.distributed import World
-from pipeline.train.export import MODEL_CONFIG, WEIGHTS
+from pipeline.train.export import MODEL_CONFIG, SHA256, WEIGHTS
 from pipeline.train.loop import train
 from pipeline.train.setup import initial_model
 
@@ -76,6 +76,14 @@ def other_head(weights: Path, classes: int) -> None:
     tensors = load_file(weights / WEIGHTS)
     tensors["head.weight"], tensors["head.bias"] = torch.zeros(classes, 48), torch.zeros(classes)
     save_file(tensors, weights / WEIGHTS)
+    described = json.loads((weights / MODEL_CONFIG).read_text())
+    del described[SHA256]  # the change is meant
+    (weights / MODEL_CONFIG).write_text(json.dumps(described))
+
+
+def test_weights_that_have_changed_are_refused(recipe: Path, weights: Path) -> None:
+    save_file({name: 2 * tensor for name, tensor in load_file(weights / WEIGHTS).items()}, weights / WEIGHTS)
+    assert f"{WEIGHTS}: changed since it was written" in refusal(recipe, f"model.init={weights}")
 
 
 def test_a_head_of_other_classes_must_be_asked_to_be_new(recipe: Path, weights: Path) -> None:

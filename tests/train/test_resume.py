@@ -84,7 +84,7 @@ def test_other_engines_and_shards_do_it_too(
     fork_server: ForkServer,
     tmp_path: Path,
 ) -> None:
-    """And precisions: those that test_chaos.py leaves out. The run on FFCV shards ends as the one on tars that was left alone."""
+    """And precisions: those that test_chaos.py leaves out. On FFCV shards a run ends as the one on tars does."""
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
     fork_server.train(recipe, *engine, "name=whole", nproc=nproc)
     engine += ffcv_digits if shards == FFCV else ()

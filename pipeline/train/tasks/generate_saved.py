@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from pipeline.config_load import parse_tree
 from pipeline.errors import UserError
@@ -15,7 +14,7 @@ from pipeline.export.source import find_weights
 from pipeline.models.generate import Generator, make_gan
 from pipeline.tracking.run_dir import CONFIG_NAME, RunDir
 from pipeline.train.engines import saved_weights
-from pipeline.train.export import MODEL_CONFIG, WEIGHTS
+from pipeline.train.export import MODEL_CONFIG, read_weights
 from pipeline.train.tasks import make_task
 
 
@@ -44,7 +43,7 @@ def load_generator(path: Path, weights: str | None = None) -> TrainedGenerator:
     try:
         if (place / MODEL_CONFIG).is_file():
             described = json.loads((place / MODEL_CONFIG).read_text())
-            tensors = load_file(place / WEIGHTS)
+            tensors = read_weights(place, described)
         else:
             run = place.resolve().parent.parent
             config = parse_tree(RunDir.saved_config(run) or {}, str(run / CONFIG_NAME))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from pipeline.config_load import parse_tree
 from pipeline.config_task import LanguageConfig
@@ -27,6 +26,7 @@ from pipeline.train.distributed import World
 from pipeline.train.engines import saved_weights
 from pipeline.train.engines.base import PRECISIONS
 from pipeline.train.eval_progress import watched
+from pipeline.train.export import read_weights
 from pipeline.train.tasks.language import TOKENIZER, LanguageTask
 from pipeline.train.tasks.language_figures import evaluate_text
 
@@ -59,7 +59,7 @@ class TrainedText:
         try:
             described = json.loads((directory / "config.json").read_text())
             model = Bert(BertOptions.of(described["model"], described["overrides"]))
-            model.load_state_dict(load_file(directory / "model.safetensors"))
+            model.load_state_dict(read_weights(directory, described))
             settings = LanguageConfig.model_validate(described["settings"])
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ValidationError) as error:
             raise UserError(f"{directory}: can't read the exported model: {error}") from error

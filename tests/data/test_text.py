@@ -150,6 +150,9 @@ NAMED = b"sentence,label\n"
             b'{"sentence": "a", "label": 1}\n\n3',
             'line 3 is no JSON object; write each row as ."sentence"',
         ),
+        ("rows.csv", NAMED + b'7,"a, b",1\n8,b,0\n', "the first row has 3 cells for 2 columns; name all of them"),
+        ("rows.csv", NAMED + b'"' + b"a,1\n" * 50_000, "can't be read as csv"),
+        ("rows.tsv", b'sentence\tlabel\n"1"\ta\t1\n', "the first row has 3 cells for 2 columns"),
         ("rows.csv", NAMED + b"a,1\nb,c,d,0\n", "can't be read as csv: .*line 3, saw 4; .*quotes around"),
         (
             "rows.tsv",

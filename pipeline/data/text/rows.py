@@ -6,6 +6,7 @@ import csv
 import logging
 import math
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +154,9 @@ def _read_file(file: Path, task: TextTask, address: str) -> Any:
         return read_json(file)
     options: dict[str, Any] = {}
     if kind == "csv":
-        if len(read_utf8(file).strip().splitlines()) == 1:
+        text, tabs = read_utf8(file), file.suffix == ".tsv"
+        if len(text.strip().splitlines()) == 1:
             raise UserError(f"{file}: no rows below the names of the columns; write some, or name another file")
-        tabs = file.suffix == ".tsv"
         options = {
             "sep": "\t" if tabs else ",",
             # As in GLUE's files: a quote is a letter there, and one without its fellow would swallow the rows after it.
@@ -165,6 +166,7 @@ def _read_file(file: Path, task: TextTask, address: str) -> Any:
             "converters": dict.fromkeys(task.columns, str) | {"label": _cell},
             "keep_default_na": False,
         }
+        _check_width(file, text, options)
     elif not file.stat().st_size:
         raise UserError(f"{file}: the file is empty; write it again, or name another file")
     try:
@@ -174,6 +176,19 @@ def _read_file(file: Path, task: TextTask, address: str) -> Any:
     except Exception as error:  # of pandas or Arrow
         mend = _MEND[file.suffix]
         raise UserError(f"{file}: can't be read as {file.suffix[1:]}: {_reason(error)}; {mend}") from error
+
+
+def _check_width(file: Path, text: str, options: dict[str, Any]) -> None:
+    """Refuse rows with more cells than columns: pandas would take the first cells for names of rows, and shift all."""
+    lines = csv.reader(text.lstrip("\ufeff").splitlines(True), delimiter=options["sep"], quoting=options["quoting"])
+    try:
+        columns, cells, *_ = [*islice((len(line) for line in lines if line), 2), 0, 0]
+    except csv.Error:  # a cell of over 131,072 letters, most likely a quote without its fellow: pandas tells of it
+        return
+    if cells > columns:
+        raise UserError(
+            f"{file}: the first row has {cells} cells for {columns} columns; name all of them in the first line"
+        )
 
 
 def _cell(text: str) -> str | None:

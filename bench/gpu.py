@@ -116,13 +116,15 @@ def process(command: Sequence[str]) -> Ended:
 @contextmanager
 def ending(worker: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
     """Whatever ends this process, be it the time limit of the script, ends that one and what it has started."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    ending = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, lambda *_: sys.exit(1)) for number in ending]
     try:
         yield worker
     finally:
         end(worker)
         worker.wait()
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(ending, before, strict=True):
+            signal.signal(number, handler)
 
 
 def end(worker: subprocess.Popen[str]) -> None:

@@ -51,12 +51,14 @@ class Patience:
         seconds: that a try may take: a request for a piece of `remote.PIECE` bytes at most, or what is in proportion.
         first_pause, longest_pause: seconds between tries; they double from the first on, each shortened at random, so
             that processes that failed together do not come back together.
+        longest: seconds after which no other try begins, however many there may be.
     """
 
     tries: int = 6
     seconds: float = 60.0
     first_pause: float = 0.5
     longest_pause: float = 15.0
+    longest: float = 300.0
 
     @classmethod
     def of_environment(cls, tries: int | None = None) -> Patience:
@@ -88,6 +90,7 @@ def attempt(request: Callable[[], T], where: str, protocol: str, patience: Patie
         UserError: it is no use to ask again.
         Unreachable: it was none `patience.tries` times.
     """
+    began = time.monotonic()
     for number in range(1, patience.tries + 1):
         try:
             return request()
@@ -96,9 +99,9 @@ def attempt(request: Callable[[], T], where: str, protocol: str, patience: Patie
         except Exception as error:
             if not _may_pass(error):
                 raise _refused(error, where, protocol) from error
-            if number == patience.tries:
+            if number == patience.tries or time.monotonic() - began > patience.longest:
                 raise Unreachable(
-                    f"{where}: no success in {patience.tries} tries, the last: {_text(error)}; see whether the store "
+                    f"{where}: no success in {number} tries, the last: {_text(error)}; see whether the store "
                     f"can be reached from here, and set {TRIES} or {SECONDS} higher if it is slow"
                 ) from error
             time.sleep(patience.pause(number))
@@ -127,7 +130,12 @@ def _refused(error: Exception, where: str, protocol: str) -> UserError:
 
 def has_less(error: BaseException) -> bool:
     """Whether a request may have failed because the file ends before what was asked for."""
-    return isinstance(error, EOFError) or _status(error) == 416 or getattr(error, "errno", None) == errno.EINVAL
+    return isinstance(error, EOFError)
+
+
+def refuses_range(error: BaseException) -> bool:
+    """Whether the store says that the file doesn't reach to what was asked for."""
+    return _status(error) == 416 or getattr(error, "errno", None) == errno.EINVAL
 
 
 def _status(error: BaseException) -> int | None:

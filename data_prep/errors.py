@@ -7,9 +7,13 @@ class UserError(Exception):
     """Bad input: the message says what is wrong, where, and how to mend it; credentials in addresses are hidden.
 
     The command line prints the message alone and exits with `status`.
+
+    Attributes:
+        told: whether the message was printed already.
     """
 
     status = 2
+    told = False
 
     def __init__(self, message: object = "") -> None:
         super().__init__(redact(str(message)))
@@ -35,4 +39,7 @@ class DamagedFile(UserError):
 
     def __init__(self, name: str, reason: str, mend: str) -> None:
         super().__init__(f"{name}: {reason}; {mend}")
-        self.reason = reason
+        self.name, self.reason, self.mend = name, reason, mend
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), (self.name, self.reason, self.mend)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from data_prep.attempts import Patience, attempt, has_less
+from data_prep.attempts import Patience, attempt, has_less, refuses_range
 from data_prep.errors import DamagedFile, UserError
 from data_prep.redact import HIDDEN, redact
 from data_prep.threads import in_parallel, within
@@ -121,13 +121,18 @@ class RemoteStore:
         if size == 0:
             return b""
 
+        short = 0
+
         def request() -> bytes:
+            nonlocal short
             try:
                 data = bytes(self._call("cat_file", self._path(file), size, start=start, end=start + size))
                 if len(data) < size:
                     raise EOFError(f"{len(data)} bytes of {size} from byte {start} on")
             except Exception as error:
-                if has_less(error):
+                # A connection may break once, and the sizes that web servers tell are not always true.
+                short += has_less(error)
+                if short > 1 or refuses_range(error):
                     self._check_size(file, start + size)
                 raise
             return data

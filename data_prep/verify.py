@@ -13,7 +13,7 @@ import numpy as np
 
 from data_prep import beton
 from data_prep.cores import usable_cores
-from data_prep.errors import UserError
+from data_prep.errors import DamagedFile, Unreachable, UserError
 from data_prep.hashes import file_sha256
 from data_prep.manifest import (
     DOWNLOADS,
@@ -124,6 +124,8 @@ def verify(directory: str | Path, workers: int | None = None, progress: Progress
 def _verify_split(split: LocalStore | RemoteStore, workers: int, progress: Progress) -> list[Problem]:
     try:
         manifest = Manifest.load(split)
+    except Unreachable:  # which says nothing about the manifest
+        raise
     except UserError as error:
         mend = "run the same `rookery prep` command again: it finishes the shards and writes the manifest"
         return [Problem(split.name, MANIFEST_NAME, str(error), mend)]
@@ -168,6 +170,8 @@ def _check_remote(
                 problems = [*_check_shard(Path(folder), shard, manifest)]
         except FileNotFoundError:
             return [(shard.file, "missing, or its index is")]
+        except DamagedFile as error:
+            return [(shard.file, error.reason)]
         except OSError as error:
             raise UserError(
                 f"{tempfile.gettempdir()}: a copy of {shard.file} can't be written ({error.strerror or error}); "

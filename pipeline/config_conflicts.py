@@ -31,10 +31,6 @@ def conflicts(config: RunConfig) -> Iterator[str]:
         yield "explain.images draws after evaluations, and there is no split for them: set data.val"
     if config.engine.offload_optimizer and (config.engine.name != "deepspeed" or config.engine.zero_stage == 0):
         yield "engine.offload_optimizer=true goes with engine.name=deepspeed and engine.zero_stage=1, 2 or 3"
-    # The default is in every saved config, so that it can't be told from one that was asked for.
-    stage = config.engine.zero_stage
-    if config.engine.name != "deepspeed" and stage != type(config.engine).model_fields["zero_stage"].default:
-        yield f"engine.zero_stage={stage} goes with engine.name=deepspeed, not {config.engine.name}: leave it out"
     if config.checkpoint.compact and config.engine.name != "ddp":
         yield f"checkpoint.compact=true goes with engine.name=ddp, not {config.engine.name}: set it to false"
     if config.checkpoint.part_mb is not None and config.engine.name != "ddp":

@@ -320,7 +320,6 @@ def test_name_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file:
         ("optim.schedule.by=sample", "optim.schedule.by=sample: should be 'step' or 'epoch'"),
         ("optim.schedule.delay=1", "optim.schedule.delay=1: no duration; write a number and a unit, such as 300ep"),
         ("model.init_head=new", "model.init_head=new goes with weights to start from: set model.init, or leave"),
-        ("engine={name: fsdp, zero_stage: 2}", "engine.zero_stage=2 goes with engine.name=deepspeed, not fsdp: "),
         ("engine.offload_optimizer=true", "engine.offload_optimizer=true goes with engine.name=deepspeed and"),
         ("model.in_chans=1", "augment.normalize has 3 channels but the model takes 1: set augment.normalize to half"),
     ],

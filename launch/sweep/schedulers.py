@@ -63,6 +63,10 @@ class Rounds(FIFOScheduler):
         self._done: dict[str, int] = {}
         self._results: dict[str, dict[str, Any]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune would keep a copy, and with it the credentials of addresses."""
+        return {}
+
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         self._done.setdefault(str(trial), 0)
 

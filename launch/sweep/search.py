@@ -60,6 +60,10 @@ class OptunaSearch(Searcher):
         else:
             self._study.tell(asked, value)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing either: Tune would keep a copy, and with it the credentials of addresses."""
+        return {}
+
     def save(self, checkpoint_path: str) -> None:
         """Nothing: see the class."""
 

@@ -5,6 +5,7 @@
     CACHE/
         <sha256>          a whole file whose hash was verified, under that hash; its mtime says when it was used last
         <sha256>.part     one that is on its way, locked (flock) by the process that fetches it
+        <sha256>.fault    why one couldn't be had: the store has lost or damaged it
         .lock             held for moments, while room is made or a file gets its name
 
 A file gets its name when its bytes were hashed and flushed to the disk, so that what a kill leaves behind is a `.part`,
@@ -22,6 +23,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import logging
 import math
 import os
@@ -47,8 +49,9 @@ _TOLD_SECONDS = 2.0
 _LINE_SECONDS = 10.0
 # How exactly the time of the last use is kept.
 _TOUCH_SECONDS = 1.0
-# A file that is damaged in the store is not fetched again for each of its samples, but now and then: it may be mended.
-_DAMAGED_SECONDS = 300.0
+# A file that is lost or damaged in the store is not fetched again for each of its samples, by each process of a node,
+# but now and then: it may be mended. So long, too, a file counts as sound whose hash was right.
+_FAULT_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,7 @@ class NodeCache:
         self.folder = options.path
         self._limit = None if options.gigabytes is None else int(options.gigabytes * 1e9)
         self._touched: dict[str, float] = {}
-        self._damaged: dict[str, tuple[float, DamagedFile]] = {}
-        self._sound: set[str] = set()
+        self._sound: dict[str, float] = {}
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if options.directory is None and self.folder.stat().st_uid != os.getuid():
@@ -102,17 +104,17 @@ class NodeCache:
             wait: for other processes, which fetch the file or leave it no room; else the answer is None then.
 
         Raises:
-            FileNotFoundError: the store doesn't have it.
-            DamagedFile: what the store has is not what the manifest describes, now or a few minutes ago.
+            FileNotFoundError: the store doesn't have it, or hadn't a few minutes ago.
+            DamagedFile: what the store has is not what the manifest describes, or was not a few minutes ago.
             UserError: the store can't be read, or the cache can't take the file.
         """
-        since, fault = self._damaged.get(file.sha256, (-math.inf, None))
-        if fault is not None and time.monotonic() - since < _DAMAGED_SECONDS:
-            raise fault
         began = time.monotonic()
         while True:
             descriptor = self._open_verified(file)
             if descriptor is None:
+                noted = self._noted(file)
+                if noted is not None:
+                    raise noted
                 descriptor = self._fetch_alone(file, wait)
             if descriptor is not None or not wait:
                 self._tell(file, time.monotonic() - began, wait)
@@ -122,15 +124,15 @@ class NodeCache:
     def drop_if_rotten(self, file: RemoteFile) -> bool:
         """Remove a file that is no longer what was fetched, which its size alone doesn't tell; whether it was removed.
 
-        Of a file whose sample can't be used; its bytes are hashed once.
+        Of a file whose sample can't be used; its bytes are hashed once in a while.
         """
         path = self.folder / file.sha256
-        if file.sha256 in self._sound:
+        if time.monotonic() - self._sound.get(file.sha256, -math.inf) < _FAULT_SECONDS:
             return False
         try:
             with open(path, "rb") as opened:
                 if hashlib.file_digest(opened, "sha256").hexdigest() == file.sha256:
-                    self._sound.add(file.sha256)
+                    self._sound[file.sha256] = time.monotonic()
                     return False
                 with self._locked():
                     if not _is_at(opened.fileno(), path):  # somebody else has fetched it again
@@ -139,9 +141,12 @@ class NodeCache:
         except FileNotFoundError:
             return True
         except OSError as error:
-            if error.errno != errno.EIO:
-                raise self._unwritable(error) from error
-            path.unlink(missing_ok=True)
+            if error.errno != errno.EIO:  # nothing is known then
+                return False
+            try:
+                path.unlink(missing_ok=True)
+            except OSError:
+                return False
         log.warning("%s: its copy in %s has changed since it was fetched, fetching it again", file.name, self.folder)
         return True
 
@@ -171,23 +176,54 @@ class NodeCache:
         try:
             if not self._lock(descriptor) or not _is_at(descriptor, part) or (self.folder / file.sha256).exists():
                 return None
+            noted = self._noted(file)  # by who held the lock before
+            if noted is not None:
+                part.unlink(missing_ok=True)
+                raise noted
             try:
                 kept = self._fetch(file, descriptor, part, wait)
             except DamagedFile as error:
-                self._damaged[file.sha256] = time.monotonic(), error
+                self._note(file, [error.reason, error.mend])
                 raise
             except OSError as error:
                 if isinstance(error, FileNotFoundError) and error.filename != str(part):
+                    self._note(file, [])
                     raise
                 raise self._unwritable(error) from error
             finally:
                 if not kept:
                     part.unlink(missing_ok=True)
+            if not kept:
+                return None
+            self._sound.pop(file.sha256, None)
+            with suppress(OSError):
+                self._fault_of(file).unlink(missing_ok=True)
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             return descriptor
         finally:
             if not kept:
                 os.close(descriptor)
+
+    def _fault_of(self, file: RemoteFile) -> Path:
+        return self.folder / f"{file.sha256}.fault"
+
+    def _note(self, file: RemoteFile, fault: list[str]) -> None:
+        """For the other processes of the node; with the part locked. An empty fault: the file isn't there."""
+        with suppress(OSError):
+            self._fault_of(file).write_text(json.dumps(fault))
+
+    def _noted(self, file: RemoteFile) -> FileNotFoundError | DamagedFile | None:
+        """What was noted a few minutes ago at most; of a note that is being written nothing."""
+        path = self._fault_of(file)
+        try:
+            if not -1 < time.time() - path.stat().st_mtime < _FAULT_SECONDS:
+                return None
+            fault = json.loads(path.read_text())
+        except (OSError, ValueError):
+            return None
+        if not fault:
+            return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file.name)
+        return DamagedFile(file.name, *fault)
 
     def _fetch(self, file: RemoteFile, descriptor: int, part: Path, wait: bool) -> bool:
         """Fill the locked part, verify it and give it its name; False if there is no room now."""

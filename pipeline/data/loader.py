@@ -126,12 +126,7 @@ def load_sample(
     Raises:
         BadSample: it can't be.
     """
-    try:
-        return _loaded(shards, sample, in_chans, tokens, wanted)
-    except BadSample as error:
-        if error.passing or not shards.renew(sample):
-            raise
-        return _loaded(shards, sample, in_chans, tokens, wanted)
+    return shards.tried_twice(sample, lambda: _loaded(shards, sample, in_chans, tokens, wanted))
 
 
 def _loaded(shards: ShardSet, sample: int, in_chans: int, tokens: bool, wanted: Wanted | None) -> Decoded:

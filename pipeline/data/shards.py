@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from pipeline.data.cache_room import CacheOptions
 from pipeline.data.files import ShardFile, open_files
 from pipeline.data.substitute import BadSample
 from pipeline.errors import DamagedFile, UserError
+
+T = TypeVar("T")
 
 # An open shard holds two file descriptors, of which a process often has no more than 1,024.
 MAX_OPEN = 256
@@ -110,11 +112,22 @@ class ShardSet:
         """Open the shard of a sample anew when it is read next: it may be mended by then, which makes another file."""
         self._forget(self._place(sample)[0])
 
-    def renew(self, sample: int) -> bool:
-        """After a `BadSample`: whether it is worth another try at once, for a copy on this machine was what was bad."""
-        shard = self._place(sample)[0]
-        self._forget(shard)
-        return self.files.renew(self.manifest.shards[shard])
+    def tried_twice(self, sample: int, load: Callable[[], T]) -> T:
+        """`load()`, which reads the sample; once more where a copy on this machine was what was bad, and is no longer.
+
+        Raises:
+            BadSample: it raised it.
+        """
+        try:
+            return load()
+        except BadSample as error:
+            if error.passing:
+                raise
+            shard = self._place(sample)[0]
+            self._forget(shard)
+            if not self.files.renew(self.manifest.shards[shard]):
+                raise
+        return load()
 
     def path_of(self, sample: int) -> str:
         """The shard that holds a sample, as messages call it."""

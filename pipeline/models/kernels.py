@@ -44,9 +44,8 @@ def launching(x: Tensor) -> Iterator[None]:
         if type(error).__name__ != "OutOfResources":  # Triton's, which need not be there
             raise
         kind = str(x.dtype).removeprefix("torch.")
-        raise ModelError(
-            f"kernels=triton: too large for this GPU in {kind} ({error}); train in half precision, or leave it out"
-        ) from error
+        mend = "train in half precision, or leave it out" if x.dtype.itemsize > 2 else "leave it out"
+        raise ModelError(f"kernels=triton: too large for this GPU in {kind} ({error}); {mend}") from error
 
 
 def triton_module(name: str) -> ModuleType:

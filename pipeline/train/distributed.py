@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,6 +86,10 @@ class World:
         """Raise a user's mistake that all processes know of, so that only rank 0 prints it."""
         error = (UserError if self.is_main else PeerError)(message)
         error.status = status
+        if self.is_main and self.size > 1:
+            # Now: the others leave, and their launcher ends this process while it closes what is open.
+            print(f"rookery: {error}", file=sys.stderr, flush=True)
+            error.told = True
         raise error
 
 

@@ -49,7 +49,7 @@ def run_process(job: Callable[[World], object], threads: int | None = None) -> i
     except Stopped as stop:
         return stop.status
     except UserError as error:
-        if not isinstance(error, PeerError):
+        if not (isinstance(error, PeerError) or error.told):
             print(f"rookery: {error}", file=sys.stderr, flush=True)
         if error.status != MISTAKE:
             hope()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import threading
@@ -48,6 +50,43 @@ def server(tmp_path: Path) -> Iterator[FaultyServer]:
 def remote(server: FaultyServer | str, number: int, known: bool = True) -> RemoteFile:
     store = RemoteStore(server if isinstance(server, str) else server.uri, QUICK)
     return RemoteFile(store, str(number), hashlib.sha256(content(number)).hexdigest(), SIZE if known else None)
+
+
+def test_no_room_and_no_patience_is_no_descriptor(server: FaultyServer, tmp_path: Path) -> None:
+    """Closing a number that was closed already would close what another thread has opened meanwhile."""
+    cache = make(tmp_path / "cache", 1.5)
+    with open(tmp_path / "cache" / f"{remote(server, 0).sha256}.part", "wb") as part:  # somebody else's, on its way
+        fcntl.flock(part, fcntl.LOCK_EX)
+        part.truncate(SIZE)
+        part.flush()
+        before = set(os.listdir("/proc/self/fd"))
+        assert cache.open(remote(server, 1), wait=False) is None
+        assert set(os.listdir("/proc/self/fd")) <= before
+    assert read(cache, remote(server, 1)) == content(1)
+
+
+def _ask(address: str, folder: Path, told: Any) -> None:
+    try:
+        make(folder).open(remote(address, 3))
+    except DamagedFile as error:
+        told.put((str(error), pickle.loads(pickle.dumps(error)).reason))
+
+
+def test_processes_of_a_node_fetch_a_damaged_file_once(server: FaultyServer, tmp_path: Path) -> None:
+    """Three times, that is; whoever asks next is told what was found."""
+    (tmp_path / "files" / "3").write_bytes(content(4))
+    context = multiprocessing.get_context("spawn")
+    told = context.Queue()
+    processes = [context.Process(target=_ask, args=(server.uri, tmp_path / "cache", told)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    answers = {told.get(timeout=60) for _ in processes}
+    for process in processes:
+        process.join()
+    (message, reason) = answers.pop()
+    assert not answers and "not what the manifest describes" in reason and reason in message
+    assert server.asked("/3") == 3
+    assert not list((tmp_path / "cache").glob("*.part"))
 
 
 def make(folder: Path, files: float | None = None) -> NodeCache:

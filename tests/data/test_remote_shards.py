@@ -24,15 +24,17 @@ import pipeline.data.loader as loader_module
 from data_prep.attempts import SECONDS, TRIES
 from data_prep.hashes import file_sha256
 from data_prep.store import open_store
+from data_prep.verify import verify
 from pipeline.data.ahead import ComingShards, fetched_ahead
 from pipeline.data.batches import Batches
 from pipeline.data.cache_room import CacheOptions
 from pipeline.data.files import CachedFiles
 from pipeline.data.loader import load_sample
 from pipeline.data.order import DataOrder
+from pipeline.data.resident.split import _Chunk, _Chunks
 from pipeline.data.shards import ShardSet
 from pipeline.data.substitute import BadSample, Substitutes
-from pipeline.errors import UserError
+from pipeline.errors import Unreachable, UserError
 from tests.data.test_shards import tar_samples
 from tests.faulty_server import FaultyServer, folder
 
@@ -162,6 +164,8 @@ def test_what_is_damaged_in_the_store_is_a_bad_sample(
         assert caught.value.lost or not cached or damage == "gone"
         if cached and damage == "flipped":
             assert server.asked(lost) == 3
+        if cached and damage == "gone":
+            assert server.asked(lost) == 1
         replaced = Substitutes([s.samples for s in shards.manifest.shards], 0, True)
         by, _, fault = replaced.load(last, 0, lambda sample: load_sample(shards, sample, 1))
         assert by > last and fault is not None
@@ -180,7 +184,7 @@ def test_a_shard_damaged_in_the_store_and_mended_counts_again(
         spoil(path, "flipped")
         with pytest.raises(BadSample):
             load_sample(shards, 0, 1)
-        monkeypatch.setattr(cache_module, "_DAMAGED_SECONDS", 0.0)
+        monkeypatch.setattr(cache_module, "_FAULT_SECONDS", 0.0)
         assert load_sample(shards, 0, 1).key == shards.keys([0])[0]
 
 
@@ -198,6 +202,23 @@ def test_a_copy_that_rots_in_the_cache_is_fetched_again(
     assert server.asked("000.tar" if what == "shard" else "000.idx.npy") == 2
     assert "has changed since it was fetched, fetching it again" in caplog.text
     assert file_sha256(copy) == copy.name
+    copy.write_bytes(bytes(copy.stat().st_size))
+    chunk = _Chunks(ShardSet(f"{server.uri}/test", options(tmp_path)), 1, 16)[0]
+    assert isinstance(chunk, _Chunk) and not chunk.faults and np.array_equal(chunk.pixels[3, ..., 0], expected)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_damage_of_a_web_store_is_listed(damage: str, digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits / "test", tmp_path / "files" / "test")
+    for lost in ("test-000000.tar", "test-000001.tar"):
+        spoil(tmp_path / "files" / "test" / lost, damage)
+    with FaultyServer(folder(tmp_path / "files")) as server:
+        problems = verify(f"{server.uri}/test", workers=1)
+        assert {problem.file for problem in problems} == {"test-000000.tar", "test-000001.tar"}
+        server.fault = lambda request: "busy"
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Unreachable, match="no success in 1 tries"):
+            patch.setenv(TRIES, "1")
+            verify(f"{server.uri}/test")
 
 
 def test_a_picture_that_was_stored_damaged_is_fetched_once(

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
+import cloudpickle
 import pytest
 
 from launch.sweep.config import SweepConfig, load_sweep
 from launch.sweep.milestones import Length
 from launch.sweep.plan import plan_trial
 from launch.sweep.records import FILE, Records
+from launch.sweep.schedulers import make_scheduler
+from launch.sweep.search import OptunaSearch
 from launch.sweep.space import arguments_of, drawn_trials, shown
 from pipeline.errors import Unreachable, UserError
 from tests.launch.test_sweep import ROOT, write
@@ -49,6 +53,18 @@ def test_credentials_are_used_and_not_written_down(tmp_path: Path, monkeypatch: 
     assert "data.val=http://me:NEW@host/val?sig=NEW" in arguments_of(again.config, "x", {})
     with pytest.raises(UserError, match="holds a sweep with another overrides"):
         Records(sweep("other"))
+
+
+@pytest.mark.parametrize("options", [{"scheduler": {"kind": "pbt", "every": "1ep"}}, {"searcher": "optuna"}])
+def test_what_tune_keeps_of_a_sweep_has_no_credentials(options: dict[str, Any], tmp_path: Path) -> None:
+    """It pickles its searcher and scheduler into the sweep's folder."""
+    changes: dict[str, Any] = {"overrides": ["train.epochs=4", "data.val=http://me:SECRET@host/val"], "trials": 2}
+    changes["space"] = {"optim.lr": {"uniform": [1e-3, 2e-3]}}
+    sweep = load_sweep(write(tmp_path, **(changes | options)))
+    kept: Any = make_scheduler(sweep, 4.0, 1)
+    if "searcher" in options:
+        kept = OptunaSearch(sweep, Records(sweep), lambda record: {})
+    assert b"SECRET" in cloudpickle.dumps(sweep) and b"SECRET" not in cloudpickle.dumps(kept)
 
 
 @pytest.mark.parametrize("place", ["http://127.0.0.1:9/train", "/none"])

@@ -94,6 +94,9 @@ class _Chunks(Dataset):
         return _Chunk(torch.from_numpy(pixels), torch.from_numpy(labels), faults)
 
     def _decoded(self, sample: int) -> tuple[np.ndarray, int]:
+        return self.shards.tried_twice(sample, lambda: self._decoded_once(sample))
+
+    def _decoded_once(self, sample: int) -> tuple[np.ndarray, int]:
         read = next(self.shards.read([sample]))
         try:
             return decode_array(read.data, self.in_chans, read.shape), read.label

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from data_prep.options import PrepOptions
 from data_prep.prepare import prepare_splits
@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.train.calibrate import Ratio, best_of, held_out, parse_ratios, report, table, with_ratio
 from pipeline.train.distributed import World
 from pipeline.train.eval_worker import EvalJob, run_job
-from pipeline.train.export import MODEL_CONFIG, WEIGHTS
+from pipeline.train.export import MODEL_CONFIG, WEIGHTS, write_weights
 from pipeline.train.trained import Trained
 from tests.train.conftest import Rookery
 
@@ -131,14 +131,13 @@ def scattered(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("scattered")
     described = json.loads((trained / "final" / MODEL_CONFIG).read_text())
     described["eval_transform"] |= {"resize": "crop_pct", "crop_pct": 0.9}
-    (directory / MODEL_CONFIG).write_text(json.dumps(described))
     generator = torch.Generator().manual_seed(0)
     weights = load_file(trained / "final" / WEIGHTS)
     for name, value in weights.items():
         if value.ndim > 1:
             scale = 5.0 if name == "head.weight" else value[0].numel() ** -0.5
             weights[name] = torch.randn(value.shape, generator=generator) * scale
-    save_file(weights, directory / WEIGHTS)
+    write_weights(directory, weights, described)
     return directory
 
 

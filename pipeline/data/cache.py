@@ -23,7 +23,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import json
 import logging
 import math
 import os
@@ -36,6 +35,7 @@ from pathlib import Path
 from data_prep.hashes import file_sha256
 from data_prep.manifest import DOWNLOADS
 from data_prep.remote import RemoteStore, write_all
+from pipeline.data.cache_faults import Faults
 from pipeline.data.cache_room import CacheOptions, entries, free_limit
 from pipeline.errors import DamagedFile, UserError
 
@@ -49,9 +49,8 @@ _TOLD_SECONDS = 2.0
 _LINE_SECONDS = 10.0
 # How exactly the time of the last use is kept.
 _TOUCH_SECONDS = 1.0
-# A file that is lost or damaged in the store is not fetched again for each of its samples, by each process of a node,
-# but now and then: it may be mended. So long, too, a file counts as sound whose hash was right.
-_FAULT_SECONDS = 300.0
+# So long a file counts as sound whose hash was right.
+_SOUND_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,7 @@ class NodeCache:
         self._limit = None if options.gigabytes is None else int(options.gigabytes * 1e9)
         self._touched: dict[str, float] = {}
         self._sound: dict[str, float] = {}
+        self._faults = Faults(self.folder)
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if options.directory is None and self.folder.stat().st_uid != os.getuid():
@@ -112,7 +112,7 @@ class NodeCache:
         while True:
             descriptor = self._open_verified(file)
             if descriptor is None:
-                noted = self._noted(file)
+                noted = self._faults.noted(file.sha256, file.name)
                 if noted is not None:
                     raise noted
                 descriptor = self._fetch_alone(file, wait)
@@ -127,7 +127,7 @@ class NodeCache:
         Of a file whose sample can't be used; its bytes are hashed once in a while.
         """
         path = self.folder / file.sha256
-        if time.monotonic() - self._sound.get(file.sha256, -math.inf) < _FAULT_SECONDS:
+        if time.monotonic() - self._sound.get(file.sha256, -math.inf) < _SOUND_SECONDS:
             return False
         try:
             with open(path, "rb") as opened:
@@ -176,18 +176,18 @@ class NodeCache:
         try:
             if not self._lock(descriptor) or not _is_at(descriptor, part) or (self.folder / file.sha256).exists():
                 return None
-            noted = self._noted(file)  # by who held the lock before
+            noted = self._faults.noted(file.sha256, file.name)  # by who held the lock before
             if noted is not None:
                 part.unlink(missing_ok=True)
                 raise noted
             try:
                 kept = self._fetch(file, descriptor, part, wait)
             except DamagedFile as error:
-                self._note(file, [error.reason, error.mend])
+                self._faults.note(file.sha256, [error.reason, error.mend])
                 raise
             except OSError as error:
                 if isinstance(error, FileNotFoundError) and error.filename != str(part):
-                    self._note(file, [])
+                    self._faults.note(file.sha256, [])
                     raise
                 raise self._unwritable(error) from error
             finally:
@@ -196,34 +196,12 @@ class NodeCache:
             if not kept:
                 return None
             self._sound.pop(file.sha256, None)
-            with suppress(OSError):
-                self._fault_of(file).unlink(missing_ok=True)
+            self._faults.forget(file.sha256)
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             return descriptor
         finally:
             if not kept:
                 os.close(descriptor)
-
-    def _fault_of(self, file: RemoteFile) -> Path:
-        return self.folder / f"{file.sha256}.fault"
-
-    def _note(self, file: RemoteFile, fault: list[str]) -> None:
-        """For the other processes of the node; with the part locked. An empty fault: the file isn't there."""
-        with suppress(OSError):
-            self._fault_of(file).write_text(json.dumps(fault))
-
-    def _noted(self, file: RemoteFile) -> FileNotFoundError | DamagedFile | None:
-        """What was noted a few minutes ago at most; of a note that is being written nothing."""
-        path = self._fault_of(file)
-        try:
-            if not -1 < time.time() - path.stat().st_mtime < _FAULT_SECONDS:
-                return None
-            fault = json.loads(path.read_text())
-        except (OSError, ValueError):
-            return None
-        if not fault:
-            return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file.name)
-        return DamagedFile(file.name, *fault)
 
     def _fetch(self, file: RemoteFile, descriptor: int, part: Path, wait: bool) -> bool:
         """Fill the locked part, verify it and give it its name; False if there is no room now."""

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 import pipeline.data.ahead as ahead_module
 import pipeline.data.batches as batches_module
-import pipeline.data.cache as cache_module
+import pipeline.data.cache_faults as cache_faults
 import pipeline.data.loader as loader_module
 from data_prep.attempts import SECONDS, TRIES
 from data_prep.hashes import file_sha256
@@ -184,7 +184,7 @@ def test_a_shard_damaged_in_the_store_and_mended_counts_again(
         spoil(path, "flipped")
         with pytest.raises(BadSample):
             load_sample(shards, 0, 1)
-        monkeypatch.setattr(cache_module, "_FAULT_SECONDS", 0.0)
+        monkeypatch.setattr(cache_faults, "_SECONDS", 0.0)
         assert load_sample(shards, 0, 1).key == shards.keys([0])[0]
 
 

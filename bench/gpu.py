@@ -116,14 +116,14 @@ def process(command: Sequence[str]) -> Ended:
 @contextmanager
 def ending(worker: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
     """Whatever ends this process, be it the time limit of the script, ends that one and what it has started."""
-    ending = (signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, lambda *_: sys.exit(1)) for number in ending]
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, lambda *_: sys.exit(1)) for number in signals]
     try:
         yield worker
     finally:
         end(worker)
         worker.wait()
-        for number, handler in zip(ending, before, strict=True):
+        for number, handler in zip(signals, before, strict=True):
             signal.signal(number, handler)
 
 

@@ -128,11 +128,6 @@ def _refused(error: Exception, where: str, protocol: str) -> UserError:
     return UserError(f"{where}: {_text(error)}; see whether the address is right and the file whole")
 
 
-def has_less(error: BaseException) -> bool:
-    """Whether a request may have failed because the file ends before what was asked for."""
-    return isinstance(error, EOFError)
-
-
 def refuses_range(error: BaseException) -> bool:
     """Whether the store says that the file doesn't reach to what was asked for."""
     return _status(error) == 416 or getattr(error, "errno", None) == errno.EINVAL

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from data_prep.attempts import Patience, attempt, has_less, refuses_range
+from data_prep.attempts import Patience, attempt, refuses_range
 from data_prep.errors import DamagedFile, UserError
 from data_prep.redact import HIDDEN, redact
 from data_prep.threads import in_parallel, within
@@ -131,7 +131,7 @@ class RemoteStore:
                     raise EOFError(f"{len(data)} bytes of {size} from byte {start} on")
             except Exception as error:
                 # A connection may break once, and the sizes that web servers tell are not always true.
-                short += has_less(error)
+                short += isinstance(error, EOFError)
                 if short > 1 or refuses_range(error):
                     self._check_size(file, start + size)
                 raise

@@ -30,7 +30,7 @@ from tests.faulty_server import FaultyServer, Request, folder
 from tests.folder_watch import LOOKING, Watch
 
 SIZE = 10_000
-QUICK = Patience(tries=3, seconds=2, first_pause=0.01)
+QUICK = Patience(tries=3, seconds=20, first_pause=0.01)
 
 
 def content(number: int) -> bytes:

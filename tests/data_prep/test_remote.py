@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from data_prep.remote import RemoteStore
 from data_prep.store import LocalStore, is_remote, local_path, open_store
 from tests.faulty_server import Fault, FaultyServer, Request, folder
 
-QUICK = Patience(tries=4, seconds=0.3, first_pause=0.01, longest_pause=0.02)
+PATIENT = Patience(tries=4, seconds=60, first_pause=0.01, longest_pause=0.02)
+QUICK = replace(PATIENT, seconds=0.3)  # for what hangs; on a busy machine another request may take so long as well
 DATA = bytes(range(256)) * 40  # 10,240 bytes
 
 
@@ -91,12 +93,12 @@ def test_what_is_written_is_there(kind: str, memory: str, tmp_path: Path) -> Non
 def test_files_come_whole_in_pieces(piece: int, ranges: bool, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_module, "PIECE", piece)
     with FaultyServer(folder(files, ranges)) as server:
-        store = RemoteStore(server.uri, QUICK)
+        store = RemoteStore(server.uri, PATIENT)
         assert fetched(store, "a.bin", len(DATA)) == DATA
         assert server.asked("a.bin") == (-(-len(DATA) // piece) if ranges else 1)
         assert store.read_range("a.bin", 300, 100) == DATA[300:400] and store.read_range("a.bin", 7, 0) == b""
         assert store.read("a.bin") == DATA
-    store = RemoteStore("memory://x", QUICK)
+    store = RemoteStore("memory://x", PATIENT)
     store.write("a.bin", DATA)
     assert fetched(store, "a.bin", len(DATA)) == DATA
 
@@ -113,8 +115,8 @@ def test_passing_failures_are_tried_again(fault: Fault, files: Path, monkeypatch
         return fault
 
     with FaultyServer(folder(files), once_for_each_range) as server:
-        assert fetched(RemoteStore(server.uri, QUICK), "a.bin", len(DATA)) == DATA
-        assert server.asked("a.bin") == 2 * 5
+        assert fetched(RemoteStore(server.uri, QUICK if fault == "stall" else PATIENT), "a.bin", len(DATA)) == DATA
+        assert server.asked("a.bin") == 2 * 5 or (fault == "stall" and server.asked("a.bin") > 2 * 5)
 
 
 @pytest.mark.parametrize(
@@ -128,18 +130,21 @@ def test_passing_failures_are_tried_again(fault: Fault, files: Path, monkeypatch
 )
 def test_lasting_failures_are_told(fault: Fault, said: str, files: Path) -> None:
     with FaultyServer(folder(files), lambda request: fault) as server:
-        store = RemoteStore(f"{server.uri}/?sig=geheim", QUICK)
+        store = RemoteStore(f"{server.uri}/?sig=geheim", QUICK if fault == "stall" else PATIENT)
         began = time.monotonic()
         with pytest.raises(UserError, match=f"{said}.*; see whether the store can be reached") as caught:
             fetched(store, "a.bin", len(DATA))
         assert time.monotonic() - began < 4 * QUICK.seconds + 2
-        assert server.asked("a.bin") == (8 if fault == "reset" else 4)  # aiohttp asks once more itself
+        if fault == "stall":  # a try may be over before its request is sent
+            assert 1 <= server.asked("a.bin") <= 4
+        else:
+            assert server.asked("a.bin") == (8 if fault == "reset" else 4)  # aiohttp asks once more itself
         assert f"{server.uri}/a.bin?sig=***: no success" in str(caught.value) and "geheim" not in str(caught.value)
 
 
 def test_what_does_not_pass_is_told_at_once(files: Path) -> None:
     with FaultyServer(folder(files), lambda request: "denied" if "a.bin" in request.path else None) as server:
-        store = RemoteStore(server.uri.replace("://", "://me:geheim@"), QUICK)
+        store = RemoteStore(server.uri.replace("://", "://me:geheim@"), PATIENT)
         with pytest.raises(UserError, match=r"\*\*\*@.*a.bin: access denied .*403.*; give an address that holds") as e:
             store.read("a.bin")
         assert "geheim" not in str(e.value)
@@ -156,7 +161,7 @@ def test_a_shorter_file_is_a_damaged_one(files: Path) -> None:
         FaultyServer(folder(files)) as server,
         pytest.raises(DamagedFile, match=r"10240 bytes are there, 10241 are wanted"),
     ):
-        fetched(RemoteStore(server.uri, QUICK), "a.bin", len(DATA) + 1)
+        fetched(RemoteStore(server.uri, PATIENT), "a.bin", len(DATA) + 1)
 
 
 class Sluggish(MemoryFileSystem):
@@ -207,11 +212,11 @@ def test_what_is_tried_again(failure: Exception | None, said: str | None, monkey
     fsspec.register_implementation("sluggish", Sluggish, clobber=True)
     monkeypatch.setattr(Sluggish, "calls", 0)
     monkeypatch.setattr(Sluggish, "failure", failure)
-    store = RemoteStore("sluggish://b/x", QUICK)
+    store = RemoteStore("sluggish://b/x", QUICK if failure is None else PATIENT)
     store.protocol = "s3"
     store.write("a.bin", DATA)
     if said is None:
-        assert store.read("a.bin") == DATA and Sluggish.calls == 3
+        assert store.read("a.bin") == DATA and (Sluggish.calls == 3 or (failure is None and Sluggish.calls == 4))
         return
     with pytest.raises(UserError) as caught:
         store.read("a.bin")
@@ -266,10 +271,10 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_store_can_be_sent_to_another_process(memory: str) -> None:
-    store = RemoteStore(memory, QUICK)
+    store = RemoteStore(memory, PATIENT)
     store.write("a.bin", DATA)
     copy = pickle.loads(pickle.dumps(store))
-    assert copy._connected is None and copy.read("a.bin") == DATA and copy.patience == QUICK
+    assert copy._connected is None and copy.read("a.bin") == DATA and copy.patience == PATIENT
 
 
 def test_no_thread_outlives_a_failure_for_long(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +286,7 @@ def test_no_thread_outlives_a_failure_for_long(files: Path, monkeypatch: pytest.
         return "denied" if request.headers.get("range", "").startswith("bytes=4096-") else None
 
     with FaultyServer(folder(files), fault) as server:
-        store = RemoteStore(server.uri, QUICK)
+        store = RemoteStore(server.uri, PATIENT)
         for _ in range(20):
             with pytest.raises(UserError, match="access denied"):
                 fetched(store, "a.bin", len(DATA))

@@ -85,7 +85,7 @@ def step(
 
 @bench.command()
 def loader(
-    shards: Annotated[Path, typer.Argument(help="a split with WebDataset shards of real pictures")],
+    shards: Annotated[Path, typer.Argument(help="a split with shards of real pictures, of either format")],
     recipe: Annotated[
         str, typer.Option(help="crop: random resized crop and flip; nest: all of NesT's ImageNet recipe")
     ] = "crop",
@@ -104,7 +104,7 @@ def loader(
     """Time this loader beside others on your own shards, and tell where its time goes and which knob to turn.
 
     All read the same bytes with the same number of workers. Rounds are interleaved; a ratio compares figures of one
-    round. The images are laid out again below TMPDIR for loaders that read class folders or FFCV files.
+    round. The images are laid out again below TMPDIR in the other format, in class folders and in one FFCV file.
 
     Exit status: 0 measured, 2 a mistake in shards or options.
     """

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
+
+from launch.bench_loader.scene import Scene
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,7 @@ class Settings:
     """One measurement.
 
     Attributes:
-        shards: directory of a WebDataset split.
-        folder: the same image files in class folders, for loaders that read those.
-        beton: the same image files in one FFCV file; None where ffcv is not installed.
+        scene: the images.
         recipe: `crop` (random resized crop and flip), or `nest` (the recipe of NesT on ImageNet).
         side: of the pictures, pixels.
         batch: samples of a batch.
@@ -27,9 +26,7 @@ class Settings:
         warmup: batches before the clock starts.
     """
 
-    shards: Path
-    folder: Path
-    beton: Path | None
+    scene: Scene
     recipe: str
     side: int
     batch: int
@@ -45,12 +42,14 @@ class Contender:
     Attributes:
         name: of the row.
         package: what must be installed; None: nothing more.
+        reads: the form of the images that it reads, an attribute of `Scene`.
         recipes: those it can do.
         epochs: settings to a function that starts an epoch of batches, each a tensor or a tuple that begins with one.
     """
 
     name: str
     package: str | None
+    reads: Literal["own", "tars", "betons", "files", "beton"]
     recipes: tuple[str, ...]
     epochs: Callable[[Settings], Callable[[], Iterator[Any]]]
 

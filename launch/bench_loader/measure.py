@@ -37,15 +37,16 @@ def bench_loader(
     """
     with tempfile.TemporaryDirectory(prefix="rookery-") as folder:
         _tell(f"laying out images below {folder}")
-        split_dir, files, beton, images = set_up(shards, Path(folder), samples)
+        scene = set_up(shards, Path(folder), samples)
+        images = scene.images
         workers = workers or num_cores()
-        settings = Settings(split_dir, files, beton, recipe, side, batch, workers, prefetch=4, warmup=2 * workers)
+        settings = Settings(scene, recipe, side, batch, workers, prefetch=4, warmup=2 * workers)
         if images // batch < 2 * settings.warmup:
             raise UserError(
                 f"{shards}: {images} images give {images // batch} batches of {batch}, {workers} workers need "
                 f"{2 * settings.warmup}; set a smaller --batch or more --samples"
             )
-        chosen, left_out = contenders(recipe)
+        chosen, left_out = contenders(recipe, scene)
         if not peers:
             own = {contender.name for contender in OURS}
             chosen, left_out = [c for c in chosen if c.name in own], []

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from pipeline.data.augment.settings import AugmentConfig
 from pipeline.data.augment.transforms import build_train_transform
 from pipeline.data.fast.decode import decode_part
 from pipeline.data.fast.transform import FastTransform
-from pipeline.data.loader import Batches, StepDataset
+from pipeline.data.loader import Batches, StepDataset, drop_path_uniforms
 from pipeline.data.order import DataOrder, default_lanes
 from pipeline.data.shards import ShardSet
 
@@ -33,8 +34,8 @@ SMOOTH: dict[str, Any] = {"crop": "rrc", "interpolation": "bilinear", "antialias
 MIX = MixConfig(mixup_alpha=0.8, cutmix_alpha=1.0, mode="sample", beta="nest_approx", label_smoothing=0.1)
 
 
-def _dataset(settings: Settings, augment: dict[str, Any], compiled: bool) -> StepDataset:
-    shards = ShardSet(settings.shards)
+def _dataset(settings: Settings, split: Path, augment: dict[str, Any], compiled: bool = True) -> StepDataset:
+    shards = ShardSet(split)
     sizes = tuple(shard.samples for shard in shards.manifest.shards)
     order = DataOrder(sizes, seed=0, batch=settings.batch, lanes=default_lanes(settings.batch))
     build = FastTransform if compiled else build_train_transform
@@ -45,9 +46,11 @@ def _dataset(settings: Settings, augment: dict[str, Any], compiled: bool) -> Ste
     return StepDataset(shards, order, transform, mix, settings.side, 3, 20, 0, 1, finish=finish)
 
 
-def _epochs(augment: dict[str, Any], compiled: bool = True) -> Callable[[Settings], Callable[[], Iterator[Any]]]:
+def _contender(
+    name: str, reads: Literal["own", "tars", "betons"], recipe: str, augment: dict[str, Any], compiled: bool = True
+) -> Contender:
     def make(settings: Settings) -> Callable[[], Iterator[Any]]:
-        dataset = _dataset(settings, augment, compiled)
+        dataset = _dataset(settings, getattr(settings.scene, reads), augment, compiled)
         epoch = dataset.order.steps_per_epoch
         started = 0
 
@@ -59,20 +62,22 @@ def _epochs(augment: dict[str, Any], compiled: bool = True) -> Callable[[Setting
 
         return start
 
-    return make
+    return Contender(name, None, reads, (recipe,), make)
 
 
 OURS = [
-    Contender("rookery", None, ("crop",), _epochs(CROP)),
-    Contender("rookery, antialiased", None, ("crop",), _epochs(SMOOTH)),
-    Contender("rookery", None, ("nest",), _epochs(NEST)),
-    Contender("rookery, augment_by=pillow", None, ("nest",), _epochs(NEST, compiled=False)),
+    _contender("rookery", "tars", "crop", CROP),
+    _contender("rookery, FFCV shards", "betons", "crop", CROP),
+    _contender("rookery, antialiased", "own", "crop", SMOOTH),
+    _contender("rookery", "tars", "nest", NEST),
+    _contender("rookery, FFCV shards", "betons", "nest", NEST),
+    _contender("rookery, augment_by=pillow", "own", "nest", NEST, compiled=False),
 ]
 
 
 def endless(settings: Settings) -> Iterator[Any]:
-    """Batches of the first of `OURS` for the recipe, epoch after epoch."""
-    dataset = _dataset(settings, NEST if settings.recipe == "nest" else CROP, compiled=True)
+    """Batches of the user's own shards, epoch after epoch."""
+    dataset = _dataset(settings, settings.scene.own, NEST if settings.recipe == "nest" else CROP)
     return iter(Batches(dataset, range(10**6), settings.workers, settings.prefetch, torch.device("cpu")))
 
 
@@ -80,14 +85,15 @@ def split(settings: Settings, batches: int = 8) -> dict[str, float]:
     """Milliseconds per image of each part of the work, in this process alone.
 
     Returns:
-        `read`, `decode`, `crop`, `augment` (RandAugment and colour jitter), `finish` (normalisation and erasing, for
-        which a GPU is used where there is one) and `mix` (drawing partners and boxes).
+        `read`, `decode`, `crop` (straight into the batch), `augment` (RandAugment and colour jitter), `finish`
+        (normalisation and erasing, for which a GPU is used where there is one) and `collate` (what else a batch has:
+        labels, mixing partners and boxes, numbers for stochastic depth).
     """
-    spent = dict.fromkeys(("read", "decode", "crop", "augment", "finish", "mix"), 0.0)
+    spent = dict.fromkeys(("read", "decode", "crop", "augment", "finish", "collate"), 0.0)
     augment = NEST if settings.recipe == "nest" else CROP
     bare = {key: value for key, value in augment.items() if key not in ("rand_augment", "color_jitter")}
     whole, crop = (FastTransform(AugmentConfig.model_validate(a), settings.side, 3) for a in (augment, bare))
-    dataset = _dataset(settings, augment, compiled=True)
+    dataset = _dataset(settings, settings.scene.own, augment)
     images = 0
     for step in range(-1, batches):  # the first one compiles, and fills caches
         chosen = dataset.order.step(max(step, 0))
@@ -103,6 +109,8 @@ def split(settings: Settings, batches: int = 8) -> dict[str, float]:
         augmenting = max(clock.lap() - cropping, 0.0)
         whole.finish.on_host(done.pixels, done.erased)
         finishing = clock.lap()
+        torch.tensor([sample.label for sample in samples])
+        drop_path_uniforms(0, chosen.epoch, chosen.samples, dataset.drop_paths)
         draw_mix(dataset.mix, 0, step + 1, chosen.lanes, dataset.order.chunk, settings.side)
         if step >= 0:
             images += len(samples)
@@ -114,7 +122,7 @@ def split(settings: Settings, batches: int = 8) -> dict[str, float]:
 
 def bytes_per_image(settings: Settings) -> float:
     """Mean stored size of an image."""
-    shards = ShardSet(settings.shards)
+    shards = ShardSet(settings.scene.own)
     some = np.linspace(0, len(shards) - 1, 200).astype(int)
     return float(np.mean([len(sample.data) for sample in shards.read(some)]))
 

@@ -80,19 +80,20 @@ def _timm_loader(dataset: Any, settings: Settings) -> Any:
 def _timm_folder(settings: Settings) -> Epochs:
     from timm.data import create_dataset
 
-    loader = _timm_loader(create_dataset("", str(settings.folder), is_training=True), settings)
+    loader = _timm_loader(create_dataset("", str(settings.scene.files), is_training=True), settings)
     return lambda: iter(loader)
 
 
 def _timm_wds(settings: Settings) -> Epochs:
     from timm.data import create_dataset
 
-    shards = Manifest.load(settings.shards).shards
+    assert settings.scene.tars is not None, "what it reads"
+    shards = Manifest.load(settings.scene.tars).shards
     first, last = (shards[i].file.removesuffix(".tar")[-6:] for i in (0, -1))
     stem = shards[0].file.removesuffix(f"{first}.tar")
     dataset = create_dataset(
         "wds/rookery",
-        str(settings.shards),
+        str(settings.scene.tars),
         split=f"{stem}{{{first}..{last}}}.tar|{sum(shard.samples for shard in shards)}",
         is_training=True,
         batch_size=settings.batch,
@@ -106,7 +107,8 @@ class _TorchvisionFiles(torch.utils.data.Dataset):
     def __init__(self, settings: Settings) -> None:
         from torchvision.transforms import v2
 
-        self.files = sorted(path for path in settings.folder.rglob("*") if path.is_file())
+        assert settings.scene.files is not None, "what it reads"
+        self.files = sorted(path for path in settings.scene.files.rglob("*") if path.is_file())
         self.transform = v2.Compose([v2.RandomResizedCrop(settings.side, antialias=True), v2.RandomHorizontalFlip()])
 
     def __len__(self) -> int:
@@ -138,7 +140,8 @@ class _PillowCrop:
 def _webdataset(settings: Settings) -> Epochs:
     import webdataset
 
-    tars = sorted(str(path) for path in settings.shards.glob("*.tar"))
+    assert settings.scene.tars is not None, "what it reads"
+    tars = sorted(str(path) for path in settings.scene.tars.glob("*.tar"))
     dataset = (
         webdataset.WebDataset(tars, shardshuffle=len(tars))
         .shuffle(1000)
@@ -165,7 +168,7 @@ def _ffcv(settings: Settings) -> Epochs:
 
     side = (settings.side, settings.side)
     loader = Loader(
-        str(settings.beton),
+        str(settings.scene.beton),
         batch_size=settings.batch,
         num_workers=settings.workers,
         order=OrderOption.RANDOM,
@@ -181,9 +184,9 @@ def _ffcv(settings: Settings) -> Epochs:
 
 
 PEERS = [
-    Contender("timm, image folder", "timm", ("crop", "nest"), _timm_folder),
-    Contender("timm, WebDataset", "timm", ("crop", "nest"), _timm_wds),
-    Contender("torchvision decode", "torchvision", ("crop",), _torchvision),
-    Contender("webdataset, Pillow", "webdataset", ("crop",), _webdataset),
-    Contender("FFCV", "ffcv", ("crop",), _ffcv),
+    Contender("timm, image folder", "timm", "files", ("crop", "nest"), _timm_folder),
+    Contender("timm, WebDataset", "timm", "tars", ("crop", "nest"), _timm_wds),
+    Contender("torchvision decode", "torchvision", "files", ("crop",), _torchvision),
+    Contender("webdataset, Pillow", "webdataset", "tars", ("crop",), _webdataset),
+    Contender("FFCV", "ffcv", "beton", ("crop",), _ffcv),
 ]

@@ -12,16 +12,28 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from launch.bench_loader.contender import Contender, Settings, timed
+from launch.bench_loader.scene import Scene
 
 
-def contenders(recipe: str) -> tuple[list[Contender], list[str]]:
-    """Those that do a recipe and can be imported here, and the names of those left out for want of a package."""
+def contenders(recipe: str, scene: Scene) -> tuple[list[Contender], list[str]]:
+    """Those that do a recipe, can be imported here and read what there is; and who is left out, and why.
+
+    The first is this project's loader on the shards that the user has.
+    """
     from launch.bench_loader.ours import OURS
     from launch.bench_loader.peers import PEERS
 
-    able = [contender for contender in [*OURS, *PEERS] if recipe in contender.recipes]
-    here = [c for c in able if c.package is None or importlib.util.find_spec(c.package)]
-    return here, [f"{c.name} (no package {c.package})" for c in able if c not in here]
+    ours = sorted(OURS, key=lambda contender: getattr(scene, contender.reads) != scene.own)
+    able = [contender for contender in [*ours, *PEERS] if recipe in contender.recipes]
+    here, left_out = [], []
+    for contender in able:
+        if contender.package is not None and importlib.util.find_spec(contender.package) is None:
+            left_out.append(f"{contender.name} (no package {contender.package})")
+        elif getattr(scene, contender.reads) is None:
+            left_out.append(f"{contender.name} ({scene.missing})")
+        else:
+            here.append(contender)
+    return here, left_out
 
 
 def measure(
@@ -82,7 +94,7 @@ def _serve(connection: Connection, name: str, settings: Settings) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     with open(os.devnull, "w") as nowhere:  # some of them print their settings
         sys.stdout = nowhere
-        [contender] = [c for c in contenders(settings.recipe)[0] if c.name == name]
+        [contender] = [c for c in contenders(settings.recipe, settings.scene)[0] if c.name == name]
         start: Callable[[], Any] | None = None
         while True:
             try:

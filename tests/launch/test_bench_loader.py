@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from typer.testing import CliRunner
 
+from data_prep import beton
 from data_prep.options import PrepOptions
 from data_prep.prepare import prepare
 from launch import cli
@@ -19,12 +21,14 @@ from launch.bench_loader.contender import Settings
 from launch.bench_loader.ours import OURS, split
 from launch.bench_loader.peers import PEERS
 from launch.bench_loader.report import advice, rows
-from launch.bench_loader.scene import set_up
+from launch.bench_loader.rounds import contenders
+from launch.bench_loader.scene import Scene, set_up
+from pipeline.data.shards import ShardSet
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of 192 JPEGs of different sizes in two classes."""
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """192 JPEGs of different sizes in two classes."""
     source, draw = tmp_path_factory.mktemp("source"), np.random.default_rng(0)
     for label, photo in enumerate(load_sample_images().images):
         (source / str(label)).mkdir()
@@ -32,22 +36,75 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
             height, width = draw.integers(40, 120, 2)
             top, left = draw.integers(0, 300, 2)
             Image.fromarray(photo[top : top + height, left : left + width]).save(source / str(label) / f"{i}.jpg")
-    out = tmp_path_factory.mktemp("shards")
-    prepare(source, out, PrepOptions(workers=1, shard_samples=64), "train")
+    return source
+
+
+def prepared(pictures: Path, out: Path, **options: Any) -> Path:
+    prepare(pictures, out, PrepOptions(workers=1, **({"shard_samples": 64} | options)), "train")
     return out / "train"
 
 
 @pytest.fixture(scope="module")
-def scene(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, int]:
-    shards, files, _, images = set_up(photos, tmp_path_factory.mktemp("scene"), 100)
-    return shards, files, images
+def photos(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(pictures, tmp_path_factory.mktemp("shards"))
 
 
-def test_the_first_shards_in_all_forms(photos: Path, scene: tuple[Path, Path, int]) -> None:
-    shards, files, images = scene
-    assert images == 128 and len(list(shards.glob("*.tar"))) == 2
-    assert sum(path.is_file() for path in files.rglob("*")) == 128
-    assert {path.name for path in files.iterdir()} == {"00000", "00001"}
+@pytest.fixture(scope="module")
+def scene(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return set_up(photos, tmp_path_factory.mktemp("scene"), 100)
+
+
+def contents(split: Path | None) -> list[tuple[str, bytes, int, Any]]:
+    assert split is not None
+    shards = ShardSet(split)
+    return [(sample.key, sample.data, sample.label, sample.shape) for sample in shards.read(range(len(shards)))]
+
+
+@pytest.mark.parametrize(
+    ("options", "none"),
+    [
+        ({}, set()),
+        ({"format": "ffcv"}, set()),
+        ({"format": "ffcv", "shard_samples": 200}, set()),
+        ({"format": "ffcv", "write_mode": "raw"}, {"tars", "files"}),
+        ({"format": "ffcv", "write_mode": "proportion", "compress_probability": 0.5}, {"tars", "files"}),
+    ],
+    ids=["tars", "betons", "one beton", "pixels", "some pixels"],
+)
+def test_the_first_shards_in_all_forms(options: dict[str, Any], none: set[str], pictures: Path, tmp_path: Path) -> None:
+    split = prepared(pictures, tmp_path / "shards", **options)
+    (tmp_path / "scene").mkdir()
+    scene = set_up(split, tmp_path / "scene", 100)
+    assert {name for name in ("tars", "betons", "files", "beton") if getattr(scene, name) is None} == none
+    assert scene.own == (scene.betons if options else scene.tars)
+    wanted = contents(split)[: 200 if "shard_samples" in options else 128]
+    assert scene.images == len(wanted) and contents(scene.betons) == wanted
+    assert len(list(scene.own.glob("*.idx.npy"))) == (1 if "shard_samples" in options else 2)
+    assert scene.beton is not None
+    fields = np.fromfile(scene.beton, beton.HEADER, 1)[0]
+    assert fields["num_samples"] == scene.images
+    if scene.files is not None:
+        assert contents(scene.tars) == wanted
+        stored = [(scene.files / f"{label:05d}" / f"{key}.jpg").read_bytes() for key, _, label, _ in wanted]
+        assert stored == [data for _, data, _, _ in wanted]
+        assert sum(path.is_file() for path in scene.files.rglob("*")) == scene.images
+    here, left_out = contenders("crop", scene)
+    first = "rookery, FFCV shards" if options else "rookery"
+    assert here[0].name == first and len({contender.name for contender in here}) == len(here)
+    assert all("the shards hold pixels, no files" in line for line in left_out if "no package" not in line)
+    assert sum("no package" not in line for line in left_out) == (5 if none else 0)
+
+
+def test_what_ffcv_can_not_hold_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "source" / "0").mkdir(parents=True)
+    for i in range(8):
+        Image.new("RGB", (40, 40), (i, 0, 0)).save(tmp_path / "source" / "0" / f"{i}.png")
+    split = prepared(tmp_path / "source", tmp_path / "shards")
+    (tmp_path / "scene").mkdir()
+    scene = set_up(split, tmp_path / "scene", 8)
+    assert scene.betons is scene.beton is None and scene.files is not None and scene.tars == scene.own
+    left_out = contenders("nest", scene)[1]
+    assert left_out == ["rookery, FFCV shards (FFCV holds JPEG files and pixels, not what these shards hold)"]
 
 
 @pytest.mark.parametrize(
@@ -55,9 +112,9 @@ def test_the_first_shards_in_all_forms(photos: Path, scene: tuple[Path, Path, in
     [(c, r) for c in [*OURS, *PEERS] for r in c.recipes if c.package != "ffcv"],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_contenders_give_batches(contender: object, recipe: str, scene: tuple[Path, Path, int]) -> None:
-    shards, files, images = scene
-    settings = Settings(shards, files, None, recipe, side=32, batch=16, workers=1, prefetch=1, warmup=1)
+def test_contenders_give_batches(contender: object, recipe: str, scene: Scene) -> None:
+    settings = Settings(scene, recipe, side=32, batch=16, workers=1, prefetch=1, warmup=1)
+    images = scene.images
     batches = list(contender.epochs(settings)())  # type: ignore[attr-defined]
     pictures = [batch[0] if isinstance(batch, tuple | list) else batch for batch in batches]
     assert len(pictures) == images // 16
@@ -80,21 +137,26 @@ def test_rounds_are_compared_turn_by_turn() -> None:
 
 @pytest.mark.parametrize(
     ("largest", "says"),
-    [("read", "local storage"), ("decode", "--resize 400"), ("crop", "antialias"), ("augment", "data.workers")],
+    [
+        ("read", "local storage"),
+        ("decode", "--resize 400"),
+        ("crop", "antialias"),
+        ("augment", "data.workers"),
+        ("collate", "data.lanes"),
+    ],
 )
 def test_advice_names_the_bottleneck(largest: str, says: str) -> None:
-    spent = {"read": 0.1, "decode": 0.1, "crop": 0.1, "augment": 0.1, "finish": 9.0, "mix": 0.1} | {largest: 0.5}
+    spent = {"read": 0.1, "decode": 0.1, "crop": 0.1, "augment": 0.1, "finish": 9.0, "collate": 0.1} | {largest: 0.5}
     report = {"split_ms": spent, "target_images_per_second": 2000, "stored_kilobytes": 110.0}
     cores, knob = advice(report)
     assert says in knob and "56%" in knob
     assert "1.8 cores" in cores and "data.workers=2" in cores
 
 
-def test_where_the_time_goes(scene: tuple[Path, Path, int]) -> None:
-    shards, files, _ = scene
-    settings = Settings(shards, files, None, "nest", side=32, batch=16, workers=1, prefetch=1, warmup=1)
+def test_where_the_time_goes(scene: Scene) -> None:
+    settings = Settings(scene, "nest", side=32, batch=16, workers=1, prefetch=1, warmup=1)
     spent = split(settings, batches=2)
-    assert set(spent) == {"read", "decode", "crop", "augment", "finish", "mix"}
+    assert set(spent) == {"read", "decode", "crop", "augment", "finish", "collate"}
     assert all(0 <= milliseconds < 50 for milliseconds in spent.values()) and spent["decode"] > 0
 
 
@@ -104,8 +166,9 @@ def test_the_command(photos: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(cli._commands, ["bench", "loader", str(photos), *options.split(), str(out)])
     assert result.exit_code == 0, result.output
     report = json.loads(out.read_text())
-    own, smooth = report["loaders"]
+    own, smooth, other = report["loaders"]
     assert (own["name"], smooth["name"]) == ("rookery", "rookery, antialiased")
+    assert other["name"] == "rookery, FFCV shards" and other["images_per_second"]["min"] > 0
     assert own["first_is_faster_by"]["median"] == 1 and smooth["images_per_second"]["min"] > 0
     waits = report["wait_share"]
     assert 0 <= waits["lower_quartile"] <= waits["median"] <= waits["upper_quartile"] < 1

@@ -73,25 +73,30 @@ def count(build: Callable[[], nn.Module], side: int, batch: int, train: bool = T
     images = torch.empty(batch, 3, side, side, device="meta", dtype=HALF)
     params = sum(p.numel() for p in model.parameters())
     model.eval()
-    with torch.no_grad(), _Counter() as inference, _FlashAttention():
+    with torch.no_grad(), OperationCounter() as inference, _FlashAttention():
         model(images)
-    training = _Counter()
+    training = OperationCounter()
     if train:
         model.train()
         with training, _FlashAttention():
             logits = model(images)
             F.cross_entropy(logits, torch.empty(batch, device="meta", dtype=torch.int64)).backward()
-    kinds = {phase: dict(one.kinds.most_common()) for phase, one in (("infer", inference), ("train", training))}
+    kinds = {phase: one.bytes_by_name() for phase, one in (("infer", inference), ("train", training))}
     return Counts(params, batch, inference.operations, training.operations, kinds)
 
 
-class _Counter(TorchDispatchMode):
-    """Notes operations and bytes of all that is executed below autograd."""
+class OperationCounter(TorchDispatchMode):
+    """Notes what is executed below autograd.
+
+    Attributes:
+        operations: (floating-point operations, bytes) of each.
+        names: of each: `aten::mm`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[tuple[int, int]] = []
-        self.kinds: Counter[str] = Counter()
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -105,8 +110,15 @@ class _Counter(TorchDispatchMode):
         # A tensor that was expanded is read from the memory of the small one.
         moved = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
         self.operations.append((flops, moved))
-        self.kinds[func._schema.name] += moved
+        self.names.append(func._schema.name)
         return out
+
+    def bytes_by_name(self) -> dict[str, int]:
+        """Bytes of all operations of a name, those that move most first."""
+        found: Counter[str] = Counter()
+        for (_, moved), name in zip(self.operations, self.names, strict=True):
+            found[name] += moved
+        return dict(found.most_common())
 
 
 _NO_TRAFFIC = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::detach", "aten::_unsafe_view"}

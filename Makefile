@@ -3,8 +3,9 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 SEED ?= 0
-# Most tests use one core at a time. A file stays together: its fixtures are made once. Long files come first.
-PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
+# Most tests use one core at a time, and some wait for long: three keep two cores busy. A file stays together: its
+# fixtures are made once. Long files come first.
+PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test chaos recipes lint clean

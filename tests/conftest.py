@@ -13,7 +13,7 @@ import pytest
 
 from bench.idle_gpu.build import Missing, environment
 
-# Tests run two at a time: threads of one would wait for those of the other.
+# Tests run three at a time: threads of one would wait for those of the other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A job in the background of a shell ignores Ctrl-C, and so would all that tests start and interrupt.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,7 +74,8 @@ def advice(report: dict[str, Any]) -> Iterator[str]:
 
 def print_report(report: dict[str, Any]) -> None:
     """Print the tables."""
-    console = Console(highlight=False, emoji=False, markup=False)
+    wide = None if sys.stdout.isatty() else 110  # a file has no width; this one needs no line twice
+    console = Console(highlight=False, emoji=False, markup=False, soft_wrap=True, width=wide)
     table = Table(
         title=f"{report['recipe']} at {report['side']} px, {report['workers']} workers; {report['samples']:,} images "
         f"of {report['stored_kilobytes']:.0f} KB; {report['device']}",

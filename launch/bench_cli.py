@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from data_prep.store import is_remote
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def step(
 
 @bench.command()
 def loader(
-    shards: Annotated[Path, typer.Argument(help="a split with shards of real pictures, of either format")],
+    shards: Annotated[str, typer.Argument(help="a split with shards of real pictures, of either format")],
     recipe: Annotated[
         str, typer.Option(help="crop: random resized crop and flip; nest: all of NesT's ImageNet recipe")
     ] = "crop",
@@ -110,12 +111,14 @@ def loader(
     """
     if recipe not in ("crop", "nest"):
         raise UserError(f"--recipe {recipe}: there is crop and nest")
+    if is_remote(shards):
+        raise UserError(f"{shards}: other loaders read files of this machine; copy the manifest and some shards here")
     _check_out(out)
     from launch.bench_loader.measure import bench_loader
     from launch.bench_loader.report import print_report
     from pipeline.tracking.files import write_text
 
-    report = bench_loader(shards, recipe, side, batch, workers, samples, repeats, peers, target)
+    report = bench_loader(Path(shards), recipe, side, batch, workers, samples, repeats, peers, target)
     if as_json:
         typer.echo(json.dumps(report, indent=1))
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.bench_loader.contender import Settings
-from launch.bench_loader.ours import OURS, bytes_per_image, split
+from launch.bench_loader.ours import bytes_per_image, split
 from launch.bench_loader.report import rows
 from launch.bench_loader.rounds import contenders, measure
 from launch.bench_loader.scene import set_up
@@ -37,19 +37,16 @@ def bench_loader(
     """
     with tempfile.TemporaryDirectory(prefix="rookery-") as folder:
         _tell(f"laying out images below {folder}")
-        scene = set_up(shards, Path(folder), samples)
-        images = scene.images
         workers = workers or num_cores()
+        scene = set_up(shards, Path(folder), samples, workers, peers)
+        images = scene.images
         settings = Settings(scene, recipe, side, batch, workers, prefetch=4, warmup=2 * workers)
         if images // batch < 2 * settings.warmup:
             raise UserError(
                 f"{shards}: {images} images give {images // batch} batches of {batch}, {workers} workers need "
                 f"{2 * settings.warmup}; set a smaller --batch or more --samples"
             )
-        chosen, left_out = contenders(recipe, scene)
-        if not peers:
-            own = {contender.name for contender in OURS}
-            chosen, left_out = [c for c in chosen if c.name in own], []
+        chosen, left_out = contenders(recipe, scene, peers)
         found = measure(settings, chosen, repeats, _tell)
         table = rows(found, workers)
         report = {

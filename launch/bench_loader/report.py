@@ -68,7 +68,7 @@ def advice(report: dict[str, Any]) -> Iterator[str]:
         "cheapest, where the recipe allows it",
         "augment": f"RandAugment and colour jitter take {share:.0%}: part of the recipe; more data.workers",
         "finish": "",
-        "collate": f"drawing mixing partners takes {share:.0%}: use fewer, longer lanes (data.lanes)",
+        "collate": f"labels and mixing partners take {share:.0%}: use fewer, longer lanes (data.lanes)",
     }[largest]
 
 

@@ -15,7 +15,7 @@ from launch.bench_loader.contender import Contender, Settings, timed
 from launch.bench_loader.scene import Scene
 
 
-def contenders(recipe: str, scene: Scene) -> tuple[list[Contender], list[str]]:
+def contenders(recipe: str, scene: Scene, peers: bool = True) -> tuple[list[Contender], list[str]]:
     """Those that do a recipe, can be imported here and read what there is; and who is left out, and why.
 
     The first is this project's loader on the shards that the user has.
@@ -24,7 +24,7 @@ def contenders(recipe: str, scene: Scene) -> tuple[list[Contender], list[str]]:
     from launch.bench_loader.peers import PEERS
 
     ours = sorted(OURS, key=lambda contender: getattr(scene, contender.reads) != scene.own)
-    able = [contender for contender in [*ours, *PEERS] if recipe in contender.recipes]
+    able = [contender for contender in [*ours, *(PEERS if peers else [])] if recipe in contender.recipes]
     here, left_out = [], []
     for contender in able:
         if contender.package is not None and importlib.util.find_spec(contender.package) is None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.util
+import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from data_prep.betonshard import BetonShardWriter
 from data_prep.images import RAW, Usable
-from data_prep.manifest import Manifest, Shard
+from data_prep.manifest import INDEX_SUFFIX, Manifest, Shard
 from data_prep.shardwriter import ShardWriter
 from data_prep.tarshard import TarShardWriter
 from pipeline.data.shards import Sample, ShardSet
 
 _NO_JPEG = "FFCV holds JPEG files and pixels, not what these shards hold"
-_NO_FILES = "the shards hold pixels, no files"
+_NO_FILES = "the shards hold pixels, not files alone"
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Scene:
         betons: directory of a split with FFCV shards.
         files: class folders.
         beton: one FFCV file with all of them.
-        missing: why a form is None.
+        missing: why a form is None that was wanted.
     """
 
     own: Path
@@ -40,8 +44,16 @@ class Scene:
     missing: str = ""
 
 
-def set_up(split: Path, folder: Path, samples: int) -> Scene:
+class _Unfit(Exception):
+    """A format can't hold an image."""
+
+
+def set_up(split: Path, folder: Path, samples: int, workers: int, peers: bool = True) -> Scene:
     """Lay the first shards of `split` with at least `samples` images out below `folder`, which is empty.
+
+    Args:
+        workers: of loaders that take a tar each; what is made of FFCV shards are as many.
+        peers: also what only other loaders read.
 
     Raises:
         UserError: no shards there, or they can't be read.
@@ -51,16 +63,22 @@ def set_up(split: Path, folder: Path, samples: int) -> Scene:
     shards = ShardSet(own)
     found = Scene(own, len(shards), None, None, None, None)
     if part.format == "webdataset":
-        beton = _write(shards, part, folder / "betons", "ffcv")
-        betons = beton and beton.parent
-        return replace(
-            found, tars=own, files=_write_files(shards, folder), betons=betons, beton=beton, missing=_NO_JPEG
-        )
-    one = len(part.shards) == 1
-    beton = own / part.shards[0].file if one else _write(shards, part, folder / "betons", "ffcv")
-    tar = _write(shards, part, folder / "tars", "webdataset")
-    files = None if tar is None else _write_files(shards, folder)
-    return replace(found, tars=tar and tar.parent, files=files, betons=own, beton=beton, missing=_NO_FILES)
+        betons = _write(shards, part, folder / "betons", "ffcv")
+        found = replace(found, tars=own, betons=betons, beton=_only_shard(betons), missing=_NO_JPEG)
+    else:
+        tars = _write(shards, part, folder / "tars", "webdataset", workers)
+        found = replace(found, tars=tars, betons=own, beton=_only_shard(own), missing=_NO_FILES)
+        if found.beton is None and peers and importlib.util.find_spec("ffcv") is not None:
+            found = replace(found, beton=_only_shard(_write(shards, part, folder / "one", "ffcv")))
+    return replace(found, files=_write_files(shards, folder)) if peers and found.tars is not None else found
+
+
+def _only_shard(split: Path | None) -> Path | None:
+    """The file of a split that has one shard."""
+    if split is None:
+        return None
+    shards = Manifest.load(split).shards
+    return split / shards[0].file if len(shards) == 1 else None
 
 
 def _first_shards(split: Path, own: Path, samples: int) -> Manifest:
@@ -88,37 +106,44 @@ def _write_files(shards: ShardSet, folder: Path) -> Path:
     return files
 
 
-def _write(shards: ShardSet, part: Manifest, folder: Path, form: str) -> Path | None:
-    """One shard of the other format, and its manifest; None where that format can't hold the images."""
+def _write(shards: ShardSet, part: Manifest, folder: Path, form: str, parts: int = 1) -> Path | None:
+    """A split of the other format, of that many shards; None where that format can't hold the images."""
     folder.mkdir()
     kind: type[ShardWriter] = BetonShardWriter if form == "ffcv" else TarShardWriter
-    path = folder / f"train-000000{kind.suffix}"
-    writer = kind(path, path.with_suffix(".idx.npy"), len(shards))
-    try:
-        for sample, image in _usable(shards, pixels=form == "ffcv"):
-            writer.add(sample.key, image, sample.label)
-        writer.close()
-    except ValueError:
-        return None
-    finally:
-        writer.abort()
-    shard = Shard(path.name, len(shards), writer.bytes, writer.sha256, writer.index_sha256)
+    written = []
+    for number, samples in enumerate(np.array_split(np.arange(len(shards)), parts)):
+        path = folder / f"train-{number:06d}{kind.suffix}"
+        writer = kind(path, path.with_suffix(INDEX_SUFFIX), len(samples))
+        try:
+            for sample, image in _usable(shards, samples, pixels=form == "ffcv"):
+                writer.add(sample.key, image, sample.label)
+            writer.close()
+        except _Unfit:
+            writer.abort()
+            shutil.rmtree(folder)
+            return None
+        finally:
+            writer.abort()
+        written.append(Shard(path.name, len(samples), writer.bytes, writer.sha256, writer.index_sha256))
     # Reading asks it whether all of them are JPEG files.
     options = {"write_mode": part.options.get("write_mode") or "jpg"} if form == "ffcv" else {}
-    replace(part, format=form, shards=[shard], options=options).save(folder)
-    return path
+    replace(part, format=form, shards=written, options=options).save(folder)
+    return folder
 
 
-def _usable(shards: ShardSet, pixels: bool) -> Iterator[tuple[Sample, Usable]]:
-    """Raises ValueError at a sample that is not stored as a JPEG file, nor as pixels where those will do."""
+def _usable(shards: ShardSet, samples: Iterable[int], pixels: bool) -> Iterator[tuple[Sample, Usable]]:
+    """Raises _Unfit at a sample that is not stored as a JPEG file, nor as pixels where those will do."""
     import simplejpeg
 
-    for sample in shards.read(range(len(shards))):
+    for sample in shards.read(samples):
         if sample.shape is not None:
             if not pixels:
-                raise ValueError(_NO_FILES)
+                raise _Unfit
             height, width = sample.shape
             yield sample, Usable(sample.data, RAW, width=width, height=height)
             continue
-        height, width, *_ = simplejpeg.decode_jpeg_header(sample.data)
+        try:
+            height, width, *_ = simplejpeg.decode_jpeg_header(sample.data)
+        except ValueError as error:
+            raise _Unfit from error
         yield sample, Usable(sample.data, "jpg", width=width, height=height)

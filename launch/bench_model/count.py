@@ -106,7 +106,8 @@ class OperationCounter(TorchDispatchMode):
         packet = func._overloadpacket
         flops = int(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else 0
         given = {name: value for name, value in kwargs.items() if name != "out"}  # that one is written only
-        tensors = [leaf for leaf in tree_leaves((args, given, out)) if isinstance(leaf, Tensor)]
+        read = args[1:] if func._schema.name in _FIRST_UNREAD else args
+        tensors = [leaf for leaf in tree_leaves((read, given, out)) if isinstance(leaf, Tensor)]
         # A tensor that was expanded is read from the memory of the small one.
         moved = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
         self.operations.append((flops, moved))
@@ -121,7 +122,18 @@ class OperationCounter(TorchDispatchMode):
         return dict(found.most_common())
 
 
-_NO_TRAFFIC = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::detach", "aten::_unsafe_view"}
+_NO_TRAFFIC = {
+    f"aten::{name}"
+    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view")
+}
+# Of their first argument they need the shape, or overwrite it.
+_FIRST_UNREAD = {
+    f"aten::{name}"
+    for name in (
+        *("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
+        *("copy_", "zero_", "fill_", "bernoulli_", "uniform_", "normal_"),
+    )
+}
 
 
 class _FlashAttention(TorchFunctionMode):

@@ -30,7 +30,7 @@ from tests.faulty_server import FaultyServer, Request, folder
 from tests.folder_watch import LOOKING, Watch
 
 SIZE = 10_000
-QUICK = Patience(tries=3, seconds=20, first_pause=0.01)
+PATIENT = Patience(tries=3, seconds=20, first_pause=0.01)
 
 
 def content(number: int) -> bytes:
@@ -48,7 +48,7 @@ def server(tmp_path: Path) -> Iterator[FaultyServer]:
 
 
 def remote(server: FaultyServer | str, number: int, known: bool = True) -> RemoteFile:
-    store = RemoteStore(server if isinstance(server, str) else server.uri, QUICK)
+    store = RemoteStore(server if isinstance(server, str) else server.uri, PATIENT)
     return RemoteFile(store, str(number), hashlib.sha256(content(number)).hexdigest(), SIZE if known else None)
 
 

@@ -114,8 +114,9 @@ def test_passing_failures_are_tried_again(fault: Fault, files: Path, monkeypatch
         failed.add(request.headers.get("range", ""))
         return fault
 
+    patience = replace(QUICK, tries=10) if fault == "stall" else PATIENT
     with FaultyServer(folder(files), once_for_each_range) as server:
-        assert fetched(RemoteStore(server.uri, QUICK if fault == "stall" else PATIENT), "a.bin", len(DATA)) == DATA
+        assert fetched(RemoteStore(server.uri, patience), "a.bin", len(DATA)) == DATA
         assert server.asked("a.bin") == 2 * 5 or (fault == "stall" and server.asked("a.bin") > 2 * 5)
 
 
@@ -134,7 +135,7 @@ def test_lasting_failures_are_told(fault: Fault, said: str, files: Path) -> None
         began = time.monotonic()
         with pytest.raises(UserError, match=f"{said}.*; see whether the store can be reached") as caught:
             fetched(store, "a.bin", len(DATA))
-        assert time.monotonic() - began < 4 * QUICK.seconds + 2
+        assert time.monotonic() - began < 4 * store.patience.seconds + 2
         if fault == "stall":  # a try may be over before its request is sent
             assert 1 <= server.asked("a.bin") <= 4
         else:

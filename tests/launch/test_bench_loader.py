@@ -51,7 +51,7 @@ def photos(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scene(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    return set_up(photos, tmp_path_factory.mktemp("scene"), 100)
+    return set_up(photos, tmp_path_factory.mktemp("scene"), 100, workers=1)
 
 
 def contents(split: Path | None) -> list[tuple[str, bytes, int, Any]]:
@@ -74,7 +74,7 @@ def contents(split: Path | None) -> list[tuple[str, bytes, int, Any]]:
 def test_the_first_shards_in_all_forms(options: dict[str, Any], none: set[str], pictures: Path, tmp_path: Path) -> None:
     split = prepared(pictures, tmp_path / "shards", **options)
     (tmp_path / "scene").mkdir()
-    scene = set_up(split, tmp_path / "scene", 100)
+    scene = set_up(split, tmp_path / "scene", 100, workers=2)
     assert {name for name in ("tars", "betons", "files", "beton") if getattr(scene, name) is None} == none
     assert scene.own == (scene.betons if options else scene.tars)
     wanted = contents(split)[: 200 if "shard_samples" in options else 128]
@@ -88,11 +88,37 @@ def test_the_first_shards_in_all_forms(options: dict[str, Any], none: set[str], 
         stored = [(scene.files / f"{label:05d}" / f"{key}.jpg").read_bytes() for key, _, label, _ in wanted]
         assert stored == [data for _, data, _, _ in wanted]
         assert sum(path.is_file() for path in scene.files.rglob("*")) == scene.images
+        assert scene.tars is not None and len(list(scene.tars.glob("*.tar"))) == 2
     here, left_out = contenders("crop", scene)
     first = "rookery, FFCV shards" if options else "rookery"
     assert here[0].name == first and len({contender.name for contender in here}) == len(here)
-    assert all("the shards hold pixels, no files" in line for line in left_out if "no package" not in line)
+    assert all("the shards hold pixels, not files alone" in line for line in left_out if "no package" not in line)
     assert sum("no package" not in line for line in left_out) == (5 if none else 0)
+
+
+def test_those_that_read_tars_have_one_for_each_worker(pictures: Path, tmp_path: Path) -> None:
+    """Made of a single FFCV shard; with fewer they would fail, or leave images out."""
+    split = prepared(pictures, tmp_path / "shards", format="ffcv", shard_samples=200)
+    (tmp_path / "scene").mkdir()
+    scene = set_up(split, tmp_path / "scene", 192, workers=2)
+    for contender in [contender for contender in PEERS if contender.reads == "tars"]:
+        settings = Settings(scene, "crop", side=32, batch=16, workers=2, prefetch=1, warmup=1)
+        batches = list(contender.epochs(settings)())
+        assert len(batches) == 192 // 16, contender.name
+
+
+def test_without_others_nothing_is_made_for_them(photos: Path, pictures: Path, tmp_path: Path) -> None:
+    pixels = prepared(pictures, tmp_path / "shards", format="ffcv", write_mode="raw")
+    of_photos = ["rookery", "rookery, antialiased", "rookery, FFCV shards"]
+    of_pixels = ["rookery, FFCV shards", "rookery, antialiased"]
+    for own, names in ((photos, of_photos), (pixels, of_pixels)):
+        folder = tmp_path / names[0]
+        folder.mkdir()
+        scene = set_up(own, folder, 100, workers=1, peers=False)
+        assert scene.files is None and {path.name for path in folder.iterdir()} <= {"own", "betons"}
+        here, left_out = contenders("crop", scene, peers=False)
+        assert [contender.name for contender in here] == names
+        assert left_out == ([] if own == photos else ["rookery (the shards hold pixels, not files alone)"])
 
 
 def test_what_ffcv_can_not_hold_is_left_out(tmp_path: Path) -> None:
@@ -101,7 +127,7 @@ def test_what_ffcv_can_not_hold_is_left_out(tmp_path: Path) -> None:
         Image.new("RGB", (40, 40), (i, 0, 0)).save(tmp_path / "source" / "0" / f"{i}.png")
     split = prepared(tmp_path / "source", tmp_path / "shards")
     (tmp_path / "scene").mkdir()
-    scene = set_up(split, tmp_path / "scene", 8)
+    scene = set_up(split, tmp_path / "scene", 8, workers=1)
     assert scene.betons is scene.beton is None and scene.files is not None and scene.tars == scene.own
     left_out = contenders("nest", scene)[1]
     assert left_out == ["rookery, FFCV shards (FFCV holds JPEG files and pixels, not what these shards hold)"]
@@ -188,3 +214,8 @@ def test_the_command(photos: Path, tmp_path: Path) -> None:
 def test_mistakes(options: list[str], message: str, photos: Path) -> None:
     result = CliRunner().invoke(cli._commands, ["bench", "loader", str(photos), *options])
     assert message in str(result.exception)
+
+
+def test_shards_in_a_store_are_refused() -> None:
+    result = CliRunner().invoke(cli._commands, ["bench", "loader", "s3://bucket/train"])
+    assert "s3://bucket/train: other loaders read files of this machine" in str(result.exception)

@@ -8,21 +8,21 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from launch import cli
 from launch.bench_cli import _batch, _phases
 from launch.bench_model.batch import largest
 from launch.bench_model.contender import Contender, contender
-from launch.bench_model.count import Counts, count
+from launch.bench_model.count import Counts, OperationCounter, count
 from launch.bench_model.measure import bench_model, count_models
 from launch.bench_model.peaks import PEAKS, peak_of
 from launch.bench_model.report import print_counts
@@ -303,6 +303,27 @@ print(report["models"][0]["images_per_second"]["median"] > 0)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=_environment())
     assert done.stdout.strip() == "True", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("operation", "bytes_moved"),
+    [
+        (lambda x: x.new_empty(1000), None),
+        (lambda x: torch.zeros_like(x), 400),
+        (lambda x: x.new_zeros(50), 200),
+        (lambda x: x.zero_(), 400),
+        (lambda x: x.copy_(torch.ones_like(x).bfloat16()), 400 + (400 + 200) + (200 + 400)),
+        (lambda x: x.add_(1), 800),
+        (lambda x: x + x[:1], 400 + 4 + 400),
+        (lambda x: x.view(10, 10), None),
+    ],
+    ids=["new_empty", "zeros_like", "new_zeros", "zero_", "copy_", "add_", "add", "view"],
+)
+def test_what_is_overwritten_is_not_read(operation: Callable[[Tensor], Tensor], bytes_moved: int | None) -> None:
+    x = torch.zeros(100)
+    with OperationCounter() as counter:
+        operation(x)
+    assert sum(counter.bytes_by_name().values()) == (bytes_moved or 0)
 
 
 def test_nest_is_faster_than_timms(threads: None) -> None:

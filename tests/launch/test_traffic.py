@@ -43,6 +43,12 @@ def test_products_of_matrices(way: str, found: Any) -> None:
     assert sum(flops for flops, _, _ in products) == sum(flops for flops, _, _ in kernels) == FLOPS
 
 
+def test_a_backward_pass_is_planned_for_results_as_they_lie(found: Any) -> None:
+    """Where convolutions give channels last, a plan that does not know copies what was kept of them."""
+    assert "convolution_backward" not in found["refiner"]
+    assert found["refiner"].count("aten.convolution_backward.default") >= 2 * 3
+
+
 def test_what_is_written_of_nest_tiny(found: Any) -> None:
     rows = json.loads((ROOT / "bench/results/traffic.json").read_text())["models"]
     [written] = [row for row in rows if (row["name"], row["way"]) == ("nest_tiny", "compiled")]

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.traffic import DEVICE, compiled, described, eager, program
+from bench.traffic import DEVICE, compiled, described, eager, gflop, program
+from pipeline.models import create_model
 
 ROWS = 256
 
@@ -42,5 +43,8 @@ def counted(model: nn.Module) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    model = described(program("nest_tiny", "compiled"))
-    print(json.dumps({"gated": counted(Gated()), "two layers": counted(TwoLayers()), "nest_tiny": model}))
+    found: dict[str, Any] = {"gated": counted(Gated()), "two layers": counted(TwoLayers())}
+    found["nest_tiny"] = described(program("nest_tiny", "compiled"), gflop("nest_tiny"))
+    small = create_model("refiner_vit_s", img_size=64, depth=2, num_classes=5).to(DEVICE).train()
+    found["refiner"] = [kernel.name for kernel in compiled(small, torch.zeros(4, 3, 64, 64, device=DEVICE))]
+    print(json.dumps(found))

@@ -44,6 +44,14 @@ class Launchers:
         children = [child for launcher in self.launchers for child in psutil.Process(launcher.pid).children()]
         return next(child for child in children if child.environ().get("RANK") == str(rank))
 
+    def started(self, rank: int) -> bool:
+        """Whether there is a process of a rank."""
+        try:
+            self.worker(rank)
+        except (StopIteration, psutil.Error):
+            return False
+        return True
+
     def wait_for_step(self, run: Path, step: int) -> None:
         deadline = time.monotonic() + 120
         while newest_step(run) < step:
@@ -101,7 +109,7 @@ def test_a_signal_ends_all_nodes(recipe: Path, tmp_path: Path) -> None:
 def test_a_signal_while_processes_start(number: int, recipe: Path, tmp_path: Path) -> None:
     run = Launchers(tmp_path, recipe, 1, 2)
     deadline = time.monotonic() + 120
-    while not psutil.Process(run.launchers[0].pid).children():
+    while not run.started(1):  # another child may be git, which is asked for the commit
         assert run.launchers[0].poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(0.3)

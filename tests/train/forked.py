@@ -90,6 +90,9 @@ class Job:
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal to all processes; finished ones don't mind."""
+        if number == signal.SIGKILL:  # at once: else the second may see the first one die, and end by itself
+            for pid in self.pids:
+                os.kill(pid, signal.SIGSTOP)
         for pid in self.pids:
             os.kill(pid, number)
 

@@ -11,16 +11,15 @@ cuDNN would take for its own work comes on top, and PyTorch's flash attention st
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import shlex
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from bench.idle_gpu.chosen import chosen
 from launch.bench_model.contender import contender
 from launch.bench_model.measure import tell
 from launch.bench_model.runner import Runner
@@ -54,19 +53,7 @@ GROUPS = [
 
 def main() -> None:
     """Count all groups, and write them."""
-    parser = argparse.ArgumentParser(description="Count memory and kernels on the idle GPU; see the file.")
-    parser.add_argument("--out", type=Path, help="file to write; default: bench/results/memory.json, none with --only")
-    parser.add_argument("--only", type=lambda names: names.split(","), help="models whose groups to count: a,b,c")
-    options = parser.parse_args()
-    out: Path | None = options.out or (None if options.only else Path(__file__).parent / "results" / "memory.json")
-    if not torch.cuda.is_available() or "computes nothing" not in torch.cuda.get_device_name():
-        parser.error("it counts on the idle GPU: bench/idle_gpu.sh python bench/memory.py")
-    wanted = set(options.only or ())
-    known = {name for group in GROUPS for name in group.names}
-    if unknown := sorted(wanted - known):
-        parser.error(f"--only {unknown[0]}: there is {', '.join(sorted(known))}")
-    if out is not None and not out.parent.is_dir():
-        parser.error(f"--out {out}: there is no folder {out.parent}")
+    wanted, out = chosen("memory", [group.names for group in GROUPS])
     rows = []
     for group in GROUPS:
         if wanted and not wanted & set(group.names):

@@ -16,13 +16,11 @@ half precision throughout, on any machine.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import shlex
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +30,7 @@ from torch._inductor import compile_fx, config, ir, scheduler
 from torch._inductor.fx_utils import count_flops_fx
 from torch._inductor.virtualized import V
 
+from bench.idle_gpu.chosen import chosen
 from launch.bench_model.contender import contender
 from launch.bench_model.count import OperationCounter, count
 from launch.bench_model.measure import tell
@@ -63,19 +62,7 @@ class Kernel(NamedTuple):
 
 def main() -> None:
     """Count all groups, and write them."""
-    parser = argparse.ArgumentParser(description="Count what training steps move on the idle GPU; see the file.")
-    parser.add_argument("--out", type=Path, help="file to write; default: bench/results/traffic.json, none with --only")
-    parser.add_argument("--only", type=lambda names: names.split(","), help="models whose groups to count: a,b,c")
-    options = parser.parse_args()
-    out: Path | None = options.out or (None if options.only else Path(__file__).parent / "results" / "traffic.json")
-    if not torch.cuda.is_available() or "computes nothing" not in torch.cuda.get_device_name():
-        parser.error("it counts on the idle GPU: bench/idle_gpu.sh python bench/traffic.py")
-    wanted = set(options.only or ())
-    known = {name for group in GROUPS for name in group}
-    if unknown := sorted(wanted - known):
-        parser.error(f"--only {unknown[0]}: there is {', '.join(sorted(known))}")
-    if out is not None and not out.parent.is_dir():
-        parser.error(f"--out {out}: there is no folder {out.parent}")
+    wanted, out = chosen("traffic", GROUPS)
     rows: list[dict[str, Any]] = []
     for group in GROUPS:
         if wanted and not wanted & set(group):

@@ -26,7 +26,7 @@ from data_prep.store import LocalStore, is_remote, local_path, open_store
 from tests.faulty_server import Fault, FaultyServer, Request, folder
 
 PATIENT = Patience(tries=4, seconds=60, first_pause=0.01, longest_pause=0.02)
-QUICK = replace(PATIENT, seconds=0.3)  # for what hangs; on a busy machine another request may take so long as well
+QUICK = replace(PATIENT, seconds=2)  # for what hangs: no other request takes so long, also on a busy machine
 DATA = bytes(range(256)) * 40  # 10,240 bytes
 
 
@@ -114,10 +114,10 @@ def test_passing_failures_are_tried_again(fault: Fault, files: Path, monkeypatch
         failed.add(request.headers.get("range", ""))
         return fault
 
-    patience = replace(QUICK, tries=10) if fault == "stall" else PATIENT
+    patience = QUICK if fault == "stall" else PATIENT
     with FaultyServer(folder(files), once_for_each_range) as server:
         assert fetched(RemoteStore(server.uri, patience), "a.bin", len(DATA)) == DATA
-        assert server.asked("a.bin") == 2 * 5 or (fault == "stall" and server.asked("a.bin") > 2 * 5)
+        assert server.asked("a.bin") == 2 * 5
 
 
 @pytest.mark.parametrize(
@@ -136,10 +136,7 @@ def test_lasting_failures_are_told(fault: Fault, said: str, files: Path) -> None
         with pytest.raises(UserError, match=f"{said}.*; see whether the store can be reached") as caught:
             fetched(store, "a.bin", len(DATA))
         assert time.monotonic() - began < 4 * store.patience.seconds + 2
-        if fault == "stall":  # a try may be over before its request is sent
-            assert 1 <= server.asked("a.bin") <= 4
-        else:
-            assert server.asked("a.bin") == (8 if fault == "reset" else 4)  # aiohttp asks once more itself
+        assert server.asked("a.bin") == (8 if fault == "reset" else 4)  # aiohttp asks once more itself
         assert f"{server.uri}/a.bin?sig=***: no success" in str(caught.value) and "geheim" not in str(caught.value)
 
 
@@ -176,7 +173,7 @@ class Sluggish(MemoryFileSystem):
         Sluggish.calls += 1
         if Sluggish.calls <= 2:
             if Sluggish.failure is None:
-                time.sleep(1)
+                time.sleep(2 * QUICK.seconds)
             else:
                 raise Sluggish.failure
         return bytes(super().cat_file(path, start, end, **options))
@@ -217,7 +214,7 @@ def test_what_is_tried_again(failure: Exception | None, said: str | None, monkey
     store.protocol = "s3"
     store.write("a.bin", DATA)
     if said is None:
-        assert store.read("a.bin") == DATA and (Sluggish.calls == 3 or (failure is None and Sluggish.calls == 4))
+        assert store.read("a.bin") == DATA and Sluggish.calls == 3
         return
     with pytest.raises(UserError) as caught:
         store.read("a.bin")

@@ -6,23 +6,24 @@ Touvron et al., "Training data-efficient image transformers & distillation throu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from pipeline.models.base import ImageModel
 from pipeline.models.drop_path import DropPath, drop_path_rates
 from pipeline.models.errors import ModelError, check_heads, check_ints, check_positive, check_rates
-from pipeline.models.layers import hidden_width, run_layers
+from pipeline.models.layers import hidden_width, normal_, run_layers
 from pipeline.models.pos_embed import Mode, resize_grid
 from pipeline.models.registry import ModelInfo, register
-from pipeline.models.tokens import token_side
+from pipeline.models.tokens import INIT_STD, token_side
 
 
 class Deit(ImageModel):
     """timm's VisionTransformer with a class token: (B, in_chans, img_size, img_size) -> logits (B, num_classes).
 
-    Its stochastic depth is replaced by ours, whose noise can be handed over (see `set_drop_path_noise`).
+    Its stochastic depth is replaced by ours, whose noise can be handed over (see `set_drop_path_noise`), and the class
+    token is drawn as by timm 0.3.2, with which DeiT was trained: today's timm draws it with 1e-6 in place of 0.02.
 
     Args:
         img_size, patch_size: sides of the image and of a token in pixels.
@@ -72,6 +73,7 @@ class Deit(ImageModel):
             proj_drop_rate=drop_rate,
             attn_drop_rate=attn_drop_rate,
         )
+        normal_(cast(Tensor, self.vit.cls_token), INIT_STD)
         blocks: Any = self.vit.blocks
         for block, rate in zip(blocks, drop_path_rates(drop_path_rate, depth), strict=True):
             block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)

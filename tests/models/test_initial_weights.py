@@ -36,8 +36,6 @@ def expected(model: nn.Module) -> dict[str, Any]:
                 found[full] = 1.0 if name == "weight" else 0.0
             else:
                 found[full] = {"pos_embed": NORMAL, "cls_token": NORMAL, "scale": 1e-5}[name]
-    if "vit.cls_token" in found:  # of today's timm, which draws DeiT
-        found["vit.cls_token"] = stats.norm(scale=1e-6)
     return found
 
 

@@ -27,6 +27,7 @@ from tests.train.forked import ForkServer
 DDP, FSDP = ("engine.name=ddp",), ("engine.name=fsdp",)
 TARS, FFCV = "webdataset", "ffcv"
 ZERO0, ZERO1, ZERO2, ZERO3 = (("engine.name=deepspeed", f"engine.zero_stage={stage}") for stage in range(4))
+OFFLOAD = (*ZERO2, "engine.offload_optimizer=true")
 BF16, FP16 = ("train.precision=bf16",), ("train.precision=fp16",)
 
 
@@ -74,6 +75,7 @@ def test_kill_and_resume_is_bit_identical(
         (ZERO0 + FP16, 2, TARS),
         (ZERO1, 2, TARS),
         (ZERO2 + BF16, 2, TARS),
+        (OFFLOAD + BF16, 2, TARS),
         (DDP, 2, FFCV),
     ],
 )

@@ -10,10 +10,12 @@ class UserError(Exception):
 
     Attributes:
         told: whether the message was printed already.
+        agreed: whether all processes of a training end for it, at the same place.
     """
 
     status = 2
     told = False
+    agreed = False
 
     def __init__(self, message: object = "") -> None:
         super().__init__(redact(str(message)))

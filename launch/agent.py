@@ -17,6 +17,8 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 # How often the agent looks after its processes.
 _LOOK_SECONDS = 0.1
+# How long they have to end by themselves after one of them has left by its own choice without their knowing.
+_ALONE_SECONDS = 5.0
 # How long the processes of this node may go on after another node has ended the run: uploads are closed by then.
 _GRACE_SECONDS = 60.0
 
@@ -28,11 +30,12 @@ class Agent(LocalElasticAgent):
         spec: what torchrun would give its agent.
         is_chosen: whether a process of this node has ended with a status of its own choice, which starting again would
             not change.
+        is_alone: whether the others don't know of it.
     """
 
-    def __init__(self, spec: WorkerSpec, is_chosen: Callable[[], bool]) -> None:
+    def __init__(self, spec: WorkerSpec, is_chosen: Callable[[], bool], is_alone: Callable[[], bool]) -> None:
         super().__init__(spec, logs_specs=DefaultLogsSpecs())
-        self._is_chosen = is_chosen
+        self._is_chosen, self._is_alone = is_chosen, is_alone
         self._closed_since: float | None = None
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -42,9 +45,13 @@ class Agent(LocalElasticAgent):
             left = f"; {self._remaining_restarts} of {allowed} restarts left (--restarts)" if allowed else ""
             print(f"rookery: {dead}{left}", file=sys.stderr, flush=True)
             # The others wait for it and have nothing to save. Asked to end they would not hear, for half a minute.
-            for pid in self._pids():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            self._kill()
+        elif dead is not None and self._is_alone():
+            # So they do here. But where they notice that it is gone they still have to write down how the run ended.
+            deadline = time.monotonic() + _ALONE_SECONDS
+            while self._have_not_ended() and time.monotonic() < deadline:
+                time.sleep(_LOOK_SECONDS)
+            self._kill()
         result = super()._monitor_workers(worker_group)
         if result.is_failed() and self._is_chosen():
             self._remaining_restarts = 0
@@ -58,6 +65,18 @@ class Agent(LocalElasticAgent):
 
     def _pids(self) -> list[int]:
         return [] if self._pcontext is None else list(self._pcontext.pids().values())
+
+    def _kill(self) -> None:
+        for pid in self._pids():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _have_not_ended(self) -> bool:
+        for pid in self._pids():
+            with suppress(ChildProcessError):
+                if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                    return True
+        return False
 
     def _first_dead(self, worker_group: WorkerGroup) -> str | None:
         """How a process failed, None if none did; torchrun itself has yet to ask for its status."""
@@ -79,6 +98,7 @@ def run_agent(
     meeting: RendezvousParameters,
     restarts: int,
     is_chosen: Callable[[], bool],
+    is_alone: Callable[[], bool],
 ) -> RunResult:
     """Run a command in all processes of this node until they end.
 
@@ -87,7 +107,7 @@ def run_agent(
         nproc: processes of this node.
         meeting: how the nodes find each other.
         restarts: how often all are started again at most.
-        is_chosen: see `Agent`.
+        is_chosen, is_alone: see `Agent`.
 
     Raises:
         RendezvousError: the nodes did not come together, or another one gave up.
@@ -104,6 +124,6 @@ def run_agent(
         monitor_interval=_LOOK_SECONDS,
     )
     try:
-        return Agent(spec, is_chosen).run()
+        return Agent(spec, is_chosen, is_alone).run()
     finally:
         handler.shutdown()

@@ -21,7 +21,7 @@ from data_prep.cores import usable_cores
 from launch.meeting import Meeting
 from launch.quiet import unquiet_workers
 from pipeline.errors import UserError
-from pipeline.train.again import AGENT_PID, FOLDER, JOB, chosen_status, has_begun, most_telling
+from pipeline.train.again import AGENT_PID, FOLDER, JOB, chosen_status, has_begun, has_left_alone, most_telling
 from pipeline.train.process import COMMAND, die_with_parent
 from pipeline.train.status import FAILED, INTERRUPTED
 from pipeline.train.stop import STATUS, Stopped, catch_signals, stop_now
@@ -75,9 +75,15 @@ def check_gpus(nproc: int) -> None:
     """Whether every process of this node has a GPU, where there are any.
 
     Raises:
-        UserError: there are fewer.
+        UserError: there are fewer, or none of those that Slurm has given.
     """
     gpus = torch.cuda.device_count()
+    given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    if gpus == 0 and given.isdecimal() and int(given) > 0 and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        raise UserError(
+            f"Slurm has given this job {counted(int(given), 'GPU')} of {socket.gethostname()}, and PyTorch sees none; "
+            "look at nvidia-smi there (srun nvidia-smi), or set CUDA_VISIBLE_DEVICES= (nothing) to compute on the CPU"
+        )
     if 0 < gpus < nproc:
         raise UserError(
             f"--nproc {nproc}: each process takes a GPU, and this node has {counted(gpus, 'GPU')}; set --nproc {gpus}, "
@@ -102,10 +108,11 @@ def start_workers(module: str, payload: str, nodes: Nodes, threads: int | None =
         any other failure.
     """
     threads = threads or max(1, usable_cores() // nodes.nproc)
+    if nodes.world_size > 1:
+        nodes.check()
+    check_gpus(nodes.nproc)
     if nodes.world_size == 1:
         return importlib.import_module(module).run(payload, threads)
-    nodes.check()
-    check_gpus(nodes.nproc)
     die_with_parent()
     # Not `python -m module`: the loader processes would import the main module, and with it all of training, once more.
     # And no interpreter shutdown: threads of torch that still run then can end a finished worker with an abort.
@@ -148,11 +155,13 @@ def _torchrun(command: list[str], nodes: Nodes, threads: int, restarts: int) -> 
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # the others are passed on, not answered by a kill
     passed_on: list[int] = []
     _pass_on_signals(passed_on)
-    try:
+
+    def is_chosen() -> bool:
         # A process that a signal ends while it starts leaves no status.
-        result = run_agent(
-            command, nodes.nproc, parameters, restarts, lambda: bool(passed_on) or chosen_status() is not None
-        )
+        return bool(passed_on) or chosen_status() is not None
+
+    try:
+        result = run_agent(command, nodes.nproc, parameters, restarts, is_chosen, has_left_alone)
     except RendezvousError as error:
         status = chosen_status() or (STATUS[passed_on[0]] if passed_on else None)
         if status is None:

@@ -8,11 +8,12 @@ again and again without a new checkpoint comes to an end. Imports no torch.
 from __future__ import annotations
 
 import os
+import traceback
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
-from pipeline.train.status import INTERRUPTED, MISTAKE, RESUBMIT
+from pipeline.train.status import FAILED, INTERRUPTED, MISTAKE, RESUBMIT
 
 # Environment variables by which the launcher tells its processes the folder, and what to do.
 FOLDER = "ROOKERY_AGAIN"
@@ -20,7 +21,10 @@ JOB = "ROOKERY_JOB"
 # And who started them.
 AGENT_PID = "ROOKERY_AGENT_PID"
 
+_ALONE = "alone"
+
 _may_pass = False
+_is_alone = False
 
 
 def work(module: str) -> int:
@@ -29,8 +33,15 @@ def work(module: str) -> int:
     Args:
         module: has `run(job) -> status`. An exception in it makes all processes start again.
     """
-    status = import_module(module).run(os.environ[JOB])
+    try:
+        status = import_module(module).run(os.environ[JOB])
+    except Exception:
+        # Told here: at the interpreter's own end NCCL would wait for the other processes, and these for this one.
+        traceback.print_exc()
+        return FAILED
     if status and not _may_pass:
+        if _is_alone:
+            _write(_folder() / _ALONE)
         _write(_status_file(), status)
     return status
 
@@ -39,6 +50,17 @@ def hope() -> None:
     """Why this process ends may pass: unlike a status of its own choice, that is a reason to start all again."""
     global _may_pass
     _may_pass = True
+
+
+def leave_alone() -> None:
+    """The other processes don't know that this one ends by its own choice, and may wait for it, deaf to signals."""
+    global _is_alone
+    _is_alone = True
+
+
+def has_left_alone() -> bool:
+    """Whether a process of this node has ended so."""
+    return FOLDER in os.environ and (_folder() / _ALONE).exists()
 
 
 def chosen_status() -> int | None:

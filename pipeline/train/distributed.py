@@ -85,7 +85,7 @@ class World:
     def fail(self, message: str, status: int = UserError.status) -> NoReturn:
         """Raise a user's mistake that all processes know of, so that only rank 0 prints it."""
         error = (UserError if self.is_main else PeerError)(message)
-        error.status = status
+        error.status, error.agreed = status, True
         if self.is_main and self.size > 1:
             # Now: the others leave, and their launcher ends this process while it closes what is open.
             print(f"rookery: {error}", file=sys.stderr, flush=True)
@@ -102,6 +102,12 @@ def open_world(timeout_minutes: float = 30) -> Iterator[World]:
     """Join the process group that torchrun's environment describes; without one, a world of one process.
 
     The device is this process's GPU where there is one (NCCL), else the CPU (gloo).
+
+    A process that fails alone does not leave the group but has to end: NCCL takes leave of all
+    others together, and these wait for this one in the step that it did not take.
+
+    Raises:
+        UserError: some processes have a GPU and others none.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -111,8 +117,34 @@ def open_world(timeout_minutes: float = 30) -> Iterator[World]:
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    world = World(rank, size, local_rank, device)
     try:
-        yield World(rank, size, local_rank, device)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        _check_devices(world)
+        yield world
+    except BaseException as error:
+        if size == 1 or fails_together(error):
+            _leave()
+        raise
+    _leave()
+
+
+def fails_together(error: BaseException) -> bool:
+    """Whether every process ends for this reason, at the same place; else it may be this one alone."""
+    return bool(getattr(error, "agreed", False))
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _check_devices(world: World) -> None:
+    """Whether all compute on the same kind of device. Else their first sum would wait until the time-out."""
+    kinds = world.gather(world.device.type)
+    without = [rank for rank, kind in enumerate(kinds) if kind == "cpu"]
+    if 0 < len(without) < world.size:
+        ranks = ", ".join(map(str, without[:8])) + (", ..." if len(without) > 8 else "")
+        world.fail(
+            f"of {world.size} processes {len(without)} see no GPU (rank {ranks}), the others do; look at nvidia-smi "
+            "and CUDA_VISIBLE_DEVICES on their nodes, or set CUDA_VISIBLE_DEVICES= (nothing) on all to compute on CPUs"
+        )

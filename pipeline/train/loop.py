@@ -107,7 +107,7 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
                     saver.save(state.step, asdict(state), engine, plan.saves_always(state.step))
             if status is not None and state.step < plan.end_step:
                 saver.wait()
-                raise Stopped(status)
+                raise Stopped(status, agreed=True)
         saver.wait()
         watch.close()  # uploads take the time that they take
         return recorder.finish(state, engine, len(quarantine.known))

@@ -13,9 +13,10 @@ from collections.abc import Callable
 import torch
 
 from pipeline.errors import UserError
-from pipeline.train.again import AGENT_PID, hope
+from pipeline.train.again import AGENT_PID, hope, leave_alone
 from pipeline.train.cores import bind_cores
-from pipeline.train.distributed import PeerError, World, open_world
+from pipeline.train.determinism import use_whole_float32
+from pipeline.train.distributed import PeerError, World, fails_together, open_world
 from pipeline.train.no_room import no_room
 from pipeline.train.status import MISTAKE
 from pipeline.train.stop import Stopped, catch_signals, stop_now
@@ -41,6 +42,7 @@ def run_process(job: Callable[[World], object], threads: int | None = None) -> i
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if threads is not None:
         torch.set_num_threads(threads)
+    use_whole_float32()
     catch_signals(stop_now)
     world = None
     try:
@@ -53,9 +55,12 @@ def run_process(job: Callable[[World], object], threads: int | None = None) -> i
             print(f"rookery: {error}", file=sys.stderr, flush=True)
         if error.status != MISTAKE:
             hope()
+        elif not fails_together(error):
+            leave_alone()
         return error.status
     except torch.OutOfMemoryError as error:
         print(f"rookery: {no_room(error, world)}", file=sys.stderr, flush=True)
+        leave_alone()
         return MISTAKE
     return 0
 

@@ -31,11 +31,13 @@ class Stopped(KeyboardInterrupt):
 
     Attributes:
         status: exit status of the process.
+        agreed: whether all processes end, after the same step.
     """
 
-    def __init__(self, status: int = INTERRUPTED) -> None:
+    def __init__(self, status: int = INTERRUPTED, agreed: bool = False) -> None:
         super().__init__()
         self.status = status
+        self.agreed = agreed
 
 
 def catch_signals(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:

@@ -31,6 +31,7 @@ def refine_kernels(samples: int, groups: int, heads: int, tokens: int, repeats: 
     maps = torch.randn(samples, heads, tokens, tokens, device="cuda").softmax(-1).to(torch.bfloat16)
     found: dict[str, list[float]] = {}
     for repeat in range(repeats + 1):
+        torch.cuda._sleep(20_000_000)  # some 10 ms of work ahead: events would measure how Python launches, too
         with launches() as made:
             leaf = maps.clone().requires_grad_()
             refiner(leaf).sum().backward()

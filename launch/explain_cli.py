@@ -14,6 +14,7 @@ from launch.export_cli import Weights
 from pipeline.errors import UserError
 from pipeline.explain.names import Method, Scores
 from pipeline.tracking.files import check_place
+from pipeline.train.determinism import use_whole_float32
 
 if TYPE_CHECKING:
     from pipeline.data.augment.evaluation import EvalTransform
@@ -264,6 +265,7 @@ def _subject(run: Path, weights: str | None) -> Subject:
     typer.echo(f"loaded {source.name} from {source.path}")
     prepare = Preprocessing.of(source)
     transform = EvalTransform(prepare.transform, prepare.img_size, prepare.mean, prepare.std)
+    use_whole_float32()
     model = source.model.to("cuda" if torch.cuda.is_available() else "cpu")
     return Subject(model, source.name, source.described["classes"], transform)
 

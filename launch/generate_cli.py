@@ -11,6 +11,7 @@ import typer
 from launch.export_cli import Weights
 from launch.generate_folder import Origin, check_folder, claim_folder, weights_sha256
 from pipeline.errors import UserError
+from pipeline.train.determinism import use_whole_float32
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -68,6 +69,7 @@ def generate(
     trained = load_generator(run, weights)
     typer.echo(f"loaded {trained.name} from {trained.path}")
     origin = Origin(str(trained.path.resolve()), weights_sha256(trained.generator), seed)
+    use_whole_float32()
     generator = trained.generator.to("cuda" if torch.cuda.is_available() else "cpu")
     columns = min(16, max(1, round(min(count, _GRID) ** 0.5)))
     parts = (

@@ -16,6 +16,7 @@ from launch.bench_model.rounds import Plan, rows, take_turns
 from launch.bench_model.runner import DTYPES, Phase, fits
 from pipeline.errors import UserError
 from pipeline.tracking.environment import device_name, key_versions
+from pipeline.train.determinism import use_whole_float32
 
 # Kinds of operations that are told of a model, those that move most.
 _KINDS = 16
@@ -52,6 +53,7 @@ def bench_model(
     Raises:
         UserError: models or options that don't fit together.
     """
+    use_whole_float32()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _check(names, against, precision, batch, device)
     contenders = [contender(model, side) for model in names]

@@ -11,7 +11,7 @@ class Peak:
 
     Attributes:
         half: TFLOP/s of its tensor cores in bfloat16 and float16.
-        single: TFLOP/s in float32 without TF32, as torch computes by default.
+        single: TFLOP/s in float32 without TF32, as everything here computes.
         bandwidth: of its memory, TB/s.
     """
 

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.data.cache_room import CacheOptions
 from pipeline.errors import UserError
 from pipeline.tracking.redact import redact
+from pipeline.train.determinism import use_deterministic_kernels
 from pipeline.train.distributed import World
 from pipeline.train.process import run_process
 from pipeline.train.tasks import task_class
@@ -80,6 +81,7 @@ def payload(job: EvalJob) -> str:
 
 def run(text: str, threads: int | None = None) -> int:
     """Run the job that a JSON text describes; returns the exit status."""
+    use_deterministic_kernels(True)  # as a run evaluates itself; else half precision takes other kernels for attention
     values = json.loads(text)
     job = EvalJob(**values | {"cache": CacheOptions(**values["cache"])})
     return run_process(lambda world: run_job(job, world), threads)

@@ -17,11 +17,14 @@ from pipeline.train.step import StepResult
 
 # Dense bf16/fp16 peak of a device in TFLOP/s, from its data sheet; the first name that is part of the device's counts.
 PEAK_TFLOPS = {
+    "H200 NVL": 835,
     "H200": 989,
+    "H100 NVL": 835,
     "H100 PCIe": 756,
     "H100": 989,
     "A100": 312,
     "L40S": 362,
+    "L40": 181,
     "L4": 121,
     "V100": 125,
     "RTX 4090": 165,

@@ -27,6 +27,7 @@ class Saver:
 
     def __init__(self, store: CheckpointStore, world: World, asynchronous: bool) -> None:
         group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._device = world.device
         self._world = replace(world, device=torch.device("cpu"), group=group)
         self._store = store
         self._asynchronous = asynchronous
@@ -39,6 +40,9 @@ class Saver:
         write = engine.snapshot(planned)
 
         def job() -> None:
+            if self._device.type == "cuda":
+                # A new thread is on the first GPU, and what asks for its stream there takes memory of another process.
+                torch.cuda.set_device(self._device)
             try:
                 self._store.save(step, progress, lambda path: write(path, self._world), self._world)
             except BaseException as fault:  # raised again by `wait`

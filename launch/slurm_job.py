@@ -15,7 +15,16 @@ from types import FrameType
 import typer
 
 from launch.slurm import Allocation, slurm
-from launch.slurm_script import LOGS, SCRIPT, Request, executable, options_of, standing_options, write_script
+from launch.slurm_script import (
+    LOGS,
+    SCRIPT,
+    Request,
+    executable,
+    given_options,
+    options_of,
+    standing_options,
+    write_script,
+)
 from pipeline.config_load import load_config
 from pipeline.errors import UserError
 from pipeline.tracking.files import read_json, write_json
@@ -70,7 +79,7 @@ def _node_command(request: Request, allocation: Allocation) -> list[str]:
     if allocation.num_nodes > 1:
         command += ["--nodes", str(allocation.num_nodes), "--rendezvous", allocation.rendezvous()]
     threads = request.threads or os.environ.get("ROOKERY_THREADS")
-    return command if threads is None else [*command, "--threads", str(threads)]
+    return [*command, *given_options({"--threads": threads, "--restarts": request.restarts})]
 
 
 def _srun(command: list[str], logs: Path, allocation: Allocation) -> tuple[int, bool]:

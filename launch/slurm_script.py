@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,18 +57,24 @@ class Request:
         config, overrides: the recipe and its changes.
         nproc: processes of a node; None: found out in the job.
         threads: CPU threads of a process; None: its share of the cores.
+        restarts: how often all processes are started again; None: as often as usual.
     """
 
     config: Path
     overrides: tuple[str, ...]
     nproc: int | None
     threads: int | None
+    restarts: int | None = None
 
     def arguments(self) -> list[str]:
         """Arguments of `rookery train` inside a job."""
-        counts = {"--nproc": self.nproc, "--threads": self.threads}
-        given = [text for option, value in counts.items() if value is not None for text in (option, str(value))]
+        given = given_options({"--nproc": self.nproc, "--threads": self.threads, "--restarts": self.restarts})
         return [str(self.config), *self.overrides, *given, "--on-allocation"]
+
+
+def given_options(values: Mapping[str, object]) -> list[str]:
+    """Options with their values as words of a command; None: the option is left out."""
+    return [text for option, value in values.items() if value is not None for text in (option, str(value))]
 
 
 def standing_options(name: str, run: Path) -> list[str]:

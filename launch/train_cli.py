@@ -9,6 +9,8 @@ import typer
 
 from launch.quiet import quiet_torch
 
+_RESTARTS = 3
+
 
 def train(
     config: Annotated[Path, typer.Argument(help="recipe, such as configs/demo.yaml")],
@@ -20,9 +22,9 @@ def train(
     rendezvous: Annotated[str | None, typer.Option(help="HOST:PORT of the first node, with several nodes")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per process; default: shared evenly")] = None,
     restarts: Annotated[
-        int,
-        typer.Option(min=0, help="start all processes again when one died, so often at most"),
-    ] = 3,
+        int | None,
+        typer.Option(min=0, help="start all processes again when one died, so often at most; default: 3"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="print what would run, and check it, without training")] = False,
     images_per_second: Annotated[
         float | None, typer.Option(min=0.001, help="--dry-run: rate of one process, to tell the hours from")
@@ -56,7 +58,11 @@ def train(
         raise UserError("--time, --partition and --sbatch go with --slurm")
     if images_per_second is not None and not dry_run:
         raise UserError("--images-per-second goes with --dry-run")
-    request = Request(config, tuple(overrides or ()), nproc, threads)
+    if on_allocation and (slurm or dry_run):
+        raise UserError("--on-allocation trains on the nodes of this job; leave --slurm and --dry-run out")
+    if on_allocation and nodes > 1:
+        raise UserError("--on-allocation takes all nodes of this job; choose them for sbatch or salloc (--nodes=4)")
+    request = Request(config, tuple(overrides or ()), nproc, threads, restarts)
     if on_allocation:
         raise typer.Exit(run_on_nodes(request))
 
@@ -90,6 +96,7 @@ def train(
         return
     where = "" if nodes == 1 else f" on this node; waiting for the others at {rendezvous}"
     typer.echo(f"starting {counted(job.nproc, 'process')}{where} ...")
+    restarts = _RESTARTS if restarts is None else restarts
     status = start_workers("pipeline.train.worker", resolved.config.model_dump_json(), job, threads, restarts)
     if status in (INTERRUPTED, RESUBMIT):
         typer.echo("interrupted; the same command continues from the newest checkpoint", err=True)

@@ -200,6 +200,9 @@ def test_default_recipe_of_a_script(script: Path, tmp_path: Path) -> None:
         (["--time", "1:00"], ["--slurm"]),
         (["--sbatch=--qos=high"], ["--slurm"]),
         (["--on-allocation"], ["this is no Slurm job", "sbatch slurm/train_nest.sh"]),
+        (["--on-allocation", "--dry-run"], ["leave --slurm and --dry-run out"]),
+        (["--on-allocation", "--slurm"], ["leave --slurm and --dry-run out"]),
+        (["--on-allocation", "--nodes", "2"], ["takes all nodes of this job"]),
     ],
     ids=lambda value: " ".join(value),
 )

@@ -10,6 +10,7 @@ import subprocess
 from dataclasses import dataclass
 
 from pipeline.errors import UserError
+from pipeline.train.walltime import job_here
 
 _ASK_SECONDS = 60
 # Below the ports that Linux hands out by itself (32768 and up).
@@ -46,6 +47,7 @@ class Allocation:
 
     Attributes:
         job: its id; each task of an array has its own.
+        name: what Slurm's commands know it by, `17` or, as a task of an array, `17_3`.
         num_nodes: nodes that it holds.
         seed: index in a job array, None outside of one.
         restarts: how often Slurm has started it again.
@@ -53,6 +55,7 @@ class Allocation:
     """
 
     job: str
+    name: str
     num_nodes: int
     seed: int | None
     restarts: int
@@ -65,18 +68,19 @@ class Allocation:
         Raises:
             UserError: there is none.
         """
-        job = os.environ.get("SLURM_JOB_ID")
-        if job is None:
+        job, name = os.environ.get("SLURM_JOB_ID"), job_here()
+        if job is None or name is None:
             raise UserError(
                 "this is no Slurm job; submit one: sbatch slurm/train_nest.sh, or `rookery train ... --slurm`"
             )
         seed = os.environ.get("SLURM_ARRAY_TASK_ID")
         return cls(
             job,
+            name,
             int(os.environ.get("SLURM_JOB_NUM_NODES", 1)),
             None if seed is None else int(seed),
             int(os.environ.get("SLURM_RESTART_COUNT", 0)),
-            fields(slurm("scontrol", "show", "job", "--oneliner", job)),
+            fields(slurm("scontrol", "show", "job", "--oneliner", name)),
         )
 
     def processes(self) -> int:

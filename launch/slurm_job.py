@@ -107,7 +107,7 @@ def _srun(command: list[str], logs: Path, allocation: Allocation) -> tuple[int, 
         if number == signal.SIGTERM:  # Slurm ends the job, and tells the nodes itself
             ending.append(number)
         else:
-            subprocess.Popen(["scancel", f"--signal={signal.Signals(number).name[3:]}", allocation.job])
+            subprocess.Popen(["scancel", f"--signal={signal.Signals(number).name[3:]}", allocation.name])
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
@@ -133,7 +133,7 @@ def _go_on(allocation: Allocation, run: Path, status: int, start: Start) -> None
         _say(f"{_IDLE_STARTS} starts in a row made no checkpoint; ask for more time (--time), then {by_hand}")
     else:
         try:
-            slurm("scontrol", "requeue", allocation.job)
+            slurm("scontrol", "requeue", allocation.name)
             _say(f"back in the queue after step {step}")
         except UserError as error:
             _say(f"{error}; {by_hand}")

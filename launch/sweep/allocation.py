@@ -65,13 +65,12 @@ def requeue(has_advanced: bool) -> None:
     Args:
         has_advanced: whether this start has brought an evaluation; without one the next start would do no better.
     """
-    job = Allocation.here().job
     if not has_advanced:
         typer.echo(
             "rookery: no trial was evaluated in this job's time; ask for more (--time), then submit again", err=True
         )
         return
-    slurm("scontrol", "requeue", job)
+    slurm("scontrol", "requeue", Allocation.here().name)
     typer.echo("rookery: back in the queue", err=True)
 
 

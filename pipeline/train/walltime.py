@@ -24,12 +24,21 @@ def leave_at(margin: float, may_ask: bool) -> float | None:
     return end - min(margin, _LARGEST_PART * max(0.0, end - start))
 
 
+def job_here() -> str | None:
+    """The Slurm job around this process, as Slurm's commands take it; None outside of one.
+
+    Of an array's tasks one has the number of the whole array: what is asked of that number, all tasks do.
+    """
+    array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return os.environ.get("SLURM_JOB_ID") if array is None or index is None else f"{array}_{index}"
+
+
 def _from_environment() -> tuple[float, float] | None:
     return _numbers(os.environ.get("SLURM_JOB_START_TIME"), os.environ.get("SLURM_JOB_END_TIME"))
 
 
 def _from_slurm() -> tuple[float, float] | None:
-    job = os.environ.get("SLURM_JOB_ID")
+    job = job_here()
     if job is None:
         return None
     ask = ["squeue", "--noheader", f"--jobs={job}", "--format=%S %e"]

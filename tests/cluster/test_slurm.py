@@ -186,6 +186,26 @@ def test_time_limit_seeds_and_errors(work: Work) -> None:
     assert read_metrics(run)[-1]["step"] == trained[-1] + 2
 
 
+def test_a_task_of_an_array_leaves_alone(work: Work) -> None:
+    """The one whose number is that of the whole array, too: the other one goes on, on its own node."""
+    array = work.submit("--array=0-1", ROOT / "slurm" / "train_nest.sh", work.recipe, ENDLESS, "name=task")
+    first, second = (work.run(f"task-seed{seed}") for seed in (0, 1))
+    for run in (first, second):
+        wait_for(lambda run=run: newest_step(run) and lines(run) > 2, f"steps of {run}", work.logs)
+    facts = [work.cluster.facts(f"{array}_{index}") for index in (0, 1)]
+    assert {task["NodeList"] for task in facts} == {"node1", "node2"}
+    for index, task in enumerate(facts):
+        said = (work.folder / f"slurm-{array}_{index}.out").read_text()
+        assert f"job {task['JobId']} on {task['NodeList']};" in said
+    leaves = [task["JobId"] for task in facts].index(array)
+    work.cluster.run("scancel", "--signal=USR1", f"{array}_{leaves}")
+    work.wait_for_requeue(f"{array}_{leaves}", 1)
+    stays = work.cluster.facts(f"{array}_{1 - leaves}")
+    assert (stays["JobState"], stays["Restarts"]) == ("RUNNING", "0")
+    assert sessions((first, second)[leaves])[:1] == ["interrupted"]
+    assert sessions((first, second)[1 - leaves]) == ["killed"]  # which is how a run looks that goes on
+
+
 def test_submitted_by_rookery_and_again_by_its_script(work: Work) -> None:
     done = rookery(
         work, "--slurm", "--nproc", 1, "--threads", 1, "--sbatch=--comment=two words", "train.stop_after=2steps"

@@ -12,14 +12,14 @@ import pytest
 
 from launch.slurm import Allocation, fields, free_port, port
 from launch.slurm_job import newest_step
-from launch.slurm_script import options_of, standing_options, write_script
+from launch.slurm_script import Request, options_of, standing_options, write_script
 from pipeline.errors import UserError
 from pipeline.train.checkpoint import COMMIT
 from pipeline.train.cores import in_order, share
 from pipeline.train.distributed import World
 from pipeline.train.status import RESUBMIT
 from pipeline.train.stop import StopRequest
-from pipeline.train.walltime import leave_at
+from pipeline.train.walltime import job_here, leave_at
 from tests.conftest import missing
 from tests.train.commands import ROOT
 from tests.train.conftest import Rookery, digits, fork_server, recipe, rookery
@@ -68,13 +68,13 @@ def test_a_job_is_asked_for_again() -> None:
 def test_processes_of_a_node(environment: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert Allocation("1", 1, None, 0, {}).processes() == expected
+    assert Allocation("1", "1", 1, None, 0, {}).processes() == expected
 
 
 def test_a_wrong_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROOKERY_NPROC", "all")
     with pytest.raises(UserError, match="ROOKERY_NPROC=all"):
-        Allocation("1", 1, None, 0, {}).processes()
+        Allocation("1", "1", 1, None, 0, {}).processes()
 
 
 def test_a_port_in_use_is_passed_over() -> None:
@@ -86,6 +86,41 @@ def test_a_port_in_use_is_passed_over() -> None:
         taken.listen()
         assert free_port(job) > port(job)
     assert free_port(job) == port(job)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "17"}, "17"),
+        ({"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}, "17_3"),
+        ({"SLURM_JOB_ID": "18", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "0"}, "17_0"),
+    ],
+    ids=str,
+)
+def test_a_task_of_an_array_has_a_name_of_its_own(
+    environment: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert job_here() == expected
+
+
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        (Request(Path("a.yaml"), ("seed=1",), None, None), ["a.yaml", "seed=1", "--on-allocation"]),
+        (
+            Request(Path("a.yaml"), (), 8, 4, 0),
+            ["a.yaml", "--nproc", "8", "--threads", "4", "--restarts", "0", "--on-allocation"],
+        ),
+    ],
+    ids=["little", "all"],
+)
+def test_what_a_job_script_repeats(request_: Request, expected: list[str]) -> None:
+    assert request_.arguments() == expected
 
 
 NOW = 1_000_000.0

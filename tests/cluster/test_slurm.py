@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 from collections.abc import Iterator
@@ -26,6 +27,38 @@ from tests.train.conftest import write_recipe
 from tests.train.forked import ForkServer
 
 pytestmark = pytest.mark.slurm
+
+# What each script trains when it is given no recipe, and what makes that model small.
+FAMILIES = {
+    "train_nest.sh": ("nest_tiny", {"embed_dims": [8, 16, 32], "num_heads": 1, "depths": 1, "patch_size": 1}, {}),
+    "train_refiner.sh": (
+        "refiner_vit_s",
+        {"embed_dim": 24, "num_heads": 2, "depth": 3, "patch_size": 4},
+        {"optim.schedule.cooldown": "0ep"},
+    ),
+    "train_hvt.sh": (
+        "hvt_s_1",
+        {"head_dim": 8, "num_heads": 2, "depth": 2, "patch_size": 4},
+        {"optim.schedule.delay": "0ep"},
+    ),
+}
+# Makes a recipe for ImageNet two steps on the digits.
+SHORT = {
+    "model.img_size": 16,
+    "model.in_chans": 1,
+    "data.lanes": 12,
+    "data.workers": 0,
+    "augment.resize": 16,
+    "augment.crop": "none",
+    "augment.interpolation": "bilinear",
+    "augment.normalize": "half",
+    "eval_transform.resize": "resize_only",
+    "optim.schedule.warmup": "0ep",
+    "train.epochs": "2steps",
+    "train.global_batch_size": 48,
+    "train.precision": "fp32",
+    "tracking.mlflow": False,
+}
 
 ENDLESS = "train.epochs=100000steps"
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
@@ -126,6 +159,26 @@ def test_two_nodes_equal_one_machine(work: Work) -> None:
     assert f"{LOGS}/{job}-*.log" in (work.folder / f"slurm-{job}.out").read_text()
     script = (work.run("nodes") / SCRIPT).read_text().splitlines()
     assert {"#SBATCH --nodes=2", "#SBATCH --exclusive", "#SBATCH --requeue", "export ROOKERY_NPROC=2"} <= {*script}
+
+
+def test_each_script_trains_its_own_family(work: Work, digits: Path) -> None:
+    """From the checkout and without a recipe, as in the first lines of docs/slurm.md."""
+    scripts = {path.name for path in (ROOT / "slurm").iterdir()}
+    assert scripts == {*FAMILIES, "prep_imagenet.sh", "sweep.sh"}, "a script that no test of this file submits"
+    jobs = {}
+    for script, (_, options, more) in FAMILIES.items():
+        place = {"data.train": digits / "train", "data.val": digits / "test", "out": work.folder / "runs"}
+        model = {f"model.options.{key}": value for key, value in options.items()}
+        given = [f"{key}={value}" for key, value in (SHORT | place | model | more).items()]
+        said = ["--output", work.folder / "slurm-%j.out", "--chdir", ROOT]
+        jobs[script] = work.submit(*said, ROOT / "slurm" / script, f"name={script}", *given)
+    for script, job in jobs.items():
+        work.wait(job, "COMPLETED")
+        name, options, _ = FAMILIES[script]
+        model = yaml.safe_load((work.run(script) / "config.yaml").read_text())["model"]
+        assert model["name"] == name and model["options"].items() >= options.items()
+        trained = [line["loss"] for line in read_metrics(work.run(script)) if line["kind"] == "eval"]
+        assert len(trained) == 1 and math.isfinite(trained[0]) and weights(work.run(script))
 
 
 def test_preempted_requeued_and_a_node_lost(work: Work, fork_server: ForkServer) -> None:

@@ -56,7 +56,7 @@ def run_on_nodes(request: Request) -> int:
         config = load_config(request.config, request.overrides)
     run = Path(config.out, config.name)
     # A job that this very script started has asked for more than Slurm tells about it.
-    if Path(allocation.facts.get("Command", "")) != (run / SCRIPT).absolute():
+    if Path(allocation.facts.get("Command", "")).resolve() != (run / SCRIPT).resolve():
         options = [*standing_options(config.name, run), *options_of(allocation.facts)]
         write_script(run, options, request.arguments())
     logs = run / LOGS

@@ -273,7 +273,8 @@ def test_submitted_by_rookery_and_again_by_its_script(work: Work) -> None:
     script = (run / SCRIPT).read_text()
     assert '#SBATCH "--comment=two words"' in script
     (run / SCRIPT).write_text(script.replace("stop_after=2steps", "stop_after=4steps"))
-    again = work.cluster.run(run / SCRIPT, "--parsable").strip()
+    (work.folder / "another way").symlink_to(work.folder)
+    again = work.cluster.run(work.folder / "another way" / "runs" / "run" / SCRIPT, "--parsable").strip()
     work.wait(again, "COMPLETED")
     assert read_metrics(run)[-1]["step"] == 4
     assert "two words" in (run / SCRIPT).read_text()

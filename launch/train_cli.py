@@ -77,22 +77,25 @@ def train(
     from pipeline.train.status import INTERRUPTED, RESUBMIT
     from pipeline.wording import counted
 
-    if slurm:
-        named = {"--time": time, "--partition": partition}
-        options = [f"{option}={value}" for option, value in named.items() if value is not None]
-        submit(request, nodes, [*options, *(sbatch or ())], dry_run)
-        return
+    if slurm and nproc is None:
+        raise UserError("--slurm needs to know how many processes (GPUs) a node has: --nproc 8")
     job = Nodes(nproc or 1, nodes, rendezvous)
-    if not dry_run or rendezvous is not None:
+    if not (dry_run or slurm) or rendezvous is not None:
         job.check()
     with placing(config, overrides or []):
         resolved = resolve(load_config(config, overrides or []), job.world_size)
     check_place(Path(resolved.config.out), "out=...")
     check_same_run(Path(resolved.config.out, resolved.config.name), resolved)
     print_summary(resolved, job)
-    if dry_run:
+    if dry_run or slurm:
         resolved.task.try_samples(resolved)
+    if dry_run:
         print_forecast(resolved, job, images_per_second)
+        return
+    if slurm:
+        named = {"--time": time, "--partition": partition}
+        options = [f"{option}={value}" for option, value in named.items() if value is not None]
+        submit(request, resolved.config, nodes, [*options, *(sbatch or ())])
         return
     where = "" if nodes == 1 else f" on this node; waiting for the others at {rendezvous}"
     typer.echo(f"starting {counted(job.nproc, 'process')}{where} ...")

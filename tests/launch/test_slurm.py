@@ -258,3 +258,14 @@ def test_refused(
     for text in expected:
         assert text in done.stderr, done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_any_task_can_be_submitted(rookery: Rookery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of sentences is checked, forecast by a dry run, and goes as far as sbatch, which is missing."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    words = ("train", ROOT / "configs" / "nlp" / "demo.yaml", "--slurm", "--nproc", "1")
+    forecast = rookery(*words, "--dry-run", "--images-per-second", "100")
+    assert "GPU-hours at 100 " in forecast.stdout and "memory of a process" in forecast.stdout
+    assert "sbatch is not installed here" in rookery(*words, check=2).stderr
+    assert "choose another out=" in rookery(*words, "out=/proc/nowhere", check=2).stderr
+    assert not (tmp_path / "runs").exists()

@@ -118,6 +118,8 @@ def _srun(command: list[str], logs: Path, allocation: Allocation) -> tuple[int, 
             env=os.environ | {BIND: "1", "PYTHONUNBUFFERED": "1"},
         )
         status = process.wait()
+        if status == 128 + signal.SIGUSR1:  # it came while a node was still starting, with nothing to save
+            status = RESUBMIT
         return (status if status >= 0 else 1), bool(ending)
     finally:
         for number, handler in before.items():

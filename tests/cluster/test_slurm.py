@@ -301,6 +301,15 @@ def test_refused(arguments: list[str], expected: list[str], work: Work, fork_ser
     assert not work.run("run").exists()
 
 
+def test_preempted_while_it_starts(work: Work) -> None:
+    """Before `rookery train` on the node listens to signals, or has anything to save."""
+    job = work.submit(ROOT / "slurm" / "train_nest.sh", work.recipe, ENDLESS, "name=early")
+    wait_for(lambda: work.state(job) or [*work.run("early").glob(f"{LOGS}/{job}-*")], "a start", work.logs)
+    work.cluster.run("scancel", "--signal=USR1", job)
+    work.wait_for_requeue(job, 1)
+    assert "rookery: back in the queue after step 0" in (work.folder / f"slurm-{job}.out").read_text()
+
+
 def test_a_mistake_ends_the_job_with_its_message(work: Work) -> None:
     job = work.submit(ROOT / "slurm" / "train_nest.sh", work.recipe, "train.epoch=3")
     work.wait(job, "FAILED")

@@ -82,6 +82,16 @@ def _node_command(request: Request, allocation: Allocation) -> list[str]:
     return [*command, *given_options({"--threads": threads, "--restarts": request.restarts})]
 
 
+def step_environment() -> dict[str, str]:
+    """For the step that starts one `rookery train` on each node, with all GPUs that the job has there.
+
+    What the job asked for each task, or binds to each, would hold for this one.
+    """
+    left_out = ("SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU", "SLURM_TRES_PER_TASK", "SLURM_GPU_BIND")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
+    return kept | {BIND: "1", "PYTHONUNBUFFERED": "1"}
+
+
 def _srun(command: list[str], logs: Path, allocation: Allocation) -> tuple[int, bool]:
     """Run a command once on each node and wait.
 
@@ -115,7 +125,7 @@ def _srun(command: list[str], logs: Path, allocation: Allocation) -> tuple[int, 
         process = subprocess.Popen(
             [*srun, *command],
             start_new_session=True,
-            env=os.environ | {BIND: "1", "PYTHONUNBUFFERED": "1"},
+            env=step_environment(),
         )
         status = process.wait()
         if status == 128 + signal.SIGUSR1:  # it came while a node was still starting, with nothing to save

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -104,6 +105,11 @@ def options_of(facts: dict[str, str]) -> list[str]:
         if option == "gpus":
             value = value.removeprefix("gpu:")
         options.append(f"--{option}={value.split('-')[0] if option == 'nodes' else value}")
+    # GPUs of tasks, of which a node has one here, or of sockets: as many of a node, which Slurm tells in the job alone.
+    shares = " ".join(facts.get(field, "") for field in ("TresPerTask", "TresPerSocket"))
+    count, share = os.environ.get("SLURM_GPUS_ON_NODE", ""), re.search(r"\bgpu(?::([A-Za-z][\w.-]*))?\b", shares)
+    if share and count.isdecimal():
+        options.append(f"--gpus-per-node={f'{share[1]}:' if share[1] else ''}{count}")
     if facts.get("OverSubscribe") == "NO":
         options.append("--exclusive")
     return options

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.slurm import Allocation, fields, free_port, port
-from launch.slurm_job import newest_step
+from launch.slurm_job import newest_step, step_environment
 from launch.slurm_script import Request, options_of, standing_options, write_script
 from pipeline.errors import UserError
 from pipeline.train.checkpoint import COMMIT
@@ -54,6 +54,33 @@ def test_a_job_is_asked_for_again() -> None:
         "--exclude=node7",
         "--exclusive",
     }
+
+
+@pytest.mark.parametrize(
+    ("fields_", "expected"),
+    [
+        ({"TresPerTask": "gres:gpu:1"}, ["--gpus-per-node=8"]),
+        ({"TresPerTask": "cpu=4,gres/gpu=1"}, ["--gpus-per-node=8"]),
+        ({"TresPerSocket": "gres:gpu:h100:4"}, ["--gpus-per-node=h100:8"]),
+        ({"TresPerTask": "cpu=4"}, []),
+        ({"TresPerJob": "gres:gpu:16"}, ["--gpus=16"]),
+    ],
+    ids=str,
+)
+def test_gpus_of_tasks_are_asked_for_as_those_of_nodes(
+    fields_: dict[str, str], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    assert options_of(fields_) == expected
+
+
+def test_the_one_task_of_a_node_gets_all_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"SLURM_GPUS_PER_TASK": "1", "SLURM_NTASKS_PER_GPU": "1", "SLURM_GPU_BIND": "single:1"}
+    kept = {"SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "17", "NCCL_DEBUG": "INFO"}
+    for name, value in (asked | kept).items():
+        monkeypatch.setenv(name, value)
+    environment = step_environment()
+    assert environment.items() >= kept.items() and not environment.keys() & asked.keys()
 
 
 @pytest.mark.parametrize(

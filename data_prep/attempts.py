@@ -23,8 +23,11 @@ _CLIENTS = (
     *("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "httpcore", "httpcore2", "httpx", "httpx2"),
     *("requests", "urllib3"),
 )
+_NO_FILE_ERRORS = ("azure.", "huggingface_hub.")  # with an exception of their own for what is not there
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
-_NO_CREDENTIALS = re.compile(r"Credential|Token|Authentication|Unauthori[sz]ed|ProfileNotFound")
+_LASTING_NAME = re.compile(r"OfflineMode")  # Hugging Face's, which is a ConnectionError
+_NO_CREDENTIALS = re.compile(r"Credential|Token|Authentication|Unauthori[sz]ed|ProfileNotFound|RefreshError")
+_AZURE_DETAILS = re.compile(r"\s*(?:RequestId:|ErrorCode:None|Attempted credentials:)")  # and then a page
 _PASSING_STATUS = (408, 425, 429)
 _DENIED = (401, 403)
 _MEND = {
@@ -33,7 +36,8 @@ _MEND = {
     "gs": "run `gcloud auth application-default login` or set GOOGLE_APPLICATION_CREDENTIALS; "
     'for a public bucket FSSPEC_GS=\'{"token": "anon"}\'',
     "hf": "set HF_TOKEN to a token that may read it, or run `hf auth login`",
-    "abfs": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+    "abfs": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_STORAGE_CONNECTION_STRING; "
+    "for a public container AZURE_STORAGE_ANON=true",
     "http": "give an address that holds what the server asks for: user:password@, or a signature that has not expired",
 }
 _ALIASES = {"s3a": "s3", "gcs": "gs", "az": "abfs", "abfss": "abfs", "https": "http"}
@@ -94,9 +98,15 @@ def attempt(request: Callable[[], T], where: str, protocol: str, patience: Patie
     for number in range(1, patience.tries + 1):
         try:
             return request()
-        except (FileNotFoundError, UserError):
+        except UserError:
+            raise
+        except FileNotFoundError as error:
+            if _of_repository(error):
+                raise UserError(f"{where}: {_text(error)}; {mend(protocol)}") from error
             raise
         except Exception as error:
+            if type(error).__module__.startswith(_NO_FILE_ERRORS) and _status(error) == 404:
+                raise FileNotFoundError(errno.ENOENT, _text(error), where) from error
             if not _may_pass(error):
                 raise _refused(error, where, protocol) from error
             if number == patience.tries or time.monotonic() - began > patience.longest:
@@ -109,22 +119,43 @@ def attempt(request: Callable[[], T], where: str, protocol: str, patience: Patie
 
 
 def _may_pass(error: Exception) -> bool:
-    if isinstance(error, _LASTING):
+    if isinstance(error, _LASTING) or _LASTING_NAME.search(type(error).__name__):
         return False
+    if any(_is_passing_login(one) for one in _chain(error)):
+        return True
     status = _status(error)
     if status is not None:
         return status >= 500 or status in _PASSING_STATUS
     if _NO_CREDENTIALS.search(type(error).__name__):
         return False
+    if isinstance(error, RuntimeError) and "client has been closed" in str(error):
+        return True  # Hugging Face's connections are one for all threads, and the first that finds no way closes it
     return isinstance(error, OSError | EOFError) or type(error).__module__.partition(".")[0] in _CLIENTS
 
 
+def _is_passing_login(error: Any) -> bool:
+    """Whether Google's servers for credentials were not there: its client calls that 401, as if they had been."""
+    kind = type(error)
+    return kind.__module__ == "google.auth.exceptions" and (
+        kind.__name__ == "TransportError" or bool(getattr(error, "retryable", False))
+    )
+
+
+def _of_repository(error: FileNotFoundError) -> bool:
+    """Whether Hugging Face doesn't find, or doesn't show, the whole repository or this revision of it."""
+    return type(error.__cause__).__module__.startswith("huggingface_hub.")
+
+
+def mend(protocol: str) -> str:
+    """Where the credentials for such addresses come from."""
+    return _MEND.get(_ALIASES.get(protocol, protocol), f"see how {protocol}:// gets its credentials (fsspec)")
+
+
 def _refused(error: Exception, where: str, protocol: str) -> UserError:
-    mend = _MEND.get(_ALIASES.get(protocol, protocol), f"see how {protocol}:// gets its credentials (fsspec)")
     if isinstance(error, PermissionError) or _status(error) in _DENIED:
-        return UserError(f"{where}: access denied ({_text(error)}); {mend}")
+        return UserError(f"{where}: access denied ({_text(error)}); {mend(protocol)}")
     if _NO_CREDENTIALS.search(type(error).__name__):
-        return UserError(f"{where}: no credentials that could be used ({_text(error)}); {mend}")
+        return UserError(f"{where}: no credentials that could be used ({_text(error)}); {mend(protocol)}")
     return UserError(f"{where}: {_text(error)}; see whether the address is right and the file whole")
 
 
@@ -152,6 +183,8 @@ def _statuses(error: Any) -> Iterator[Any]:
     yield getattr(response, "status_code", None)
     for name in ("status", "status_code", "code"):
         yield getattr(error, name, None)
+    if type(error) is OSError and str(error).startswith("Forbidden: "):  # of gcsfs
+        yield 403
 
 
 def _chain(error: BaseException | None) -> Iterator[Any]:
@@ -162,6 +195,7 @@ def _chain(error: BaseException | None) -> Iterator[Any]:
 
 def _text(error: Exception) -> str:
     said = (getattr(error, "strerror", None) or str(error)).strip()
+    said = _AZURE_DETAILS.split(said)[0]
     if isinstance(error, TimeoutError) and not said:
         said = "no answer in time"
     name = type(error).__name__

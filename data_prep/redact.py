@@ -16,7 +16,10 @@ _SECRET_OPTION = re.compile(
     r"|^((api|access|auth|bearer|hf|session|security|tracking)_)?token$",
     re.IGNORECASE,
 )
-_USER_INFO = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s/?#'\"]*@")
+# `abfs://container@account...` names a container there.
+_USER_INFO = re.compile(
+    r"(?<![a-zA-Z0-9+.-])(?!(?i:abfss?|az)://[^\s/?#'\":@]*@)(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s/?#'\"]*@"
+)
 # Secrets of S3 often hold slashes, and the names of its buckets no colon.
 _S3_KEY = re.compile(r"(?P<scheme>\bs3a?://)[^\s/?#'\"@:]+:[^\s'\"@]+@", re.IGNORECASE)
 _QUERY = re.compile(

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from data_prep.attempts import Patience, attempt, refuses_range
+from data_prep.attempts import Patience, attempt, mend, refuses_range
+from data_prep.clients import before_connecting, connected, reading
 from data_prep.errors import DamagedFile, UserError
 from data_prep.redact import HIDDEN, redact
 from data_prep.threads import in_parallel, within
@@ -71,7 +72,7 @@ class RemoteStore:
         return self.protocol not in _WEB
 
     def read(self, file: str) -> bytes:
-        return bytes(self._request("cat_file", file))
+        return bytes(self._request("cat_file", file, **reading(self.protocol)))
 
     def read_range(self, file: str, start: int, size: int) -> bytes:
         """`size` bytes from `start` on.
@@ -126,7 +127,8 @@ class RemoteStore:
         def request() -> bytes:
             nonlocal short
             try:
-                data = bytes(self._call("cat_file", self._path(file), size, start=start, end=start + size))
+                options = {"start": start, "end": start + size} | reading(self.protocol, start + size)
+                data = bytes(self._call("cat_file", self._path(file), size, **options))
                 if len(data) < size:
                     raise EOFError(f"{len(data)} bytes of {size} from byte {start} on")
             except Exception as error:
@@ -142,6 +144,7 @@ class RemoteStore:
     def _check_size(self, file: str, size: int) -> None:
         """Raise DamagedFile if the store says that it has less than these bytes of a file; it need not say anything."""
         try:
+            self._fs.invalidate_cache()
             there = self._call("info", self._path(file), 0).get("size")
         except Exception:
             return
@@ -205,19 +208,25 @@ class RemoteStore:
         """A file as the methods of the file system name it."""
         return str(self._fs._strip_protocol(self._url(file)))
 
-    def _request(self, method: str, file: str) -> Any:
-        return self._attempt(lambda: self._call(method, self._path(file), 0), file)
+    def _request(self, method: str, file: str, **options: Any) -> Any:
+        return self._attempt(lambda: self._call(method, self._path(file), 0, **options), file)
 
     def _send(self, method: str, file: str, size: int, *args: Any) -> None:
         self._check_writable()
         try:
             self._attempt(lambda: self._call(method, args[0], size, *args[1:]), file)
         except FileNotFoundError as error:
-            raise UserError(f"{self.at(file)}: can't be written ({error}); make the bucket or folder first") from error
+            said = error.strerror or error
+            raise UserError(f"{self.at(file)}: can't be written ({said}); make the bucket or folder first") from error
 
     def _check_writable(self) -> None:
         if self.protocol in _WEB:
             raise UserError(f"{self.name}: can't be written; choose an OUT on s3://, gs:// or a path of this machine")
+        if self.protocol == "hf":
+            raise UserError(
+                f"{self.name}: can't be written, for every file would be a commit, of which the Hub allows few in an "
+                "hour; prepare into a folder, then `hf upload NAMESPACE/NAME FOLDER . --repo-type dataset`"
+            )
 
     def _attempt(self, request: Callable[[], Any], file: str) -> Any:
         return attempt(request, self.at(file), self.protocol, self.patience)
@@ -235,21 +244,26 @@ class RemoteStore:
     @property
     def _fs(self) -> Any:
         if self._connected is None:
-            import fsspec
-            from fsspec.registry import known_implementations
-
-            try:
-                # What lies there is asked for afresh: another process may have written it.
-                self._connected, _ = fsspec.core.url_to_fs(
-                    self._address + self._query, use_listings_cache=False, **self._options
-                )
-            except ImportError as error:
-                known = known_implementations.get(self.protocol, {}).get("err", str(error))
-                package = f"; pip install {_PACKAGES[self.protocol]}" if self.protocol in _PACKAGES else ""
-                raise UserError(f"{self.name}: a package is missing ({known}){package}") from error
-            except ValueError as error:
-                raise UserError(f"{self.name}: {error}; use s3://, gs://, hf://, https:// or a path") from error
+            self._connected = self._attempt(self._connect, "")
         return self._connected
+
+    def _connect(self) -> Any:
+        before_connecting(self.protocol)
+        import fsspec
+        from fsspec.registry import known_implementations, registry
+
+        if self.protocol not in known_implementations and self.protocol not in registry:
+            raise UserError(f"{self.name}: no such protocol; use s3://, gs://, abfs://, hf://, https:// or a path")
+        try:
+            # What lies there is asked for afresh: another process may have written it.
+            fs, _ = fsspec.core.url_to_fs(self._address + self._query, use_listings_cache=False, **self._options)
+        except ImportError as error:
+            known = known_implementations.get(self.protocol, {}).get("err", str(error))
+            package = f"; pip install {_PACKAGES[self.protocol]}" if self.protocol in _PACKAGES else ""
+            raise UserError(f"{self.name}: a package is missing ({known}){package}") from error
+        except ValueError as error:
+            raise UserError(f"{self.name}: {error}; {mend(self.protocol)}") from error
+        return connected(self.protocol, fs)
 
 
 _PACKAGES = {
@@ -258,6 +272,7 @@ _PACKAGES = {
     "gs": "gcsfs",
     "gcs": "gcsfs",
     "abfs": "adlfs",
+    "abfss": "adlfs",
     "az": "adlfs",
     "hf": "huggingface_hub",
     "http": "aiohttp",

@@ -198,6 +198,10 @@ S3_MEND = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         (made("ConnectError", "httpx2"), None),
         (made("HttpError", "gcsfs.retry", code=503), None),
         (made("HfHubHTTPError", "huggingface_hub.errors", response=type("R", (), {"status_code": 429})), None),
+        (RuntimeError("Cannot send a request, as the client has been closed."), None),
+        (OSError("Forbidden: b/x"), "access denied (Forbidden: b/x)"),
+        (type("OfflineModeIsEnabled", (ConnectionError,), {})("offline"), "offline; see"),
+        (made("ResourceExistsError", "azure.core.exceptions", status_code=409), "ResourceExistsError: some words"),
         (PermissionError("Access Denied"), "access denied (Access Denied)"),
         (made("NoCredentialsError", "botocore.exceptions"), "no credentials that could be used (NoCredentialsError:"),
         (made("HttpError", "gcsfs.retry", code="401"), "access denied (HttpError: some words)"),
@@ -260,10 +264,14 @@ def test_credentials_of_addresses_are_used_and_hidden(url: str, shown: str, opti
     assert str(UserError(f"{url} is bad")) == f"{shown} is bad"
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(UserError, match=r"gs://b/x: a package is missing .*; pip install gcsfs"):
-        RemoteStore("gs://b/x").read("a")
+@pytest.mark.parametrize(
+    ("scheme", "package"), [("gs", "gcsfs"), ("abfs", "adlfs"), ("abfss", "adlfs"), ("hf", "huggingface_hub")]
+)
+def test_a_missing_package_is_named(scheme: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, scheme, raising=False)
+    with pytest.raises(UserError, match=rf"{scheme}://b/x: a package is missing .*; pip install {package}"):
+        RemoteStore(f"{scheme}://b/x").read("a")
     with pytest.raises(UserError, match=r"ftpx://b: .*; use s3://, gs://"):
         RemoteStore("ftpx://b").read("a")
 

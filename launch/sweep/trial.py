@@ -226,7 +226,9 @@ class Nodes:
         resources = job.config.resources
         command = [*arguments, "--nproc", str(resources.nproc), "--threads", str(resources.cpus)]
         if resources.nodes > 1:
-            command += ["--nodes", str(resources.nodes), "--rendezvous", f"{get_node_ip_address()}:{_free_port()}"]
+            self._meeting = held_port()
+            place = f"{get_node_ip_address()}:{self._meeting.getsockname()[1]}"
+            command += ["--nodes", str(resources.nodes), "--rendezvous", place]
         self._first = NodeProcess(job.folder, job.environment)
         self._others = [_remote(job, i) for i in range(1, resources.nodes)]
         self.ids = [ray.get_runtime_context().get_node_id()]
@@ -295,7 +297,13 @@ def _remote(job: Job, index: int) -> Any:
     return ray.remote(_Remote).options(**options).remote(job.folder, job.environment)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+def held_port() -> socket.socket:
+    """A socket that keeps a free port for a process which is still to listen there, until it is closed.
+
+    To others the port is taken: nobody is given it, or can bind it, as between looking for a port and using it. Those
+    who ask to share an address, as torch's store does, can, and the first to listen has it.
+    """
+    holder = socket.socket()
+    holder.bind(("", 0))
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # before, others like it could be given the same
+    return holder

@@ -203,9 +203,18 @@ class SweepConfig(Section):
         return found
 
     def _about_the_scheduler(self) -> list[str]:
+        found = []
+        # Tune makes a trial only when another one is over, and one that waits is not.
+        waits = isinstance(self.scheduler, Pbt | Hyperband)
+        if waits and self.concurrent is not None and (self.trials is None or self.concurrent < self.trials):
+            found.append(
+                f"scheduler={self.scheduler.kind} lets trials wait for each other, and with "
+                f"concurrent={self.concurrent} most would never meet: leave concurrent out, or raise it to the "
+                "number of trials; as many as fit run at a time, so larger resources let fewer"
+            )
         if not isinstance(self.scheduler, Pbt):
-            return []
-        found = [
+            return found
+        found += [
             f"scheduler=pbt varies values again and again: space.{key} can't be a grid or have a `when`"
             for key, axis in self.space.items()
             if axis.grid or axis.when

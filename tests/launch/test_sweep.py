@@ -68,6 +68,19 @@ def write(folder: Path, **changes: Any) -> Path:
             "a grid can depend on grids only",
         ),
         ({"scheduler": {"kind": "pbt", "every": "1ep"}}, "space.optim.lr can't be a grid"),
+        (
+            {"scheduler": {"kind": "hyperband"}, "concurrent": 2},
+            "scheduler=hyperband lets trials wait for each other, and with concurrent=2 most would never meet",
+        ),
+        (
+            {
+                "scheduler": {"kind": "pbt", "every": "1ep"},
+                "space": {"optim.lr": {"uniform": [0, 1]}},
+                "trials": 4,
+                "concurrent": 3,
+            },
+            "scheduler=pbt lets trials wait for each other, and with concurrent=3 most would never meet",
+        ),
         ({"metric": "top2"}, "metric=top2"),
         ({"overrides": ["optim.lr=3"]}, "space.optim.lr varies this key"),
         ({"overrides": ["name=x"]}, "the runs are named by the sweep"),

@@ -33,6 +33,7 @@ from pipeline.tracking.files import read_json
 from pipeline.tracking.run_dir import RESULT_NAME
 from pipeline.train.status import FAILED, INTERRUPTED
 from pipeline.train.stop import STATUS, catch_signals
+from pipeline.wording import counted
 
 _TUNE = "tune"
 _VARIABLES = ("MLFLOW_TRACKING_URI", "PYTHONPATH")
@@ -120,16 +121,16 @@ def _searcher(config: SweepConfig, records: Records, lengths: dict[str, Length],
     def prepare(record: Record) -> dict[str, Any]:
         try:
             lengths[record.name], _ = plan_trial(config, record.name, record.values)
-        except Unreachable as error:
-            watch.progress.say(f"rookery: {error}; it is tried again")
+        except Unreachable:
             raise
         except UserError as error:
             # Only this combination can't be; the run says so again, and the searcher learns that it fails.
             watch.progress.say(f"rookery: {error}")
             lengths[record.name] = Length(1, 1)
+        watch.note_plan()
         return {"trial": tune_config(record, lengths[record.name])}
 
-    return OptunaSearch(config, records, prepare)
+    return OptunaSearch(config, records, prepare, watch.gives_up)
 
 
 class Watch(tune.Callback):
@@ -145,6 +146,9 @@ class Watch(tune.Callback):
         self._leaving: int | None = None
         self._awaited: set[str] = set()
         self._signal: int | None = None
+        self._outages = 0
+        self._is_idle = True
+        self._has_given_up = False
         self._before: dict[int, Any] = {}
         self._clock = time.monotonic()
 
@@ -163,8 +167,33 @@ class Watch(tune.Callback):
 
     def status(self) -> int:
         """The exit status of the sweep."""
-        failed = [record for record in self._records.all() if record.state == "failed"]
-        return self._leaving or (FAILED if failed else 0)
+        records = self._records.all()
+        if self._leaving is None and self._signal is not None and not all(record.is_over for record in records):
+            return STATUS[self._signal]  # it came where the sweep has ended without passing it on
+        failed = [record for record in records if record.state == "failed"]
+        return self._leaving or (FAILED if failed or self._has_given_up else 0)
+
+    def note_plan(self) -> None:
+        """The plan of a new trial could be made."""
+        self._outages = 0
+
+    def gives_up(self, error: Unreachable) -> bool:
+        """Whether the sweep ends because a store is out of reach for the plan of a new trial, for so many tries of it.
+
+        While other trials run, it waits: they go on. A signal ends it too, for Tune itself may be waiting here.
+        """
+        self._outages += 1
+        if self._signal is not None:
+            return True
+        if self._outages <= self._config.failures or not self._is_idle:
+            if self._outages == 1:
+                self.progress.say(f"rookery: {error}; it is tried again")
+            return False
+        if not self._has_given_up:
+            tries = counted(self._outages, "time")
+            self.progress.say(f"rookery: {error}; tried {tries}, and no trial runs: the same command goes on")
+        self._has_given_up = True
+        return True
 
     def all_have_left(self) -> bool:
         """Whether the sweep is to end and no run is left that might still save."""
@@ -184,6 +213,7 @@ class Watch(tune.Callback):
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         running = {str(trial) for trial in trials if trial.status == "RUNNING"}
+        self._is_idle = not running
         now = time.monotonic()
         hours = (now - self._clock) / 3600 * len(running) * self._config.resources.world_size
         self._records.gpu_hours += hours

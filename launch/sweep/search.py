@@ -11,6 +11,7 @@ from launch.sweep.config import SweepConfig
 from launch.sweep.records import Record, Records
 from launch.sweep.space import Values, axes, draw
 from pipeline.errors import Unreachable, UserError
+from pipeline.hashing import hash64
 
 
 class OptunaSearch(Searcher):
@@ -23,34 +24,53 @@ class OptunaSearch(Searcher):
         config: the sweep.
         records: its trials; new ones are added.
         prepare: makes Tune's config of a trial, or says why it can't run; `Unreachable` where that isn't known now.
+        gives_up: whether no trial is to be started any more after such an outage.
 
     Raises:
         UserError: Optuna is not installed.
     """
 
-    def __init__(self, config: SweepConfig, records: Records, prepare: Callable[[Record], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        config: SweepConfig,
+        records: Records,
+        prepare: Callable[[Record], dict[str, Any]],
+        gives_up: Callable[[Unreachable], bool],
+    ) -> None:
         super().__init__(metric=config.metric, mode="max" if config.is_max else "min")
-        optuna = _optuna()
-        sampler = optuna.samplers.TPESampler(
-            seed=config.searcher.seed, n_startup_trials=config.searcher.startup, constant_liar=True
-        )
         direction = "maximize" if config.is_max else "minimize"
-        self._study = optuna.create_study(sampler=sampler, direction=direction)
-        self._config, self._records, self._prepare = config, records, prepare
+        self._study = _optuna().create_study(direction=direction)
+        self._config, self._records = config, records
+        self._prepare, self._gives_up = prepare, gives_up
         self._asked: dict[str, Any] = {}
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+    def suggest(self, trial_id: str) -> Any:
+        """Tune's config of the next trial; None: not now; `FINISHED`: no more of them."""
         known, count = self._records.all(), len(self._asked)
-        if count < len(known):
-            self._study.enqueue_trial(_as_params(self._config, known[count].values))
+        record = known[count] if count < len(known) else self._records.add(self._proposed(count))
+        # New ones too: the study is to know the values that trials have, which are shorter than those it proposes.
+        self._study.enqueue_trial(_as_params(self._config, record.values))
         asked = self._asked[trial_id] = self._study.ask()
-        values = draw(axes(self._config), _Asking(asked), {})
-        record = known[count] if count < len(known) else self._records.add(values)
+        draw(axes(self._config), _Asking(asked), {})
         try:
             return self._prepare(record)
-        except Unreachable:  # Tune asks again later, and gets the same trial
+        except Unreachable as error:  # Tune asks again later, and gets the same trial
             self._study.tell(self._asked.pop(trial_id), state=_optuna().trial.TrialState.FAIL)
-            return None
+            return Searcher.FINISHED if self._gives_up(error) else None
+
+    def _proposed(self, number: int) -> Values:
+        """The values of a new trial: a function of the seed, its number, and the results so far.
+
+        The generator of one study for all would begin anew when the sweep does, and propose its first trials again.
+        """
+        searcher, optuna = self._config.searcher, _optuna()
+        self._study.sampler = optuna.samplers.TPESampler(
+            seed=int(hash64(searcher.seed, number) % 2**32), n_startup_trials=searcher.startup, constant_liar=True
+        )
+        asked = self._study.ask()
+        values = draw(axes(self._config), _Asking(asked), {})
+        self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
+        return values
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         asked = self._asked[trial_id]

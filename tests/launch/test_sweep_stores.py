@@ -63,7 +63,7 @@ def test_what_tune_keeps_of_a_sweep_has_no_credentials(options: dict[str, Any], 
     sweep = load_sweep(write(tmp_path, **(changes | options)))
     kept: Any = make_scheduler(sweep, 4.0, 1)
     if "searcher" in options:
-        kept = OptunaSearch(sweep, Records(sweep), lambda record: {})
+        kept = OptunaSearch(sweep, Records(sweep), lambda record: {}, lambda error: False)
     assert b"SECRET" in cloudpickle.dumps(sweep) and b"SECRET" not in cloudpickle.dumps(kept)
 
 
@@ -97,7 +97,7 @@ def test_an_outage_while_optuna_proposes_costs_no_trial(tmp_path: Path) -> None:
     space = {"optim.lr": {"uniform": [0.0, 1.0]}}
     config = load_sweep(write(tmp_path, space=space, searcher="optuna", trials=2))
     prepare = Mock(side_effect=[Unreachable("gone"), {"trial": "first"}, {"trial": "second"}])
-    search = OptunaSearch(config, Records(config), prepare)
+    search = OptunaSearch(config, Records(config), prepare, lambda error: False)
     assert [search.suggest(name) for name in "abc"] == [None, {"trial": "first"}, {"trial": "second"}]
     one, again, other = (call.args[0] for call in prepare.call_args_list)
     assert one is again and again.values != other.values

@@ -22,6 +22,7 @@ from launch.sweep.config import Metric, SweepConfig
 from launch.sweep.milestones import Calendar, Length
 from launch.sweep.plan import plan_trial
 from launch.sweep.records import Record, Records
+from launch.sweep.rounds import begun_round, left_to_take
 from launch.sweep.schedulers import make_scheduler
 from launch.sweep.search import OptunaSearch
 from launch.sweep.space import hidden, revealed, shown
@@ -29,8 +30,6 @@ from launch.sweep.table import Progress
 from launch.sweep.take_over import GIVEN
 from launch.sweep.trial import LEAVE, Job, Trial
 from pipeline.errors import Unreachable, UserError
-from pipeline.tracking.files import read_json
-from pipeline.tracking.run_dir import RESULT_NAME
 from pipeline.train.status import FAILED, INTERRUPTED
 from pipeline.train.stop import STATUS, catch_signals
 from pipeline.wording import counted
@@ -53,15 +52,16 @@ def run_sweep(config: SweepConfig, records: Records, calendar: Calendar, facts: 
     (folder / LEAVE).unlink(missing_ok=True)
     shutil.rmtree(folder / _TUNE, ignore_errors=True)
     lengths = calendar.lengths
-    first_round = max((_rounds_done(records, record, calendar) for record in records.all()), default=0)
+    is_pbt = config.scheduler.kind == "pbt"
+    first_round = begun_round(records, calendar) if is_pbt else 1
+    left = left_to_take(records) if is_pbt else {}
     environment = {k: v for k, v in os.environ.items() if k in _VARIABLES or k.startswith(ENVIRONMENT)}
-    forget = first_round if config.scheduler.kind == "pbt" else 0
-    job = Job(config, facts.gpus, tuple(calendar.milestones), forget, str(Path.cwd()), environment)
+    job = Job(config, facts.gpus, tuple(calendar.milestones), first_round, str(Path.cwd()), environment)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(records, lengths))
         watch = Watch(config, records, progress, NodeNames(ray))
         searcher = _searcher(config, records, lengths, watch)
-        configs = [tune_config(record, lengths[record.name]) for record in records.all()]
+        configs = [tune_config(record, lengths[record.name]) | left.get(record.name, {}) for record in records.all()]
         trainable = tune.with_resources(
             tune.with_parameters(Trial, job=job),
             tune.PlacementGroupFactory(
@@ -73,7 +73,7 @@ def run_sweep(config: SweepConfig, records: Records, calendar: Calendar, facts: 
             trainable,
             param_space={} if searcher else {"trial": tune.grid_search(configs)},
             tune_config=tune.TuneConfig(
-                scheduler=make_scheduler(config, calendar.epochs, max(1, first_round)),
+                scheduler=make_scheduler(config, calendar.epochs, first_round),
                 search_alg=searcher,
                 num_samples=config.trials or 1 if searcher else 1,
                 max_concurrent_trials=config.concurrent,
@@ -104,14 +104,13 @@ def run_sweep(config: SweepConfig, records: Records, calendar: Calendar, facts: 
 
 def tune_config(record: Record, length: Length) -> dict[str, Any]:
     """What an actor has to know of its trial. Tune writes it down, so it has no credentials."""
-    return {"name": record.name, "values": hidden(record.values), "length": list(length), "over": record.is_over}
-
-
-def _rounds_done(records: Records, record: Record, calendar: Calendar) -> int:
-    step = int((read_json(records.path(record) / RESULT_NAME) or {}).get("step", 0))
-    length = calendar.lengths[record.name]
-    done = (part.time for part in calendar.milestones if round(part.epochs * length.steps_per_epoch) <= step)
-    return max(done, default=0)
+    return {
+        "name": record.name,
+        "values": hidden(record.values),
+        "length": list(length),
+        "over": record.is_over,
+        "told": int(record.figures.get("step", 0)),
+    }
 
 
 def _searcher(config: SweepConfig, records: Records, lengths: dict[str, Length], watch: Watch) -> OptunaSearch | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -73,10 +74,12 @@ class Evaluations:
     Args:
         run: the run directory; it need not exist yet.
         seen: step of the last evaluation that is known already.
+        until: later ones are left out.
     """
 
-    def __init__(self, run: Path, seen: int) -> None:
+    def __init__(self, run: Path, seen: int, until: float = math.inf) -> None:
         self.seen = seen
+        self._until = until
         self._path = run / METRICS_NAME
         self._offset, self._inode = 0, 0
         self._waiting: list[dict[str, Any]] = []
@@ -87,7 +90,7 @@ class Evaluations:
         self._read()
         while self._waiting:
             line = self._waiting.pop(0)
-            if line["step"] > self.seen:
+            if self.seen < line["step"] <= self._until:
                 self.seen = line["step"]
                 return line
         return None

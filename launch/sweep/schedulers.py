@@ -14,6 +14,7 @@ from ray.tune.schedulers import (
 
 from launch.sweep.config import Asha, Axis, Hyperband, Median, Pbt, SweepConfig
 from launch.sweep.milestones import hyperband_halvings
+from launch.sweep.rounds import write_round
 from launch.sweep.space import Hashed, Values, choose
 
 _OVER = ("TERMINATED", "ERROR")
@@ -30,7 +31,7 @@ def make_scheduler(config: SweepConfig, epochs: float, first_round: int) -> Tria
     judged: dict[str, Any] = {"time_attr": "time", "metric": config.metric, "mode": "max" if config.is_max else "min"}
     if isinstance(wanted, Asha):
         lengths: dict[str, Any] = {"grace_period": wanted.grace.value, "max_t": epochs}
-        return AsyncHyperBandScheduler(**judged, **lengths, reduction_factor=wanted.factor)
+        return _Asha(**judged, **lengths, reduction_factor=wanted.factor)
     if isinstance(wanted, Hyperband):
         # Rounded down there, where a power of the factor may come out a little too small.
         longest = wanted.factor ** hyperband_halvings(wanted, epochs) + 1e-6
@@ -38,17 +39,36 @@ def make_scheduler(config: SweepConfig, epochs: float, first_round: int) -> Tria
     if isinstance(wanted, Median):
         # Without yielding to others in between: a pause costs a start.
         never: Any = float("inf")
-        return MedianStoppingRule(
+        return _Median(
             **judged, grace_period=wanted.grace.value, min_samples_required=wanted.least, min_time_slice=never
         )
     return Rounds(config, wanted, first_round) if isinstance(wanted, Pbt) else FIFOScheduler()
+
+
+class _Asha(AsyncHyperBandScheduler):
+    """Stops no trial at a result of an earlier start after which it went on: then fewer had come there."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        action = super().on_trial_result(tune_controller, trial, result)
+        return TrialScheduler.CONTINUE if result.get("is_passed") else action
+
+
+class _Median(MedianStoppingRule):
+    """Likewise."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        action = super().on_trial_result(tune_controller, trial, result)
+        if result.get("is_passed"):
+            self._stopped_trials.discard(trial)
+            return TrialScheduler.CONTINUE
+        return action
 
 
 class Rounds(FIFOScheduler):
     """Population based training: who has finished a round waits for all others; then the worst take over.
 
     Who takes over from whom, and the values that come out, are a function of the sweep's seed, the round and the
-    trials' results, so that a sweep which is killed and started again decides the same.
+    trials' results, so that a sweep which is killed before it has written a round down decides the same.
 
     Args:
         config: the sweep.
@@ -68,7 +88,7 @@ class Rounds(FIFOScheduler):
         return {}
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        self._done.setdefault(str(trial), 0)
+        self._done.setdefault(str(trial), self._round - 1)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         name = str(trial)
@@ -101,17 +121,23 @@ class Rounds(FIFOScheduler):
         ranked = sorted(left, key=lambda trial: (sign * self._results[str(trial)][self._config.metric], str(trial)))
         count = min(max(1, round(len(ranked) * self._wanted.quantile)), len(ranked) // 2)
         best = ranked[len(ranked) - count :]
+        takes = {}
         for number, trial in enumerate(ranked[:count]):
             draws = Hashed(self._config.searcher.seed, self._round, number)
             donor = best[draws.option("donor", count)]
-            trial.set_config(self._taken(trial, donor, draws))
+            takes[str(trial)] = self._taken(donor, draws)
+        write_round(self._config.folder, self._round, self._results[str(ranked[0])]["step"], takes)
+        for trial in ranked[:count]:
+            trial.set_config({"trial": trial.config["trial"] | takes[str(trial)]})
         self._round += 1
 
-    def _taken(self, trial: Any, donor: Any, draws: Hashed) -> dict[str, Any]:
+    def _taken(self, donor: Any, draws: Hashed) -> dict[str, Any]:
         step = self._results[str(donor)]["step"]
         values = varied(donor.config["trial"]["values"], self._config.space, self._wanted, draws)
-        source = {"donor": str(donor), "step": step, "ticket": f"round {self._round}"}
-        return {"trial": trial.config["trial"] | {"values": values, "take_over": source}}
+        return {
+            "values": values,
+            "take_over": {"donor": str(donor), "step": step, "ticket": f"round {self._round}"},
+        }
 
 
 def varied(values: Values, space: dict[str, Axis], wanted: Pbt, draws: Hashed) -> Values:

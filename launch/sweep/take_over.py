@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from launch.sweep.config import SweepConfig
 from launch.sweep.records import TAKEN_OVER
 from launch.sweep.space import Values
-from pipeline.tracking.files import append_line, read_lines
-from pipeline.tracking.metrics import MetricsLog
-from pipeline.tracking.run_dir import save_config
+from pipeline.tracking.files import append_line, read_json, read_lines
+from pipeline.tracking.metrics import MetricsLog, read_metrics
+from pipeline.tracking.run_dir import RESULT_NAME, save_config
 
 # Checkpoints that trials have ended rounds with, beside the run directories: the runs themselves keep only the newest.
 GIVEN = "given"
@@ -50,7 +51,7 @@ def take_over(config: SweepConfig, run: Path, values: Values, donor: str, step: 
     Raises:
         RuntimeError: the donor's checkpoint is missing or damaged.
     """
-    if any(line["ticket"] == ticket for line in read_lines(run / TAKEN_OVER)):
+    if any(is_taken(line, donor, step, ticket) for line in read_lines(run / TAKEN_OVER)):
         return
     # torch takes seconds to import, and most trials never come here.
     from launch.sweep.plan import run_config
@@ -61,15 +62,35 @@ def take_over(config: SweepConfig, run: Path, values: Values, donor: str, step: 
     if given is None or given.step != step:
         raise RuntimeError(f"{donor} has left no checkpoint of step {step} in {_given(run.parent / donor)}")
     own = CheckpointStore(run / "checkpoints").newest()
-    kept = {} if own is None else {key: own.progress()[key] for key in ("best", "seconds")}
+    if own is not None and own.step >= step:
+        kept = {key: own.progress()[key] for key in ("best", "seconds")}
+    else:  # killed when its own had made way, and the donor's was not yet there
+        result = read_json(run / RESULT_NAME) or {}
+        kept = {key: result[name] for key, name in (("best", "best"), ("seconds", "wall_seconds")) if name in result}
     resolved = resolve(run_config(config, run.name, values), config.resources.world_size)
     install(given, run / "checkpoints", given.progress() | kept)
     save_config(run, resolved.config.model_dump(mode="json"))
     metrics = MetricsLog(run)
-    samples, epoch = step * resolved.order.batch, resolved.plan.epoch(step)
-    metrics.log("event", step, samples=samples, epoch=epoch, event="taken_over", donor=donor, values=values)
+    if not any(_says(line, donor, step) for line in read_metrics(run)):
+        samples, epoch = step * resolved.order.batch, resolved.plan.epoch(step)
+        metrics.log("event", step, samples=samples, epoch=epoch, event="taken_over", donor=donor, values=values)
     metrics.close()
     append_line(run / TAKEN_OVER, {"ticket": ticket, "donor": donor, "step": step, "values": values})
+
+
+def is_taken(line: dict[str, Any], donor: str, step: int, ticket: str) -> bool:
+    """Whether a line of `taken_over.jsonl` is about this one; with another `scheduler.every` tickets may be equal."""
+    return (line["donor"], line["step"], line["ticket"]) == (donor, step, ticket)
+
+
+def can_give(run: Path, step: int) -> bool:
+    """Whether a run has, or has given, its checkpoint of a step."""
+    name = f"step-{step:08d}"
+    return (run / "checkpoints" / name / "commit.json").exists() or (_given(run) / name).exists()
+
+
+def _says(line: dict[str, Any], donor: str, step: int) -> bool:
+    return line.get("event") == "taken_over" and (line["donor"], line["step"]) == (donor, step)
 
 
 def _given(run: Path) -> Path:

@@ -24,7 +24,7 @@ from launch.sweep.config import Metric, Pbt, SweepConfig
 from launch.sweep.milestones import Length, Milestone
 from launch.sweep.processes import LOGS, Evaluations, NodeProcess, end_of
 from launch.sweep.space import TRIALS, Values, arguments_of, revealed
-from launch.sweep.take_over import give, take_over
+from launch.sweep.take_over import can_give, give, take_over
 from pipeline.tracking.files import read_json
 from pipeline.tracking.run_dir import RESULT_NAME, is_locked
 from pipeline.train.again import most_telling
@@ -74,6 +74,11 @@ class Job:
 class Trial(tune.Trainable):
     """See the module; `driver.tune_config` makes its config."""
 
+    # Step of the newest evaluation that an earlier start of the sweep has heard of.
+    told = 0
+    # The evaluation at the end of a part, until its checkpoint and weights are written too.
+    _held: dict[str, Any] | None = None
+
     def setup(self, config: dict[str, Any], job: Job) -> None:  # type: ignore[override]  # Tune adds the job
         self.job = job
         os.chdir(job.folder)  # Tune has a folder for each trial; recipes and shards are named from the sweep's
@@ -86,7 +91,9 @@ class Trial(tune.Trainable):
         steps = [(max(1, round(m.epochs * self.length.steps_per_epoch)), m.time) for m in job.milestones]
         self.milestones: list[tuple[int, int]] = steps
         forgotten = [step for step, number in steps if number < job.forget]
-        self.evaluations = Evaluations(self.run_dir, seen=max(forgotten, default=0))
+        self.told = own.get("told", 0)
+        self.evaluations = self._evaluations(seen=max(forgotten, default=0))
+        self._held = None
         self.nodes: Nodes | None = None
         self.ids = [ray.get_runtime_context().get_node_id()]
         self.last: dict[str, Any] = {}
@@ -99,8 +106,9 @@ class Trial(tune.Trainable):
         """
         while True:
             status = None if self.nodes is None else self.nodes.poll()
-            figures = self.evaluations.next()
-            if figures is not None:
+            figures = self._held or self.evaluations.next()
+            self._held = figures if figures is not None and self._is_open(figures["step"], status) else None
+            if figures is not None and self._held is None:
                 return self._evaluated(figures, status)
             if self.nodes is None:
                 if self.is_over or self._reached() >= self.length.end_step:
@@ -115,17 +123,32 @@ class Trial(tune.Trainable):
             else:
                 return self._ended(status)
 
+    def _is_open(self, step: int, status: int | None) -> bool:
+        """Whether an evaluation ends a part of which something is still to be written.
+
+        The run does that, or, where it was killed before, the next start of it.
+        """
+        if status is not None or step != self._end_of_part(step - 1) or self.is_over:
+            return False
+        reached = self._reached()
+        return (
+            self.nodes is not None
+            or reached < step
+            or (reached == step and self._gives(step) and not can_give(self.run_dir, step))
+        )
+
+    def _gives(self, step: int) -> bool:
+        """Whether others may take over what a step leaves."""
+        return isinstance(self.job.config.scheduler, Pbt) and any(step == end for end, _ in self.milestones)
+
     def _evaluated(self, figures: dict[str, Any], status: int | None) -> dict[str, Any]:
-        """The result of an evaluation; that of a part's end counts when its checkpoint and weights are written too."""
-        ends = figures["step"] == self._end_of_part(figures["step"] - 1)
-        if ends and self.nodes is not None:
-            status = self.nodes.wait()
+        """The result of an evaluation."""
         if status:
             return self._ended(status)
         if status == 0:
             self.nodes = None
-            if isinstance(self.job.config.scheduler, Pbt):
-                give(self.run_dir, figures["step"])
+        if self.nodes is None and self._gives(figures["step"]) and self._reached() == figures["step"]:
+            give(self.run_dir, figures["step"])
         return self._result(figures)
 
     def _start(self) -> None:
@@ -134,7 +157,7 @@ class Trial(tune.Trainable):
             time.sleep(_LOOK_SECONDS)
         if self.take_over is not None:
             take_over(self.job.config, self.run_dir, self.values, **self.take_over)
-        part = self._end_of_part(self.evaluations.seen)
+        part = self._end_of_part(self.evaluations.seen if self._held is None else self._held["step"] - 1)
         arguments = arguments_of(self.job.config, self.trial_name, self.values)
         if part < self.length.end_step:
             arguments.append(f"train.stop_after={part}steps")
@@ -174,12 +197,13 @@ class Trial(tune.Trainable):
             figures = figures | {metric: self._worst}
         done = self.nodes is None and figures["step"] >= self.length.end_step
         self.last = figures | {"time": self._time(figures["step"]), "nodes": self.ids}
-        return self.last | {"done": done, "ended": "finished" if done else ""}
+        is_passed = figures["step"] < self.told
+        return self.last | {"done": done, "ended": "finished" if done else "", "is_passed": is_passed}
 
     def _last(self, ended: str, **more: Any) -> dict[str, Any]:
         """A result that says only how the trial ended."""
         nothing = {self.job.config.metric: self._worst, "time": 0, "step": 0, "nodes": self.ids}
-        return nothing | self.last | {"done": True, "ended": ended} | more
+        return nothing | self.last | {"done": True, "ended": ended, "is_passed": False} | more
 
     @property
     def _worst(self) -> float:
@@ -197,8 +221,12 @@ class Trial(tune.Trainable):
         return {"seen": self.evaluations.seen, "last": self.last}
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        self.evaluations = Evaluations(self.run_dir, seen=checkpoint["seen"])
+        self.evaluations = self._evaluations(checkpoint["seen"])
         self.last = checkpoint["last"]
+
+    def _evaluations(self, seen: int) -> Evaluations:
+        # What its run measured after it was stopped, until it had saved, was told to nobody and is not now.
+        return Evaluations(self.run_dir, seen, until=self.told if self.is_over else math.inf)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Become another trial, or the same one after a pause: a new process would import everything once more."""

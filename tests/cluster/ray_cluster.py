@@ -22,14 +22,16 @@ class RayCluster:
 
     Args:
         nodes: how many; the first one has the GCS.
+        path: folders that come first where its processes, and sweeps, look for modules.
     """
 
-    def __init__(self, nodes: int) -> None:
+    def __init__(self, nodes: int, *path: Path) -> None:
         self._count = nodes
+        self._path = os.pathsep.join(map(str, [*path, ROOT]))
         self._nodes: list[Any] = []
 
     def __enter__(self) -> RayCluster:
-        quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+        quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": self._path}
         os.environ.update(quiet | {"RAY_worker_niceness": "0"})
         from ray.cluster_utils import Cluster
 
@@ -85,7 +87,7 @@ class RayCluster:
             return subprocess.Popen(
                 command("sweep", sweep, *arguments, "--address", self.address),
                 cwd=sweep.parent,
-                env=environment(),
+                env=environment() | {"PYTHONPATH": self._path},
                 stdout=log,
                 stderr=log,
                 text=True,

@@ -28,7 +28,7 @@ from launch.sweep.take_over import give, take_over
 from pipeline.config_load import load_config
 from pipeline.data.order import default_lanes
 from pipeline.errors import UserError
-from pipeline.tracking.files import read_lines
+from pipeline.tracking.files import read_lines, write_json
 from pipeline.tracking.metrics import MetricsLog, read_metrics
 from pipeline.tracking.run_dir import RunDir
 from pipeline.train.checkpoint import CheckpointStore
@@ -496,29 +496,44 @@ def test_evaluations_come_once_each_though_the_file_is_cut_back(tmp_path: Path) 
     metrics.close()
 
 
-def test_taking_over(shards: Path, tmp_path: Path) -> None:
-    """Another run's checkpoint, under values of its own; what the run measured itself stays."""
+@pytest.mark.parametrize("killed", ["", "removed", "installed", "told"])
+def test_taking_over(killed: str, shards: Path, tmp_path: Path) -> None:
+    """Another run's checkpoint, under values of its own; what the run measured itself stays.
+
+    Killed once its own checkpoint is removed, the donor's is in place, or the event is in the metrics, it is called
+    again.
+    """
     tree = {"name": "x", "model": {"name": "nest_micro"}, "data": {"train": f"{shards}/train", "val": f"{shards}/val"}}
     tree |= {"train": {"epochs": 2, "global_batch_size": 2}, "optim": {"lr": 1e-3}, "augment": {"crop": "none"}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
     space = {"optim.lr": {"choice": [1e-3, 1e-4, 5e-4]}, "optim.weight_decay": {"choice": [0.0, 0.1]}}
     sweep = load_sweep(write(tmp_path, space=space, trials=2, scheduler={"kind": "pbt", "every": "1ep"}))
     own, donor = (sweep.folder / "trials" / name for name in ("own", "donor"))
-    for run, best in ((own, 0.2), (donor, 0.3)):
+    for run, figure in ((own, 0.2), (donor, 0.3)):
         run.mkdir(parents=True)
         store = CheckpointStore(run / "checkpoints")
         for step in (2, 4):
             text = f"{run.name} {step}"
-            progress = {"step": step, "best": {"top1": best}, "seconds": best, "losses": [best]}
+            progress = {"step": step, "best": {"top1": figure}, "seconds": figure, "losses": [figure]}
             store.save(step, progress, lambda path, text=text: (path / "state.pt").write_text(text) and None, ALONE)
     give(donor, 4)
     (donor / "checkpoints" / "step-00000004" / "commit.json").unlink()  # as when the donor goes on and retires it
     values = {"optim.lr": 5e-4, "optim.weight_decay": 0.1}
+    best = 0.2
+    if killed == "removed":
+        best = 0.25  # which only its result still knows
+        (own / "checkpoints" / "step-00000004" / "commit.json").unlink()
+        write_json(own / "result.json", {"step": 4, "best": {"top1": best}, "wall_seconds": best})
+    elif killed:
+        take_over(sweep, own, values, donor="donor", step=4, ticket="round 1")
+        (own / "taken_over.jsonl").unlink()
+        if killed == "installed":
+            (own / "metrics.jsonl").unlink()
     for _ in range(2):
         take_over(sweep, own, values, donor="donor", step=4, ticket="round 1")
     taken = CheckpointStore(own / "checkpoints").newest()
     assert taken is not None and taken.step == 4 and (taken.path / "state.pt").read_text() == "donor 4"
-    assert taken.progress() == {"step": 4, "best": {"top1": 0.2}, "seconds": 0.2, "losses": [0.3]}
+    assert taken.progress() == {"step": 4, "best": {"top1": best}, "seconds": best, "losses": [0.3]}
     saved = RunDir.saved_config(own)
     assert saved is not None and (saved["optim"]["lr"], saved["optim"]["weight_decay"]) == (5e-4, 0.1)
     assert len(read_lines(own / "taken_over.jsonl")) == 1

@@ -84,7 +84,7 @@ def prepare_splits(
     jobs = {}
     for split in chosen:  # all of them are listed before any work: a bad one shows at once
         listing = _list(opened, split, progress)
-        _tell_empty(listing, split, progress)
+        _tell_doubts(listing, split, progress)
         directory = options.maps_of(split)
         maps = None if directory is None else open_token_maps(directory, listing)
         plan = make_plan(listing, opened.kind, opened.name, split, options, maps)
@@ -107,8 +107,10 @@ def _list(source: Source, split: str, progress: Progress) -> Listing:
     return listing
 
 
-def _tell_empty(listing: Listing, split: str, progress: Progress) -> None:
-    """Name the classes that the split has no image of: a slip of the pen in one split makes such a class."""
+def _tell_doubts(listing: Listing, split: str, progress: Progress) -> None:
+    """Name what the source has doubts about, and classes without an image: a slip of the pen in one split makes one."""
+    for doubt in listing.doubts:
+        progress.say(f"{split}: warning: {doubt}")
     counts = np.bincount(listing.labels, minlength=len(listing.classes)).tolist()
     empty = [printable(name) for name, count in zip(listing.classes, counts, strict=True) if not count]
     if empty:

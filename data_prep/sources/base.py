@@ -59,6 +59,7 @@ class Listing:
         blocks: (n,) number of the block that has to be read as a whole to get at an image; None: images stand alone.
         rejected: what the source holds that can't be listed as an image.
         content: hash of whatever the columns don't show of the source's contents.
+        doubts: what looks as if another source was meant, for a line of warning each.
     """
 
     classes: list[str]
@@ -71,6 +72,7 @@ class Listing:
     blocks: np.ndarray | None = None
     rejected: list[BadImage] = field(default_factory=list)
     content: str = ""
+    doubts: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.names)

@@ -17,6 +17,10 @@ from data_prep.options import PrepOptions
 from data_prep.sources.base import SPLIT_NAMES, Item, Listing, hidden, reading
 from data_prep.wording import printable
 
+SHOWN = 5
+SPLIT_WORDS = {*SPLIT_NAMES, "training", "testing", "dev", "eval"}
+"""What folders of splits are called, in lower case: more than what is taken for one."""
+
 
 class FolderSource:
     """Every regular file below a class folder is an image of that class, except hidden ones.
@@ -70,7 +74,31 @@ class FolderSource:
             FolderReader(str(root)),
             stems=[PurePosixPath(name).stem for name in names],
             rejected=sorted(rejected, key=lambda bad: bad.source),
+            doubts=self._doubts(names),
         )
+
+    def _doubts(self, names: list[str]) -> list[str]:
+        """What looks like a folder too high up, or like splits under names that aren't known: labels would be wrong."""
+        below: dict[str, set[str]] = {}  # of each class with images: the folders in it that they lie in, "" for none
+        for name in names:
+            parts = name.split("/", 2)
+            below.setdefault(parts[0], set()).add(parts[1] if len(parts) > 2 else "")
+        doubts = []
+        inner = set().union(*below.values())
+        splits = any(names and {name.lower() for name in names} <= SPLIT_WORDS for names in (set(below), inner))
+        if inner and "" not in inner and (splits or len(below) == 1):
+            folder = next(iter(below))
+            doubts.append(
+                f"all images of the class {printable(folder)} lie in folders in it, such as "
+                f"{printable(f'{folder}/{min(below[folder])}')}; if the classes are these, name the folder that holds "
+                f"them, and call folders of splits {', '.join(SPLIT_NAMES)}"
+            )
+        if left_out := [folder for folder in _folders(self.path) if not self.unnamed and folder not in self._roots]:
+            doubts.append(
+                f"left out, being no split ({', '.join(SPLIT_NAMES)}): {', '.join(map(printable, left_out[:SHOWN]))}"
+                + (f" and {len(left_out) - SHOWN:,} more" if len(left_out) > SHOWN else "")
+            )
+        return doubts
 
     def _check_forms(self, classes: list[str]) -> None:
         """Refuse names that look the same: macOS writes an accent as a letter of its own, others don't."""

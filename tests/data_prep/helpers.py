@@ -49,7 +49,7 @@ def make_folder(root: Path, classes: Sequence[str] = ("ant", "bee", "cat"), per_
         (root / name).mkdir(parents=True)
         for number in range(per_class):
             data = encoded(pixels(100 * label + number, size, size * 3 // 4))
-            (root / name / f"{name} {number}.v1.jpg").write_bytes(data)
+            (root / name / f"{Path(name).name} {number}.v1.jpg").write_bytes(data)
     return root
 
 

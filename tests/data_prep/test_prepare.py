@@ -232,6 +232,37 @@ def test_classes_that_a_split_has_no_image_of_are_told(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("below", "doubt"),
+    [
+        (("Train/ant", "Train/bee", "Test/ant"), "all images of the class Test lie in folders in it, such as Test/ant"),
+        (("training/ant", "dev/ant"), "all images of the class dev lie in folders in it, such as dev/ant"),
+        (("all/train/ant", "all/val/ant"), "all images of the class all lie in folders in it, such as all/train"),
+        (("one/train/ant", "two/val/ant"), "all images of the class one lie in folders in it, such as one/train"),
+        (
+            ("train/ant", "tset/ant", "x\x1b/a"),
+            r"left out, being no split (train, val, validation, valid, test): tset, x\x1b",
+        ),
+        (("ant/images", "bee/images"), None),
+        (("ant/2019", "ant/2020", "bee/2019", "bee/2020"), None),
+        (
+            ("train/ant/images", "val/ant/images"),
+            "all images of the class ant lie in folders in it, such as ant/images",
+        ),
+        (("train/ant", "train/bee", "val/ant", "val/bee"), None),
+        (("ant",), None),
+    ],
+)
+def test_folders_that_look_like_other_folders_are_told(
+    tmp_path: Path, below: tuple[str, ...], doubt: str | None
+) -> None:
+    make_folder(tmp_path / "source", below, per_class=1)
+    text = io.StringIO()
+    prepare_splits(tmp_path / "source", tmp_path / "out", options(), ["train"], LineProgress(text))
+    warned = [line.partition("; ")[0] for line in text.getvalue().splitlines() if "warning" in line]
+    assert warned == ([f"train: warning: {doubt}"] if doubt else [])
+
+
 @pytest.mark.parametrize("split", ["../x", "", ".hidden"])
 def test_split_names_stay_below_out(source: Path, tmp_path: Path, split: str) -> None:
     with pytest.raises(UserError, match="--split"):

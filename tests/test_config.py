@@ -409,6 +409,9 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     assert "did you mean " + str(CONFIGS / "nest/tiny_cifar10.yaml") in mistake(CONFIGS / "tiny_cifar10.yaml")
     assert "no such config; did you mean " + str(DEMO) in mistake(CONFIGS / "dmo.yaml")
     assert mistake(tmp_path / "x" / "y.yaml") == f"{tmp_path}/x/y.yaml: no such config"
+    assert mistake(Path("train.epochs=3"), "demo.yaml") == (
+        "train.epochs=3: no such config; the recipe comes first, then key=value"
+    )
     assert mistake(CONFIGS) == f"{CONFIGS}: a folder; name one of the recipes in it: demo.yaml"
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     assert "can't read this config" in mistake(tmp_path / "binary.yaml")

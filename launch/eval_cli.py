@@ -108,6 +108,7 @@ def find_job(run: Path, weights: str | None, data: str | None, precision: str | 
         UserError: there is nothing to evaluate there, or no split to do it on.
     """
     from pipeline.config_load import parse_tree
+    from pipeline.tracking.run_data import data_of_run
     from pipeline.tracking.run_dir import CONFIG_NAME, RunDir
     from pipeline.train.eval_worker import EvalJob
     from pipeline.train.export import MODEL_CONFIG, exported_task
@@ -126,7 +127,8 @@ def find_job(run: Path, weights: str | None, data: str | None, precision: str | 
             f"{run}: neither a run directory ({CONFIG_NAME}) nor exported weights ({MODEL_CONFIG}){_runs_in(run)}"
         )
     config = parse_tree(saved, str(run / CONFIG_NAME))
-    data = data or config.data.val
+    if data is None and config.data.val is not None:
+        data = data_of_run(run, config.data.val)
     if data is None:
         raise UserError(f"{run}: which split? pass --data DIRECTORY")
     directory, step = _weights_of(run, weights)

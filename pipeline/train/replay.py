@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from data_prep.store import is_remote
 from pipeline.data.loader import load_sample
 from pipeline.data.shards import ShardSet
 from pipeline.data.substitute import BadSample
 from pipeline.errors import UserError
 from pipeline.tracking.files import read_json
+from pipeline.tracking.run_data import data_of_run
 from pipeline.tracking.run_dir import FACTS_NAME, RunDir
 from pipeline.train.quarantine import read_quarantine
 
@@ -52,7 +51,7 @@ def replay(run: Path, data: str | Path | None = None) -> tuple[str, list[Replaye
     if config is None:
         raise UserError(f"{run}: no run directory; name one, such as runs/<name>")
     facts = read_json(run / FACTS_NAME) or {}
-    directory = data or _found(config["data"]["train"], facts)
+    directory = data or data_of_run(run, config["data"]["train"])
     listed = read_quarantine(run)
     shards = ShardSet(directory, check_files=False)
     trained_on = facts.get("datasets", {}).get("train", {}).get("fingerprint")
@@ -74,9 +73,3 @@ def replay(run: Path, data: str | Path | None = None) -> tuple[str, list[Replaye
         for line in listed
     ]
     return shards.directory, again
-
-
-def _found(path: str, facts: dict[str, Any]) -> str | Path:
-    """Where the run found its shards; it may have been started in another folder."""
-    here = Path(path)
-    return path if is_remote(path) else here if here.exists() else Path(facts.get("folder", "."), path)

@@ -12,6 +12,7 @@ from pipeline.config_load import parse_tree
 from pipeline.data.augment.settings import AugmentConfig, EvalTransformConfig
 from pipeline.errors import UserError
 from pipeline.resolve import build_model
+from pipeline.tracking.run_data import data_of_run
 from pipeline.tracking.run_dir import RunDir
 from pipeline.train.engines import saved_weights
 from pipeline.train.export import load_weights
@@ -74,7 +75,7 @@ class Trained:
             config.model.name,
             model.img_size,
             config.model.in_chans,
-            Manifest.load(config.data.train).classes,
+            Manifest.load(data_of_run(run, config.data.train)).classes,
             config.augment,
             config.eval_transform,
         )

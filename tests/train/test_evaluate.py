@@ -191,6 +191,41 @@ def test_a_checkpoint_gives_the_weights_that_the_run_evaluates(unfinished: Path)
         assert torch.equal(saved["ema"][name], value)
 
 
+@pytest.mark.parametrize(
+    ("started_in", "here", "found"),
+    [
+        ("{digits}", "{tmp}", "{digits}/test"),
+        ("{digits}", "{digits}", "test"),
+        ("{tmp}/moved", "{digits}", "test"),
+        ("{tmp}/moved", "{tmp}", "test"),  # nowhere: the message has the path of the config
+        (None, "{tmp}", "test"),
+    ],
+)
+def test_data_of_a_run_that_was_started_in_another_folder(
+    started_in: str | None,
+    here: str,
+    found: str,
+    unfinished: Path,
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    places = {"digits": digits, "tmp": tmp_path}
+    config = (unfinished / "config.yaml").read_text()
+    assert f"val: {digits}/test" in config and f"train: {digits}/train" in config
+    (unfinished / "config.yaml").write_text(config.replace(f"{digits}/", ""))
+    facts = json.loads((unfinished / "facts.json").read_text())
+    assert facts.pop("folder")
+    facts |= {} if started_in is None else {"folder": started_in.format(**places)}
+    (unfinished / "facts.json").write_text(json.dumps(facts))
+    monkeypatch.chdir(here.format(**places))
+    job = find_job(unfinished, None, None, None)
+    assert job.data == found.format(**places)
+    if (Path.cwd() / job.data).exists():
+        assert Trained.from_checkpoint(unfinished, Path(job.weights)).classes == [str(digit) for digit in range(10)]
+    assert find_job(unfinished, None, "test", None).data == "test"  # a folder that was named is taken as it is
+
+
 def test_a_run_that_was_told_to_stop_is_not_finished(trained: Path) -> None:
     summary = summarize(trained)
     assert (summary.state, summary.step, summary.total_steps) == ("stopped", 12, 24)

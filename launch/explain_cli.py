@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from data_prep.wording import printable
 from launch.export_cli import Weights
 from pipeline.errors import UserError
 from pipeline.explain.names import Method, Scores
@@ -124,7 +126,7 @@ def explain(
             if one.page is not None:
                 one.record["overlay"] = _page_name(len(explained), file)
                 one.page.save(out / one.record["overlay"])
-            typer.echo(_line(one.record))
+            typer.echo(printable(_line(one.record)))
             explained.append(one._replace(page=None, panel=one.panel if len(explained) < _SHEET else None))
     if not explained:
         raise UserError(f"none of {len(left_out)} images can be read; see above, and name others")
@@ -148,7 +150,7 @@ def _batches(
         except UserError as error:
             if file in named:
                 raise
-            typer.echo(f"left out: {error}", err=True)
+            typer.echo(printable(f"left out: {error}"), err=True)
             left_out.append(str(file))
         if len(batch) == size:
             yield batch
@@ -210,7 +212,7 @@ def _clear(out: Path) -> None:
 
 def _page_name(number: int, file: Path) -> str:
     """Short enough for a file system, whatever the image is called."""
-    return f"{number:04d}_{file.stem.encode()[:200].decode(errors='ignore')}.png"
+    return f"{number:04d}_{os.fsencode(file.stem)[:200].decode(errors='ignore')}.png"
 
 
 def _check_json(json_file: Path, out: Path) -> None:

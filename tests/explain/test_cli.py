@@ -194,12 +194,16 @@ def test_bad_images_of_a_folder_are_left_out(models: Path, pictures: Path, expla
 
 def test_pages_of_the_call_before_are_gone(models: Path, pictures: Path, explain: Explain, tmp_path: Path) -> None:
     """Others' files stay; pictures get pages whatever they are called."""
-    for name in ("x" * 250 + ".jpg"[:5], "two\nlines.jpg", "ünï.jpg"):
+    for name in ("x" * 250 + ".jpg"[:5], "two\nlines.jpg", "ünï.jpg", "z\x1b[2J\udcff.jpg"):
         shutil.copy(pictures / "a.jpg", tmp_path / name[-255:])
     out = tmp_path / "out"
-    assert explain(models / "nest", tmp_path, "--out", out)[0] == 0
+    (tmp_path / "bad\n.jpg").write_bytes(b"no image")
+    status, told, err = explain(models / "nest", tmp_path, "--out", out)
+    assert status == 0 and r"z\x1b[2J\udcff.jpg: " in told and "\x1b" not in told
+    assert told.count("\n") == 1 + 4 + 1  # what was loaded, a line for each picture, what was written
+    assert err.startswith(rf"left out: {tmp_path}/bad\n.jpg: can't be read as an image")
     pages = sorted(path.name for path in out.glob("0*.png"))
-    assert len(pages) == 3 and pages[0] == "0000_two\nlines.png" and pages[2] == "0002_ünï.png"
+    assert [pages[0], *pages[2:]] == ["0000_two\nlines.png", "0002_z\x1b[2J.png", "0003_ünï.png"]
     for name in ("holiday.png", "0007_mine.png"):
         (out / name).write_bytes(b"")
     assert explain(models / "nest", pictures / "a.jpg", "--out", out)[0] == 0

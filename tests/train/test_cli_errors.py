@@ -101,6 +101,14 @@ def test_classes_that_differ_are_told_by_the_first(
         resolve(load_config(recipe, [f"data.val={tmp_path}/val"]), 1)
 
 
+def test_a_single_class_is_no_classification(recipe: Path, digits: Path, tmp_path: Path) -> None:
+    """As of a folder one too high: top-1 would be 1 from the first step on."""
+    shutil.copytree(digits / "train", tmp_path / "train")
+    replace(Manifest.load(tmp_path / "train"), classes=["images"]).save(tmp_path / "train")
+    with pytest.raises(UserError, match=f"data.train={tmp_path}/train has a single class, so there is nothing to tell"):
+        resolve(load_config(recipe, [f"data.train={tmp_path}/train"]), 1)
+
+
 SHORT = ("train.epochs=4steps", "optim.schedule.warmup=1steps", "checkpoint.every=2steps")
 
 

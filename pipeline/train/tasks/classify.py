@@ -164,6 +164,11 @@ class ClassifyWork(Work):
 
 
 def _check_classes(config: RunConfig, train: Manifest, val: Manifest | None) -> None:
+    if train.num_classes < 2:
+        raise UserError(
+            f"data.train={config.data.train} has a single class, so there is nothing to tell apart; prepare it from "
+            "the folder that holds the folders of classes"
+        )
     classes = config.model.num_classes
     if classes != train.num_classes:
         raise UserError(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
 
 from launch.quiet import quiet_torch
+from pipeline.train.status import INTERRUPTED, RESUBMIT
 
 _RESTARTS = 3
 
@@ -45,6 +49,7 @@ def train(
     answer; after a checkpoint 130
     when Ctrl-C or SIGTERM asked for it, and 75 when SIGUSR1 did, which means: submit it again.
     """
+    _leave_on_signals()
     if nodes > 1:
         quiet_torch()
     # torch takes seconds to import; the other commands need not wait for it.
@@ -104,3 +109,15 @@ def train(
     if status in (INTERRUPTED, RESUBMIT):
         typer.echo("interrupted; the same command continues from the newest checkpoint", err=True)
     raise typer.Exit(status)
+
+
+def _leave_on_signals() -> None:
+    """Until there is something to save, with the statuses of later: to import torch takes seconds. Ctrl-C does so."""
+    statuses: dict[int, int] = {signal.SIGTERM: INTERRUPTED, signal.SIGUSR1: RESUBMIT}
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os._exit(statuses[number])
+
+    for number in statuses:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, leave)

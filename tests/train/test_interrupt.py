@@ -107,3 +107,29 @@ def test_workers_end_with_their_agent_and_another_start_goes_on(
     assert not psutil.wait_procs(workers, timeout=30)[1]
     done = rookery("train", recipe, "--nproc", 2, "--threads", 1, "train.epochs=2000steps", "train.stop_after=1steps")
     assert "/runs/run after step " in " ".join(done.stdout.split())  # a narrow table breaks lines
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, INTERRUPTED), (signal.SIGUSR1, RESUBMIT)],
+)
+def test_signals_before_there_is_a_run(
+    number: signal.Signals, status: int, tmp_path: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    """While it reads a recipe that never comes."""
+    recipe = tmp_path / "recipe.yaml"
+    os.mkfifo(recipe)
+    process = subprocess.Popen(
+        command("train", recipe),
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    started.append(process)
+    writer = os.open(recipe, os.O_WRONLY)  # waits until it is read
+    process.send_signal(number)
+    assert process.wait(timeout=60) == status
+    os.close(writer)
+    assert process.stderr is not None and process.stderr.read() == ""

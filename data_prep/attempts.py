@@ -107,7 +107,7 @@ def attempt(request: Callable[[], T], where: str, protocol: str, patience: Patie
         except Exception as error:
             if type(error).__module__.startswith(_NO_FILE_ERRORS) and _status(error) == 404:
                 raise FileNotFoundError(errno.ENOENT, _text(error), where) from error
-            if not _may_pass(error):
+            if not _may_pass(error) and not (number == 1 < patience.tries and _may_be_stale(error, protocol)):
                 raise _refused(error, where, protocol) from error
             if number == patience.tries or time.monotonic() - began > patience.longest:
                 raise Unreachable(
@@ -131,6 +131,11 @@ def _may_pass(error: Exception) -> bool:
     if isinstance(error, RuntimeError) and "client has been closed" in str(error):
         return True  # Hugging Face's connections are one for all threads, and the first that finds no way closes it
     return isinstance(error, OSError | EOFError) or type(error).__module__.partition(".")[0] in _CLIENTS
+
+
+def _may_be_stale(error: Exception, protocol: str) -> bool:
+    """Whether Google's answer is 401: a token may end while a request is on its way, and the next one gets a new."""
+    return _ALIASES.get(protocol, protocol) == "gs" and _status(error) == 401
 
 
 def _is_passing_login(error: Any) -> bool:

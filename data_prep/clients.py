@@ -35,7 +35,7 @@ def before_connecting(protocol: str) -> None:
         UserError: the file with the credentials is not there, without which Google's client would go on as nobody.
     """
     file = os.environ.get(_GOOGLE_FILE)
-    if protocol in ("gs", "gcs") and file and not Path(file).is_file():
+    if protocol in ("gs", "gcs") and file and not (Path(file).exists() or "FSSPEC_GS" in os.environ):
         raise UserError(f"{_GOOGLE_FILE}={file}: no such file; name a key or the credentials that `gcloud` has written")
     os.environ.setdefault(_GOOGLE_GRPC, "false")
     _hush(protocol)

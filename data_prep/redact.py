@@ -16,10 +16,9 @@ _SECRET_OPTION = re.compile(
     r"|^((api|access|auth|bearer|hf|session|security|tracking)_)?token$",
     re.IGNORECASE,
 )
-# `abfs://container@account...` names a container there.
-_USER_INFO = re.compile(
-    r"(?<![a-zA-Z0-9+.-])(?!(?i:abfss?|az)://[^\s/?#'\":@]*@)(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s/?#'\"]*@"
-)
+_USER_INFO = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)(?P<user>[^\s/?#'\"]*)@")
+# `abfs://container@account...`: no secret.
+_CONTAINER = re.compile(r"(abfss?|az)://[^:@]*", re.IGNORECASE)
 # Secrets of S3 often hold slashes, and the names of its buckets no colon.
 _S3_KEY = re.compile(r"(?P<scheme>\bs3a?://)[^\s/?#'\"@:]+:[^\s'\"@]+@", re.IGNORECASE)
 _QUERY = re.compile(
@@ -36,9 +35,8 @@ def redact(value: Any) -> Any:
     text values of keys such as `password`, `api_key` or `secret`. Numbers stay.
     """
     if isinstance(value, str):
-        for pattern in (_S3_KEY, _USER_INFO):
-            value = pattern.sub(rf"\g<scheme>{HIDDEN}@", value)
-        return _QUERY.sub(rf"\g<name>{HIDDEN}", value)
+        value = _S3_KEY.sub(rf"\g<scheme>{HIDDEN}@", value)
+        return _QUERY.sub(rf"\g<name>{HIDDEN}", _USER_INFO.sub(_without_user, value))
     if isinstance(value, dict):
         return {
             key: HIDDEN if isinstance(item, str) and is_secret_option(str(key)) else redact(item)
@@ -47,6 +45,11 @@ def redact(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [redact(item) for item in value]
     return value
+
+
+def _without_user(found: re.Match[str]) -> str:
+    is_container = _CONTAINER.fullmatch(found["scheme"] + found["user"])
+    return found[0] if is_container else f"{found['scheme']}{HIDDEN}@"
 
 
 def redact_command(argv: list[str]) -> list[str]:

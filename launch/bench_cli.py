@@ -158,9 +158,11 @@ def generators(
     from pipeline.generate.bench import bench_generators
     from pipeline.tracking.environment import device_name, key_versions
     from pipeline.tracking.files import write_text
+    from pipeline.train.determinism import use_whole_float32
 
     if threads is not None:
         torch.set_num_threads(threads)
+    use_whole_float32()
     chosen = names or ["nest_gen_64", "plane_gen_64", "conv_gen_64"]
     rows = bench_generators(chosen, batch, rounds, precision, {"img_size": img_size})
     report = {

@@ -16,7 +16,6 @@ from launch.export_cli import Weights
 from pipeline.errors import UserError
 from pipeline.explain.names import Method, Scores
 from pipeline.tracking.files import check_place
-from pipeline.train.determinism import use_whole_float32
 
 if TYPE_CHECKING:
     from pipeline.data.augment.evaluation import EvalTransform
@@ -262,6 +261,7 @@ def _subject(run: Path, weights: str | None) -> Subject:
     from pipeline.data.augment.evaluation import EvalTransform
     from pipeline.explain.methods import Subject
     from pipeline.export.source import Preprocessing, load_source
+    from pipeline.train.determinism import use_whole_float32
 
     source = load_source(run, weights)
     typer.echo(f"loaded {source.name} from {source.path}")

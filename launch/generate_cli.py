@@ -11,7 +11,6 @@ import typer
 from launch.export_cli import Weights
 from launch.generate_folder import Origin, check_folder, claim_folder, weights_sha256
 from pipeline.errors import UserError
-from pipeline.train.determinism import use_whole_float32
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,6 +63,7 @@ def generate(
 
     from pipeline.generate.latents import fixed_latents
     from pipeline.generate.pictures import latents_between, sheet
+    from pipeline.train.determinism import use_whole_float32
     from pipeline.train.tasks.generate_saved import load_generator
 
     trained = load_generator(run, weights)

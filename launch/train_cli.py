@@ -79,7 +79,6 @@ def train(
     from pipeline.resolve import resolve
     from pipeline.tracking.files import check_place
     from pipeline.train.same_run import check_same_run
-    from pipeline.train.status import INTERRUPTED, RESUBMIT
     from pipeline.wording import counted
 
     if slurm and nproc is None:

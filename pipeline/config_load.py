@@ -126,7 +126,7 @@ def _read_yaml(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Pla
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        if not chain and "=" in str(path):
+        if not chain and "=" in path.name and path.suffix not in (".yaml", ".yml"):
             raise UserError(f"{path}: no such config; the recipe comes first, then key=value") from error
         asked_by = f" (named as `base:` in {chain[-1]})" if chain else ""
         raise UserError(f"{path}: no such config{asked_by}{_nearest_file(path)}") from error

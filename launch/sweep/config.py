@@ -206,7 +206,10 @@ class SweepConfig(Section):
         found = []
         # Tune makes a trial only when another one is over, and one that waits is not.
         waits = isinstance(self.scheduler, Pbt | Hyperband)
-        if waits and self.concurrent is not None and (self.trials is None or self.concurrent < self.trials):
+        from launch.sweep.space import axes, grid_points  # which needs this module
+
+        trials = self.trials or len(grid_points(axes(self)))
+        if waits and self.concurrent is not None and self.concurrent < trials:
             found.append(
                 f"scheduler={self.scheduler.kind} lets trials wait for each other, and with "
                 f"concurrent={self.concurrent} most would never meet: leave concurrent out, or raise it to the "

@@ -145,7 +145,7 @@ class Watch(tune.Callback):
         self._leaving: int | None = None
         self._awaited: set[str] = set()
         self._signal: int | None = None
-        self._outages = 0
+        self._outages, self._has_told = 0, False
         self._is_idle = True
         self._has_given_up = False
         self._before: dict[int, Any] = {}
@@ -174,19 +174,20 @@ class Watch(tune.Callback):
 
     def note_plan(self) -> None:
         """The plan of a new trial could be made."""
-        self._outages = 0
+        self._outages, self._has_told = 0, False
 
     def gives_up(self, error: Unreachable) -> bool:
         """Whether the sweep ends because a store is out of reach for the plan of a new trial, for so many tries of it.
 
         While other trials run, it waits: they go on. A signal ends it too, for Tune itself may be waiting here.
         """
-        self._outages += 1
         if self._signal is not None:
             return True
+        self._outages += self._is_idle
         if self._outages <= self._config.failures or not self._is_idle:
-            if self._outages == 1:
+            if not self._has_told:
                 self.progress.say(f"rookery: {error}; it is tried again")
+            self._has_told = True
             return False
         if not self._has_given_up:
             tries = counted(self._outages, "time")
@@ -212,7 +213,7 @@ class Watch(tune.Callback):
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         running = {str(trial) for trial in trials if trial.status == "RUNNING"}
-        self._is_idle = not running
+        self._is_idle = all(trial.status not in ("PENDING", "RUNNING") for trial in trials)
         now = time.monotonic()
         hours = (now - self._clock) / 3600 * len(running) * self._config.resources.world_size
         self._records.gpu_hours += hours

@@ -14,7 +14,6 @@ from pipeline.generate.latents import fixed_latents
 from pipeline.models.attention import Attention
 from pipeline.models.facts import count_params, module_macs
 from pipeline.models.generate import Generator, create_generator
-from pipeline.train.determinism import use_whole_float32
 
 
 def bench_generators(
@@ -31,7 +30,6 @@ def bench_generators(
         precision: `fp32` or `bf16`.
         options: of every generator, such as `img_size`.
     """
-    use_whole_float32()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generators = [create_generator(name, **options).to(device).eval() for name in names]
     latents = [fixed_latents(g.latent_dim, 0, np.arange(batch)).to(device) for g in generators]

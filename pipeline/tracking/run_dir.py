@@ -154,10 +154,15 @@ class RunDir:
         if self._lock_fd < 0:
             return
         try:
-            if self._in_session:
-                append_line(self.path / SESSIONS_NAME, {"event": "end", "time": time.time(), "status": status})
+            self.end_session(status)
         finally:
             self._unlock()
+
+    def end_session(self, status: EndStatus) -> None:
+        """Record how it ended, before what may take time or be killed, such as uploads; `close` does it otherwise."""
+        if self._in_session:
+            self._in_session = False
+            append_line(self.path / SESSIONS_NAME, {"event": "end", "time": time.time(), "status": status})
 
     def __enter__(self) -> RunDir:
         return self

@@ -82,10 +82,16 @@ class World:
             self.fail(*box[1])
         return box[0]
 
-    def fail(self, message: str, status: int = UserError.status) -> NoReturn:
-        """Raise a user's mistake that all processes know of, so that only rank 0 prints it."""
+    def fail(self, message: str, status: int = UserError.status, agreed: bool = True) -> NoReturn:
+        """Raise a user's mistake that all processes know of, so that only rank 0 prints it.
+
+        Args:
+            message: what is wrong, and how to mend it.
+            status: exit status.
+            agreed: whether they know for sure, having asked each other; else one may have met it alone.
+        """
         error = (UserError if self.is_main else PeerError)(message)
-        error.status, error.agreed = status, True
+        error.status, error.agreed = status, agreed
         if self.is_main and self.size > 1:
             # Now: the others leave, and their launcher ends this process while it closes what is open.
             print(f"rookery: {error}", file=sys.stderr, flush=True)

@@ -213,6 +213,7 @@ def _open(run: Resolved) -> Iterator[Recorder]:
             sampler.close()
             recorder._report.end()
             metrics.close()
+            run_dir.end_session(status)
             if mirror is not None:
                 registers = status == "finished" and config.tracking.register_model is not None
                 mirror.close(status, _MODEL_SECONDS if registers else _UPLOAD_SECONDS)

@@ -164,7 +164,9 @@ def test_what_does_not_pass_is_told_at_once(
         with pytest.raises(UserError, match=r": access denied \(") as caught:
             call()
         assert caught.value.status == 2 and MEND[kept.kind] in str(caught.value)
-    assert 3 <= len(kept.network.requests) - before <= 2 * LOOKS.get(kept.kind, 1) + 1
+    # A token of Google may have ended on its way, so it is asked once more.
+    again = 3 if (kept.kind, status) == ("gs", 401) else 0
+    assert 3 <= len(kept.network.requests) - before - again <= 2 * LOOKS.get(kept.kind, 1) + 1
     assert capfd.readouterr() == ("", "")
 
 

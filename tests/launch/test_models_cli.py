@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from importlib import metadata
 from itertools import groupby
 from pathlib import Path
@@ -15,6 +17,7 @@ from launch import cli
 from launch.models_cli import models
 from pipeline.models import list_models, model_info
 from pipeline.models.facts import ModelFacts
+from tests.train.commands import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -92,3 +95,11 @@ def test_generators() -> None:
 def test_version() -> None:
     done = CliRunner().invoke(cli._commands, ["--version"])
     assert (done.exit_code, done.output) == (0, f"rookery {metadata.version('rookery')}\n")
+
+
+@pytest.mark.parametrize("module", ["launch.cli", "launch.slurm_job", "launch.sweep.config"])
+def test_commands_start_without_torch(module: str) -> None:
+    """It takes seconds to import, in which `rookery --help` would wait, and a training would not hear a signal."""
+    code = f"import sys, {module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert module in done.stdout.split() and not {"torch", "ray", "mlflow"} & {*done.stdout.split()}

@@ -69,8 +69,8 @@ def write(folder: Path, **changes: Any) -> Path:
         ),
         ({"scheduler": {"kind": "pbt", "every": "1ep"}}, "space.optim.lr can't be a grid"),
         (
-            {"scheduler": {"kind": "hyperband"}, "concurrent": 2},
-            "scheduler=hyperband lets trials wait for each other, and with concurrent=2 most would never meet",
+            {"scheduler": {"kind": "hyperband"}, "concurrent": 1},
+            "scheduler=hyperband lets trials wait for each other, and with concurrent=1 most would never meet",
         ),
         (
             {
@@ -103,6 +103,11 @@ def test_a_mistake_is_explained(changes: dict[str, Any], expected: str, tmp_path
     with pytest.raises(UserError) as error:
         load_sweep(write(tmp_path, **changes))
     assert expected in str(error.value)
+
+
+def test_all_trials_of_a_grid_may_run_at_a_time(tmp_path: Path) -> None:
+    """Two here, which hyperband can have meet."""
+    assert load_sweep(write(tmp_path, scheduler={"kind": "hyperband"}, concurrent=2)).concurrent == 2
 
 
 @pytest.mark.parametrize("overrides", [[], ["train.epochs=2"], ["model.name=x", "space.seed.grid=[1]"]])

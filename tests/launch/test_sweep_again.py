@@ -155,7 +155,7 @@ def test_optuna_proposes_the_same_after_a_restart(kills: list[int], tmp_path: Pa
     [
         (0, [False], 1, [True]),
         (2, [False] * 3, 3, [False, False, True]),
-        (1, [True, True, True, False], 4, [False, False, False, True]),
+        (1, [True, True, True, False, False], 5, [False, False, False, False, True]),
     ],
 )
 def test_an_outage_ends_a_sweep_once_nothing_runs(

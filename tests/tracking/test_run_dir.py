@@ -93,6 +93,17 @@ def test_sessions_add_up_and_say_how_they_ended(tmp_path: Path, error: type[Base
     assert [entry.get("resumed_from", entry.get("status")) for entry in sessions] == [None, status, 40, "finished"]
 
 
+def test_a_session_ends_once_and_before_what_takes_time(tmp_path: Path) -> None:
+    with RunDir.open(tmp_path, CONFIG) as run:
+        run.start_session(world_size=1)
+        run.end_session("stopped")
+        assert [entry.get("status") for entry in read_lines(tmp_path / "sessions.jsonl")] == [None, "stopped"]
+        assert is_locked(tmp_path), "until uploads have ended too"
+        run.end_session("failed")
+    assert [entry.get("status") for entry in read_lines(tmp_path / "sessions.jsonl")] == [None, "stopped"]
+    assert not is_locked(tmp_path)
+
+
 def test_a_run_can_end_as_planned_before_its_schedule(tmp_path: Path) -> None:
     with RunDir.open(tmp_path, CONFIG) as run:
         run.start_session(world_size=1)
@@ -234,6 +245,15 @@ def test_no_file_of_a_run_holds_a_secret(tmp_path: Path, monkeypatch: pytest.Mon
         ("x s3://AKIA:se/cr+et@bucket/a@b", "x s3://***@bucket/a@b"),
         ("s3a://AKIA:9/et@bucket:x", "s3a://***@bucket:x"),
         ("https://h:8080/a@b", "https://h:8080/a@b"),
+        ("-dhttps://user:pw@host/x", "-dhttps://***@host/x"),
+        ("1https://user:pw@host 2026-11-30-https://u:p@h", "1https://***@host 2026-11-30-https://***@h"),
+        ("(...https://u:p@h) \u2014.https://u:p@h", "(...https://***@h) \u2014.https://***@h"),
+        (
+            "abfs://box@account.dfs.core.windows.net/x az://box@a",
+            "abfs://box@account.dfs.core.windows.net/x az://box@a",
+        ),
+        ("abfs://box:geheim@account/x", "abfs://***@account/x"),
+        ("ABFSS://box@key:geheim@account/x", "ABFSS://***@account/x"),
         ("https://h/x?sig=***: no such file", "https://h/x?sig=***: no such file"),
         ("https://h/x.tar?X-Amz-Signature=abc&part=2&token=t", "https://h/x.tar?X-Amz-Signature=***&part=2&token=***"),
         ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),

@@ -58,6 +58,7 @@ def _fail_alone(world: World) -> None:
     if world.rank == 0:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         time.sleep(1000)
+    time.sleep(1)  # until rank 0 has passed the barrier as well
     raise FAULTS[os.environ["FAULT"]]
 
 

@@ -128,7 +128,13 @@ def test_signals_before_there_is_a_run(
         start_new_session=True,
     )
     started.append(process)
-    writer = os.open(recipe, os.O_WRONLY)  # waits until it is read
+    deadline = time.monotonic() + 100
+    while True:  # until it is read
+        assert process.poll() is None and time.monotonic() < deadline
+        with suppress(OSError):
+            writer = os.open(recipe, os.O_WRONLY | os.O_NONBLOCK)
+            break
+        time.sleep(0.01)
     process.send_signal(number)
     assert process.wait(timeout=60) == status
     os.close(writer)

@@ -64,7 +64,8 @@ def import_deepspeed(config: RunConfig, world: World) -> Any:
         import deepspeed
     except ImportError:
         world.fail(
-            "engine.name=deepspeed needs the deepspeed package; install it with: pip install 'rookery[deepspeed]'"
+            "engine.name=deepspeed needs the deepspeed package; install it with: pip install 'rookery[deepspeed]'",
+            agreed=False,
         )
     finally:
         if blocked:
@@ -81,10 +82,12 @@ def _check_versions(deepspeed: TorchVersion, config: RunConfig, world: World) ->
     if deepspeed < "0.19.8":
         world.fail(
             f"engine.name=deepspeed: DeepSpeed {deepspeed} is too old, in 0.19.0 a step whose gradient is no number is "
-            "taken; install a newer one with: pip install 'rookery[deepspeed]'"
+            "taken; install a newer one with: pip install 'rookery[deepspeed]'",
+            agreed=False,
         )
     if config.engine.zero_stage == 3 and config.train.compile and torch.__version__ < "2.15":
         world.fail(
             f"train.compile with engine.zero_stage=3: PyTorch {torch.__version__} is too old, 2.11 computes other "
-            "gradients; install 2.15 or newer, or set train.compile=false"
+            "gradients; install 2.15 or newer, or set train.compile=false",
+            agreed=False,
         )

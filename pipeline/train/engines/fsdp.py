@@ -103,7 +103,7 @@ class FsdpEngine(NativeEngine):
             else:
                 self._load_sharded(directory)
         except (OSError, RuntimeError, KeyError) as error:
-            self.world.fail(f"{directory}: the checkpoint is of another model: {error}")
+            self.world.fail(f"{directory}: the checkpoint is of another model: {error}", agreed=False)
 
     def _load_sharded(self, directory: Path) -> None:
         state = self._state()

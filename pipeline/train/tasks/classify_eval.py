@@ -53,7 +53,8 @@ class _Evaluation:
         if trained.classes != self.shards.manifest.classes:
             world.fail(
                 f"{job.weights} tells other classes apart ({_few(trained.classes)}) than {job.data} has "
-                f"({_few(self.shards.manifest.classes)}); evaluate on a split that belongs to the training data"
+                f"({_few(self.shards.manifest.classes)}); evaluate on a split that belongs to the training data",
+                agreed=False,
             )
         self.model = trained.model.to(world.device)
         dtype = PRECISIONS[job.precision]

@@ -140,6 +140,7 @@ def find_job(run: Path, weights: str | None, data: str | None, precision: str | 
         precision=precision or config.train.precision,
         cache=config.data.cache_options(),
         task=config.task.kind,
+        deterministic=config.train.deterministic,
     )
 
 

@@ -113,7 +113,7 @@ class Allocation:
 
 def fields(line: str) -> dict[str, str]:
     """`Key=value Key=value ...` as scontrol prints it, paths with spaces too; values that mean nothing are left out."""
-    found = dict(re.findall(r"(?:^|\s)([A-Za-z/:]+)=(.*?)(?=\s+[A-Za-z/:]+=|\s*$)", line))
+    found = dict(re.findall(r"(?:^|\s)([\w/:]+)=(.*?)(?=\s+[\w/:]+=|\s*$)", line))
     return {key: value for key, value in found.items() if value not in ("", "(null)", "N/A")}
 
 

@@ -34,6 +34,8 @@ class EvalJob:
         holdout: part of the samples that the choice is not made on.
         cache: of the node, for a split that has an address.
         task: kind of the run.
+        deterministic: whether by kernels that give the same numbers each time, as the run evaluates itself; else half
+            precision takes other ones for attention.
     """
 
     weights: str
@@ -49,6 +51,7 @@ class EvalJob:
     holdout: float = 0.5
     cache: CacheOptions = field(default_factory=CacheOptions)
     task: str = "classify"
+    deterministic: bool = True
 
 
 def run_job(job: EvalJob, world: World) -> dict[str, Any]:
@@ -81,7 +84,7 @@ def payload(job: EvalJob) -> str:
 
 def run(text: str, threads: int | None = None) -> int:
     """Run the job that a JSON text describes; returns the exit status."""
-    use_deterministic_kernels(True)  # as a run evaluates itself; else half precision takes other kernels for attention
     values = json.loads(text)
     job = EvalJob(**values | {"cache": CacheOptions(**values["cache"])})
+    use_deterministic_kernels(job.deterministic)
     return run_process(lambda world: run_job(job, world), threads)

@@ -27,7 +27,8 @@ from tests.train.conftest import Rookery, digits, fork_server, recipe, rookery
 __all__ = ["digits", "fork_server", "recipe", "rookery"]
 
 SHOWN = (
-    "JobId=17 JobName=nest UserId=ann(1001) Account=vision QOS=(null) JobState=RUNNING Requeue=1 Restarts=2 "
+    "JobId=17 JobName=nest UserId=ann(1001) GroupId=vision(7) MCS_label=N/A Account=vision QOS=(null) "
+    "JobState=RUNNING Requeue=1 Restarts=2 "
     "TimeLimit=1-00:00:00 Partition=gpu,spare ReqNodeList=(null) ExcNodeList=node7 NodeList=node[1-4] NumNodes=4-4 "
     "CPUs/Task=1 MinCPUsNode=1 MinMemoryNode=0 Features=h100 OverSubscribe=NO Licenses=(null) "
     "Command=/home/ann/her runs/run/resubmit.sh WorkDir=/home/ann Power= TresPerNode=gres:gpu:8 "
@@ -38,7 +39,7 @@ def test_fields_of_scontrol() -> None:
     found = fields(SHOWN)
     assert found["JobId"] == "17" and found["CPUs/Task"] == "1" and found["NodeList"] == "node[1-4]"
     assert found["Command"] == "/home/ann/her runs/run/resubmit.sh" and found["WorkDir"] == "/home/ann"
-    assert found["TresPerNode"] == "gres:gpu:8"
+    assert found["TresPerNode"] == "gres:gpu:8" and found["GroupId"] == "vision(7)"
     assert not found.keys() & {"QOS", "Licenses", "Power"}
 
 

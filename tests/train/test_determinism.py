@@ -57,10 +57,18 @@ def _start_evaluation(recipe: Path) -> None:
     eval_worker.run(eval_worker.payload(eval_worker.EvalJob("weights", "data")))
 
 
+def _start_other_evaluation(recipe: Path) -> None:
+    eval_worker.run(eval_worker.payload(eval_worker.EvalJob("weights", "data", deterministic=False)))
+
+
 @pytest.mark.parametrize(
     ("start", "module", "name", "deterministic"),
-    [(_start_training, worker, "train", False), (_start_evaluation, eval_worker, "run_job", True)],
-    ids=["train", "eval"],
+    [
+        (_start_training, worker, "train", False),
+        (_start_evaluation, eval_worker, "run_job", True),
+        (_start_other_evaluation, eval_worker, "run_job", False),
+    ],
+    ids=["train", "eval", "eval of a run with train.deterministic=false"],
 )
 def test_how_a_process_computes(
     start: Callable[[Path], None], module: Any, name: str, deterministic: bool, recipe: Path, monkeypatch: Any

@@ -226,6 +226,14 @@ def test_data_of_a_run_that_was_started_in_another_folder(
     assert find_job(unfinished, None, "test", None).data == "test"  # a folder that was named is taken as it is
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_kernels_are_those_of_the_run(deterministic: bool, unfinished: Path) -> None:
+    config = (unfinished / "config.yaml").read_text()
+    assert config.count("deterministic: true") == 1
+    (unfinished / "config.yaml").write_text(config.replace("deterministic: true", f"deterministic: {deterministic}"))
+    assert find_job(unfinished, None, None, None).deterministic == deterministic
+
+
 def test_a_run_that_was_told_to_stop_is_not_finished(trained: Path) -> None:
     summary = summarize(trained)
     assert (summary.state, summary.step, summary.total_steps) == ("stopped", 12, 24)

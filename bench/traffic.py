@@ -43,11 +43,11 @@ BATCH = 64
 
 # The first of a group is what the others are compared with.
 GROUPS = [
-    *(("timm:nest_" + size + "_jx", "nest_" + size) for size in ("tiny", "small", "base")),
-    ("nest_tiny_cifar",),
-    ("deit_small", "hvt_s_1"),
+    *(("timm:nest_" + size + "_jx", "nest_" + size, "nest_" + size + "+triton") for size in ("tiny", "small", "base")),
+    ("nest_tiny_cifar", "nest_tiny_cifar+triton"),
+    ("deit_small", "hvt_s_1", "hvt_s_1+triton"),
     ("timm:vit_small_patch16_224", "timm:swin_tiny_patch4_window7_224"),
-    ("refiner_vit_s", "refiner_vit_s+triton", "refiner_vit_s_linear"),
+    ("refiner_vit_s", "refiner_vit_s+triton", "refiner_vit_s_linear", "refiner_vit_s_linear+triton"),
 ]
 WAYS = ("eager", "compiled")
 

@@ -23,7 +23,7 @@ _WAYS = {
     "maps": "no expanded attention maps kept for the backward pass",
     "compile": "the model compiled as one",
     "layers": "encoder layers compiled, those alike once",
-    "triton": "this package's kernels: attention in small blocks of a NesT, refined maps of a released Refiner",
+    "triton": "this package's kernels: MLPs, attention in small blocks of a NesT, refined maps of a released Refiner",
 }
 
 
@@ -68,8 +68,8 @@ def contender(name: str, side: int | None) -> Contender:
 
 
 def _ours(name: str, side: int, way: str) -> nn.Module:
-    if way == "triton" and model_info(name).family not in ("nest", "refiner"):
-        raise UserError(f"{name}+triton: the kernels are for the blocks of a NesT and for the maps of a Refiner")
+    if way == "triton" and model_info(name).family not in ("nest", "hvt", "refiner"):
+        raise UserError(f"{name}+triton: the kernels are for NesT, HVT and Refiner")
     kernels = {"kernels": "triton"} if way == "triton" else {}
     model = create_model(name, img_size=side, drop_path_rate=_DROP_PATH, **kernels)
     if way == "checkpoint":

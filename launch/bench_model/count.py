@@ -8,7 +8,7 @@ norms, activations and sums count none, but their bytes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +18,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+import pipeline.models.fused_mlp  # noqa: F401  (its operators)
 from launch.bench_model.peaks import Peak
 
 HALF = torch.bfloat16
+
+
+@register_flop_formula([torch.ops.rookery.mlp_hidden, torch.ops.rookery.mlp_hidden_backward])
+def _mlp_hidden(rows: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of `fused_mlp`'s kernels: a product each, (T, C) by (F, C) or (C, F)."""
+    return 2 * rows[0] * weight[0] * weight[1]
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,8 @@ from pipeline.models.kernels import launching, triton_module
 TOKENS, HEAD_DIMS = (16, 64), (16, 32, 64, 128)
 
 
-def check_block_attention(tokens: int, head_dim: int, attn_drop: float) -> None:
-    """Raise ModelError unless the kernels can do it."""
-    if tokens not in TOKENS:
-        raise ModelError(
-            f"kernels=triton is for blocks of {' or '.join(map(str, TOKENS))} tokens, these have {tokens}: leave it out"
-        )
+def check_block_attention(head_dim: int, attn_drop: float) -> None:
+    """Raise ModelError unless the kernels can do it, in blocks of `TOKENS`."""
     if head_dim not in HEAD_DIMS:
         widths = ", ".join(map(str, HEAD_DIMS))
         raise ModelError(f"kernels=triton is for heads of {widths} channels, these have {head_dim}: leave it out")

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from pipeline.models.errors import check_bools, check_choice, check_ints
+from pipeline.models.kernels import Kernels
 from pipeline.models.pool import Pool, PoolKind
 from pipeline.models.refine import Refine
 from pipeline.models.registry import ModelInfo, register
@@ -41,6 +42,7 @@ class Hvt(TokenTransformer):
         refine: refine the attention maps of some layers (`Refine`), or None.
         drop_path_rate: stochastic depth of the last layer; the rates rise linearly from 0 at the first.
         drop_rate, attn_drop_rate: dropout after positions, projections and in the MLP; of attention weights.
+        kernels: "torch", or "triton": `fused_mlp` on a GPU.
 
     Raises:
         ModelError: sizes that don't fit together, or an unknown choice.
@@ -68,6 +70,7 @@ class Hvt(TokenTransformer):
         drop_path_rate: float = 0.1,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
+        kernels: Kernels = "torch",
     ) -> None:
         check_choice("head", head, Head)
         check_ints(1, in_chans=in_chans, num_heads=num_heads, head_dim=head_dim)
@@ -94,6 +97,7 @@ class Hvt(TokenTransformer):
             drop_path_rate=drop_path_rate,
             drop_rate=drop_rate,
             attn_drop_rate=attn_drop_rate,
+            kernels=kernels,
         )
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
         self._init_weights()

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.models.drop_path import DropPath
 from pipeline.models.errors import ModelError
+from pipeline.models.fused_mlp import check_fused_mlp, fused_mlp, takes
+from pipeline.models.kernels import Kernels
 from pipeline.models.recomputed import recomputed
 
 Gelu = Literal["tanh", "erf"]
@@ -39,14 +41,29 @@ class Mlp(nn.Module):
 
     With `layer_scale` the output is multiplied by a learned vector (C,) of that initial value (LayerScale).
 
+    With `kernels="triton"` GELU is a part of the products beside it, on a GPU and in half precision; see `fused_mlp`.
+
     Attributes:
         lean: in training, compute GELU's output again in the backward pass and don't keep it; see `set_lean`.
+
+    Raises:
+        ModelError: the kernels have no dropout.
     """
 
     def __init__(
-        self, dim: int, hidden: int, *, act: Gelu = "erf", drop: float = 0.0, layer_scale: float | None = None
+        self,
+        dim: int,
+        hidden: int,
+        *,
+        act: Gelu = "erf",
+        drop: float = 0.0,
+        layer_scale: float | None = None,
+        kernels: Kernels = "torch",
     ) -> None:
         super().__init__()
+        self.fused = kernels == "triton"
+        if self.fused:
+            check_fused_mlp(drop)
         self.fc1 = nn.Linear(dim, hidden)
         self.act = gelu(act)
         self.drop1 = nn.Dropout(drop)
@@ -56,16 +73,23 @@ class Mlp(nn.Module):
         self.lean = False
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self._by_kernels(x) if self.fused and takes(x) else self._by_torch(x)
+        return self.drop2(x if self.scale is None else x * self.scale)
+
+    def _by_kernels(self, x: Tensor) -> Tensor:
+        first, second = self.fc1, self.fc2
+        tanh = self.act.approximate == "tanh"
+        return fused_mlp(x, first.weight, first.bias, second.weight, second.bias, tanh=tanh, lean=self.lean)
+
+    def _by_torch(self, x: Tensor) -> Tensor:
         hidden = self.fc1(x)
         active = self.act(hidden)
         # A compiler decides by itself what it keeps.
         if self.lean and self.training and not self.drop1.p and not torch.compiler.is_compiling():
             hidden = hidden.detach()
             with recomputed(active, lambda: self.act(hidden)):
-                x = self.fc2(active)
-        else:
-            x = self.fc2(self.drop1(active))
-        return self.drop2(x if self.scale is None else x * self.scale)
+                return self.fc2(active)
+        return self.fc2(self.drop1(active))
 
 
 class EncoderLayer(nn.Module):

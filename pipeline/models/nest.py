@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.models.aggregate import Aggregate, Aggregation, Plane, PoolPad
 from pipeline.models.base import ImageModel
-from pipeline.models.block_attention import check_block_attention
+from pipeline.models.block_attention import TOKENS, check_block_attention
 from pipeline.models.blocks import blockify, unblockify
 from pipeline.models.drop_path import drop_path_rates
 from pipeline.models.errors import ModelError, check_choice, check_ints, check_positive, check_rates
@@ -85,8 +85,7 @@ class Nest(ImageModel):
         pool_pad: "same" (official) or "symmetric".
         init: "official": normal of std 0.02 cut at two standard deviations; "timm": the same, not cut. For every kernel
             and position embedding; biases 0.
-        kernels: "torch": PyTorch's fused attention; "triton": `block_attention` on a GPU, for blocks of 16 or 64
-            tokens.
+        kernels: "torch", or "triton": on a GPU `fused_mlp`, and `block_attention` in blocks of 16 or 64 tokens.
 
     Raises:
         ModelError: sizes that don't fit together, or an unknown choice.
@@ -130,7 +129,7 @@ class Nest(ImageModel):
         self.num_heads = per_level("num_heads", num_heads, num_levels)
         dims = per_level("embed_dims", embed_dims, num_levels)
         layer_counts = per_level("depths", depths, num_levels, minimum=0)
-        multi_query, small = attention == "mqa", kernels == "triton"
+        multi_query, small = attention == "mqa", kernels == "triton" and self.block_size**2 in TOKENS
         rates = iter(drop_path_rates(drop_path_rate, sum(layer_counts)))
         self.refine = Refine.of(refine)
         uses = iter(map_uses(self.refine, layer_counts))
@@ -141,13 +140,13 @@ class Nest(ImageModel):
         for i, dim in enumerate(dims):
             layers = []
             if small:
-                check_block_attention(self.block_size**2, dim // self.num_heads[i], attn_drop_rate)
+                check_block_attention(dim // self.num_heads[i], attn_drop_rate)
             for _ in range(layer_counts[i]):
                 use = next(uses)
                 attn = make_attention(
                     use, self.refine, dim, self.num_heads[i], multi_query=multi_query, small=small, **dropout
                 )
-                mlp = Mlp(dim, hidden_width(dim, mlp_ratio), act=gelu, drop=drop_rate)
+                mlp = Mlp(dim, hidden_width(dim, mlp_ratio), act=gelu, drop=drop_rate, kernels=kernels)
                 layer = MapLayer if use.explicit else EncoderLayer
                 layers.append(layer(dim, attn, mlp, drop_path=next(rates), norm_eps=NORM_EPS))
             aggregate: nn.Module = nn.Identity()

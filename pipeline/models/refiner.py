@@ -53,7 +53,7 @@ class Refiner(TokenTransformer):
             aux head's; 0: class token only.
         pool: hierarchical pooling of the tokens (`Pool`), or None. The class token passes by.
         drop_path_rate, drop_rate, attn_drop_rate: as in `Hvt`.
-        kernels: "torch", or "triton": the official flavour is trained by `refine_fused` on a GPU.
+        kernels: "torch", or "triton": on a GPU `fused_mlp`, and the official flavour is trained by `refine_fused`.
 
     Attributes:
         token_grid: side of the grid of patch tokens; None with pooling.
@@ -98,6 +98,7 @@ class Refiner(TokenTransformer):
         token_side(img_size, patch_size)
         sharing = flavour == "official" if sharing is None else sharing
         refine = {"flavour": flavour, "expansion": expansion, "kernel": kernel, "reduction": reduction}
+        of_maps = kernels if flavour == "official" else "torch"
         make_stem = ConvStem if stem == "conv" else PatchStem
         super().__init__(
             img_size,
@@ -112,12 +113,13 @@ class Refiner(TokenTransformer):
             class_token=True,
             pool=Pool.of(pool),
             pool_pos_embed=True,
-            refine=Refine.of(refine | {"sharing": sharing, "blocks": blocks, "kernels": kernels}),
+            refine=Refine.of(refine | {"sharing": sharing, "blocks": blocks, "kernels": of_maps}),
             residual_scale=residual_scale,
             layer_scale=layer_scale or None,
             drop_path_rate=drop_path_rate,
             drop_rate=drop_rate,
             attn_drop_rate=attn_drop_rate,
+            kernels=kernels,
         )
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.aux_head = nn.Linear(embed_dim, num_classes) if num_classes and aux_head else None

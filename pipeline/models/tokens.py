@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from pipeline.models.base import ImageModel
 from pipeline.models.drop_path import drop_path_rates
-from pipeline.models.errors import ModelError, check_ints, check_positive, check_rates
+from pipeline.models.errors import ModelError, check_choice, check_ints, check_positive, check_rates
+from pipeline.models.kernels import Kernels
 from pipeline.models.layers import EncoderLayer, MapLayer, Mlp, hidden_width, normal_, run_layer
 from pipeline.models.pool import Pool
 from pipeline.models.pos_embed import Mode, resize_grid, resize_plane, resize_raster
@@ -59,6 +60,7 @@ class TokenTransformer(ImageModel):
         refine: which layers refine attention maps; None: none.
         residual_scale, layer_scale: see `EncoderLayer` and `Mlp`.
         drop_path_rate, drop_rate, attn_drop_rate: as in `Nest`; `drop_rate` also acts after the position embedding.
+        kernels: "torch", or "triton": `fused_mlp` on a GPU.
     """
 
     def __init__(
@@ -82,8 +84,10 @@ class TokenTransformer(ImageModel):
         drop_path_rate: float,
         drop_rate: float,
         attn_drop_rate: float,
+        kernels: Kernels,
     ) -> None:
         super().__init__(img_size, in_chans, num_classes)
+        check_choice("kernels", kernels, Kernels)
         check_ints(1, depth=depth)
         check_positive(mlp_ratio=mlp_ratio, residual_scale=residual_scale)
         check_rates(drop_rate=drop_rate, attn_drop_rate=attn_drop_rate)
@@ -106,7 +110,8 @@ class TokenTransformer(ImageModel):
         grid = (side, side)
         for i, (use, rate) in enumerate(zip(uses, rates, strict=True)):
             attn = make_attention(use, refine, dim, num_heads, attn_drop=attn_drop_rate, proj_drop=drop_rate)
-            mlp = Mlp(dim, hidden_width(dim, mlp_ratio), act="erf", drop=drop_rate, layer_scale=layer_scale)
+            hidden = hidden_width(dim, mlp_ratio)
+            mlp = Mlp(dim, hidden, act="erf", drop=drop_rate, layer_scale=layer_scale, kernels=kernels)
             kind = MapLayer if use.explicit else EncoderLayer
             self.blocks.append(kind(dim, attn, mlp, drop_path=rate, norm_eps=NORM_EPS, residual_scale=residual_scale))
             if i in self.pooled_layers:

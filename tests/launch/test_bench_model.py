@@ -32,7 +32,7 @@ from pipeline.errors import UserError
 from pipeline.models import create_model
 from pipeline.models.attention import Attention
 from pipeline.models.facts import model_facts
-from pipeline.models.layers import encoder_layers
+from pipeline.models.layers import Mlp, encoder_layers
 from pipeline.models.refine_maps import FoldedOfficial, OfficialRefiner
 from pipeline.models.timm_weights import from_timm
 
@@ -62,6 +62,12 @@ def test_names() -> None:
         assert whole._compiled_call_impl is not None and layers._compiled_call_impl is None
         for model, compiled in ((whole, False), (layers, True)):
             assert {m._compiled_call_impl is not None for m in encoder_layers(model)} == {compiled}
+        for name, layers in (("nest_tiny", 12), ("hvt_ti_1", 12), ("refiner_vit_s", 16), ("refiner_vit_s_linear", 16)):
+            modules = list(contender(f"{name}+triton", None).build().modules())
+            assert [m.fused for m in modules if isinstance(m, Mlp)] == [True] * layers
+            # Blocks of 196 tokens are PyTorch's, and the linear form of a refiner is.
+            assert not any(m.small for m in modules if isinstance(m, Attention))
+            assert any(m.fused for m in modules if isinstance(m, OfficialRefiner)) == (name == "refiner_vit_s")
         fused = [m for m in contender("refiner_vit_s+triton", 32).build().modules() if isinstance(m, OfficialRefiner)]
         assert len(fused) == 8 and all(m.fused for m in fused)
     assert any(isinstance(m, FoldedOfficial) for m in folded.build().modules())
@@ -75,9 +81,7 @@ MISTAKES: dict[str, tuple[str, int | None, str]] = {
     "no maps": ("nest_tiny+maps", None, "refines no attention maps"),
     "nothing to fold": ("nest_tiny+fold", None, "refines no attention maps"),
     "two ways": ("nest_tiny+layers+compile", None, "after the plus comes one of"),
-    "no blocks": ("hvt_ti_1+triton", None, "the kernels are for the blocks of a NesT"),
-    "linear": ("refiner_vit_s_linear+triton", None, "refines by flavour=official, not linear"),
-    "large blocks": ("nest_tiny+triton", None, "for blocks of 16 or 64 tokens, these have 196"),
+    "no kernels": ("deit_tiny+triton", None, "the kernels are for NesT, HVT and Refiner"),
     "timm's way": ("timm:swin_tiny_patch4_window7_224+fold", None, "only models of this package"),
     "timm's model": ("timm:nest_tny", None, "timm can't build it"),
     "size": ("nest_tiny", 30, "img_size=30 can't be cut into blocks"),

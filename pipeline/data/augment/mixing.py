@@ -127,12 +127,15 @@ def _timm_mixup(config: MixConfig, key: int, chunk: int) -> _Chunk:
 
 
 def _timm_cutmix(config: MixConfig, key: int, chunk: int, img_size: int) -> _Chunk:
-    """timm, mode "batch": one box pasted from the partner, the label weight corrected to the box cut at the border."""
+    """timm, mode "batch": one box pasted from the partner, the label weight corrected to the box cut at the border.
+
+    timm 0.3.2 and 0.4, which the papers trained with, lose a pixel of an odd side; timm 1.0.31 keeps it.
+    """
     weight = generator(key, Stream.MIX_WEIGHT).beta(config.cutmix_alpha, config.cutmix_alpha)
-    side = int(img_size * math.sqrt(1 - weight))
+    half = int(img_size * math.sqrt(1 - weight)) // 2
     u_y, u_x = uniforms(key, Stream.MIX_BOX, 2)
-    top, bottom = _timm_span(int(u_y * img_size), side, img_size)
-    left, right = _timm_span(int(u_x * img_size), side, img_size)
+    top, bottom = _timm_span(int(u_y * img_size), half, img_size)
+    left, right = _timm_span(int(u_x * img_size), half, img_size)
     label = 1 - (bottom - top) * (right - left) / img_size**2
     return _Chunk(
         partner=_reversed(chunk),
@@ -143,8 +146,8 @@ def _timm_cutmix(config: MixConfig, key: int, chunk: int, img_size: int) -> _Chu
     )
 
 
-def _timm_span(middle: int, side: int, img_size: int) -> tuple[int, int]:
-    return max(middle - side // 2, 0), min(middle + (side + 1) // 2, img_size)
+def _timm_span(middle: int, half: int, img_size: int) -> tuple[int, int]:
+    return max(middle - half, 0), min(middle + half, img_size)
 
 
 def _nest_weights(config: MixConfig, key: int, alpha: float, chunk: int) -> np.ndarray:

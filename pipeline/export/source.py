@@ -8,13 +8,10 @@ from typing import Any
 
 from pipeline.config_load import parse_tree
 from pipeline.data.augment.settings import AugmentConfig, EvalTransformConfig
-from pipeline.errors import UserError
 from pipeline.models import ImageModel, create_model, resize_pos_embed
 from pipeline.tracking.run_dir import CONFIG_NAME, RunDir
-from pipeline.tracking.runs import exists
-from pipeline.train.checkpoint import COMMIT, CheckpointStore
 from pipeline.train.export import MODEL_CONFIG, describe, load_weights
-from pipeline.train.trained import Trained
+from pipeline.train.trained import Trained, find_weights
 
 CHOICES = ("final", "best", "last")
 
@@ -71,39 +68,6 @@ def load_source(path: Path, weights: str | None = None) -> Source:
     """
     place = find_weights(path, weights)
     return _exported(place) if (place / MODEL_CONFIG).is_file() else _checkpoint(place.resolve().parent.parent, place)
-
-
-def find_weights(path: Path, weights: str | None = None) -> Path:
-    """The directory with exported weights, or the checkpoint, that `path` stands for; arguments as `load_source`.
-
-    Raises:
-        UserError: there is none.
-    """
-    there = exists(path)  # asked first, since a name that is too long for a file can't be asked for what is below it
-    if there and ((path / MODEL_CONFIG).is_file() or (path / COMMIT).is_file()):
-        if weights is not None:
-            raise UserError(f"{path}: no run, there is nothing to choose from with --weights {weights}; leave it out")
-        return path
-    if not there or not (path / CONFIG_NAME).is_file():
-        raise UserError(
-            f"{path}: no model here; name a run directory ({CONFIG_NAME}), one of its checkpoints ({COMMIT}) or a "
-            f"directory with exported weights ({MODEL_CONFIG})"
-        )
-    exported = [name for name in ("final", "best") if (path / name / MODEL_CONFIG).is_file()]
-    wanted = weights or ("final" if "final" in exported else "last")
-    if wanted in exported:
-        return path / wanted
-    store = CheckpointStore(path / "checkpoints")
-    newest = store.newest()
-    if wanted == "last" and newest is not None:
-        return newest.path
-    found = exported + ([] if newest is None else ["last"])
-    mend = f"the run has {' and '.join(found)}, choose with --weights {found[0]}" if found else "train the run first"
-    damage = store.damage() if newest is None and (wanted == "last" or not found) else None
-    if damage is not None:
-        other = f"choose --weights {found[0]}" if found else "train the run again, which begins anew"
-        mend = f"{damage}; restore its files from a copy, or {other}"
-    raise UserError(f"{path}: no {wanted} weights; {mend}")
 
 
 def _exported(directory: Path) -> Source:

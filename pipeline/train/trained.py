@@ -1,4 +1,4 @@
-"""A trained model and what is needed to evaluate it, from exported weights or from a checkpoint of a running run."""
+"""A trained model: where its weights are, and what is needed to evaluate it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from pipeline.data.augment.settings import AugmentConfig, EvalTransformConfig
 from pipeline.errors import UserError
 from pipeline.resolve import build_model
 from pipeline.tracking.run_data import data_of_run
-from pipeline.tracking.run_dir import RunDir
+from pipeline.tracking.run_dir import CONFIG_NAME, RunDir
+from pipeline.tracking.runs import exists
+from pipeline.train.checkpoint import COMMIT, CheckpointStore
 from pipeline.train.engines import saved_weights
-from pipeline.train.export import load_weights
+from pipeline.train.export import MODEL_CONFIG, load_weights
 
 
 @dataclass(frozen=True)
@@ -79,3 +81,40 @@ class Trained:
             config.augment,
             config.eval_transform,
         )
+
+
+def find_weights(path: Path, weights: str | None = None) -> Path:
+    """The directory with exported weights, or the checkpoint, that `path` stands for.
+
+    Args:
+        path: a run directory, one of its checkpoints, or a directory with `model.safetensors` and `config.json`.
+        weights: of a run: `final`, `best` or `last`, the newest checkpoint. None: final, before there are any last.
+
+    Raises:
+        UserError: there is none.
+    """
+    there = exists(path)  # asked first, since a name that is too long for a file can't be asked for what is below it
+    if there and ((path / MODEL_CONFIG).is_file() or (path / COMMIT).is_file()):
+        if weights is not None:
+            raise UserError(f"{path}: no run, there is nothing to choose from with --weights {weights}; leave it out")
+        return path
+    if not there or not (path / CONFIG_NAME).is_file():
+        raise UserError(
+            f"{path}: no model here; name a run directory ({CONFIG_NAME}), one of its checkpoints ({COMMIT}) or a "
+            f"directory with exported weights ({MODEL_CONFIG})"
+        )
+    exported = [name for name in ("final", "best") if (path / name / MODEL_CONFIG).is_file()]
+    wanted = weights or ("final" if "final" in exported else "last")
+    if wanted in exported:
+        return path / wanted
+    store = CheckpointStore(path / "checkpoints")
+    newest = store.newest()
+    if wanted == "last" and newest is not None:
+        return newest.path
+    found = exported + ([] if newest is None else ["last"])
+    mend = f"the run has {' and '.join(found)}, choose with --weights {found[0]}" if found else "train the run first"
+    damage = store.damage() if newest is None and (wanted == "last" or not found) else None
+    if damage is not None:
+        other = f"choose --weights {found[0]}" if found else "train the run again, which begins anew"
+        mend = f"{damage}; restore its files from a copy, or {other}"
+    raise UserError(f"{path}: no {wanted} weights; {mend}")

@@ -10,12 +10,12 @@ from safetensors import SafetensorError
 
 from pipeline.config_load import parse_tree
 from pipeline.errors import UserError
-from pipeline.export.source import find_weights
 from pipeline.models.generate import Generator, make_gan
 from pipeline.tracking.run_dir import CONFIG_NAME, RunDir
 from pipeline.train.engines import saved_weights
 from pipeline.train.export import MODEL_CONFIG, read_weights
 from pipeline.train.tasks import make_task
+from pipeline.train.trained import find_weights
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TrainedGenerator:
 
 
 def load_generator(path: Path, weights: str | None = None) -> TrainedGenerator:
-    """The generator that `path` stands for; arguments as `pipeline.export.source.load_source`.
+    """The generator that `path` stands for; arguments as `find_weights`.
 
     Raises:
         UserError: there is none, or it can't be read.

@@ -220,6 +220,14 @@ class ExplainConfig(Section):
     )
 
 
+class ProfileConfig(Section):
+    """A trace of some steps, to see where their time goes; see docs/performance.md."""
+
+    steps: int = Field(0, ge=0, le=1000, description="steps of every start that are traced, to <run>/profile/; 0: none")
+    after: Duration = Field(Duration(10, "steps"), description="steps of that start before the first one")
+    all_processes: bool = Field(False, description="a trace of every process, not only of the first")
+
+
 class CheckpointConfig(Section):
     """What is kept of a run's state."""
 
@@ -288,6 +296,7 @@ class RunConfig(Section):
     optim: OptimConfig
     eval: EvalConfig = EvalConfig()
     explain: ExplainConfig = ExplainConfig()
+    profile: ProfileConfig = ProfileConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     engine: EngineConfig = EngineConfig()

@@ -17,7 +17,7 @@ _PLACES = {"name", "out", "tracking.recipe"}
 # They name the run, or say where and how its record is kept; its results don't depend on them.
 _PLACE_KEYS = {"name", "out", "resume", "data.workers", "data.prefetch", "data.resident"}
 _DATA_KEYS = {"data.train", "data.val"}
-_PLACE_SECTIONS = ("data.cache", "explain.", "checkpoint.", "tracking.")
+_PLACE_SECTIONS = ("data.cache", "explain.", "profile.", "checkpoint.", "tracking.")
 COMPLETE = {"finished", "stopped"}
 
 

@@ -16,6 +16,7 @@ from pipeline.train.distributed import World
 from pipeline.train.engines import Engine
 from pipeline.train.garbage import collected_by_hand
 from pipeline.train.meters import StepMeter
+from pipeline.train.profile import open_profiler
 from pipeline.train.quarantine import Quarantine
 from pipeline.train.recorder import Recorder
 from pipeline.train.saver import Saver
@@ -56,6 +57,7 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
         recorder.start(state, world)
         quarantine = Quarantine.open(run, work.source, world, state.step)
         trace = open_trace(config, work.source, world, stack)
+        profiler = open_profiler(config, world, state.step, plan.profile_after, stack)
         meter = StepMeter(world, run.order.batch, run.macs)
         batches = work.train_batches(state.step)
         stop = StopRequest(world, leave_at(config.checkpoint.margin_seconds, may_ask=world.is_main))
@@ -76,6 +78,9 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
             quarantine.add(state.step, batch.replaced)
             state.step += 1
             recorder.advance(state.step)
+            if profiler is not None and profiler.running:
+                with meter.paused():
+                    profiler.step()
             if plan.logs(state.step):
                 watch.begin(state.step, "logs")
                 collect()

@@ -18,6 +18,7 @@ class Plan:
         end_step: where the run ends; below `total_steps` with `train.stop_after`.
         warmup_steps, delay_steps, cooldown_steps: of the learning rate.
         log_every, eval_every, save_every: intervals.
+        profile_after: steps of a start before the first one that is traced.
     """
 
     steps_per_epoch: int
@@ -29,6 +30,7 @@ class Plan:
     log_every: int
     eval_every: int
     save_every: int
+    profile_after: int = 0
 
     @classmethod
     def of(cls, config: RunConfig, steps_per_epoch: int) -> Plan:
@@ -49,6 +51,7 @@ class Plan:
             log_every=max(1, steps(config.train.log_every)),
             eval_every=max(1, steps(config.eval.every)),
             save_every=max(1, steps(config.checkpoint.every)),
+            profile_after=steps(config.profile.after),
         )
 
     def epoch(self, step: int) -> float:

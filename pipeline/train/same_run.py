@@ -39,6 +39,7 @@ FREE_KEYS = (
     "eval.every",
     "eval.batch_size",
     "explain.",
+    "profile.",
     "checkpoint.",
     "engine.",
     "tracking.",

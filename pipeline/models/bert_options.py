@@ -64,6 +64,8 @@ class BertOptions:
             return
         if self.refine.sharing:
             raise ModelError("refine.sharing=true is for image models: every layer of BERT has queries and keys")
+        if self.refine.local != "raster":
+            raise ModelError(f"refine.local={self.refine.local} is for image models: sentences lie on no plane")
         if self.refine.kernels != "torch":
             raise ModelError(f"refine.kernels={self.refine.kernels} is for image models: its maps have no padding")
         maps = self.heads * self.refine.expansion

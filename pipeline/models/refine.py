@@ -12,6 +12,7 @@ from pipeline.models.attention import Attention, MapAttention
 from pipeline.models.errors import ModelError, check_bools, check_choice, check_ints, check_keys
 from pipeline.models.kernels import Kernels
 from pipeline.models.refine_fused import check_refine_fused
+from pipeline.models.refine_local import Local
 from pipeline.models.refine_maps import LinearRefiner, OfficialRefiner
 
 Flavour = Literal["official", "linear"]
@@ -25,6 +26,8 @@ class Refine:
         flavour: "linear", the paper's form; "official", the released one with BatchNorm, ReLU6 and a shortcut.
         expansion: maps after the expansion, per head.
         kernel: side of the local kernels, odd.
+        local: their neighbours: "raster", those in the order of the tokens, on both axes; the others take the places of
+            queries on the image plane, see `PlaneLocal`.
         reduction: mix back to one map per head; without it the values are split into as many heads as there are maps.
         sharing: refined layers have no queries and keys and take the maps of the layer before.
         blocks: the refined layers, counted from 0 over the whole model; None: all, or with sharing every second layer
@@ -39,9 +42,11 @@ class Refine:
     sharing: bool = False
     blocks: tuple[int, ...] | None = None
     kernels: Kernels = "torch"
+    local: Local = "raster"
 
     def __post_init__(self) -> None:
         check_choice("refine.flavour", self.flavour, Flavour)
+        check_choice("refine.local", self.local, Local)
         check_choice("kernels", self.kernels, Kernels)
         check_ints(1, **{"refine.expansion": self.expansion, "refine.kernel": self.kernel})
         check_bools(**{"refine.reduction": self.reduction, "refine.sharing": self.sharing})
@@ -49,6 +54,8 @@ class Refine:
             raise ModelError(f"refine.kernel={self.kernel} has no middle: choose an odd one (1, 3, 5)")
         if self.flavour == "official" and not self.reduction:
             raise ModelError("refine.reduction=false needs refine.flavour=linear: the shortcut of the official one")
+        if self.kernels == "triton" and self.local != "raster":
+            raise ModelError(f"kernels=triton is for refine.local=raster, not {self.local}: leave one of them out")
         if self.kernels == "triton" and self.flavour != "official":
             raise ModelError(
                 f"kernels=triton refines by flavour=official, not {self.flavour}: take that flavour, or leave it out"
@@ -72,8 +79,9 @@ class Refine:
     def make(self, num_heads: int, head_dim: int) -> nn.Module:
         """A refiner for the maps of one layer."""
         if self.flavour == "linear":
-            return LinearRefiner(num_heads, self.expansion, self.kernel, self.reduction)
-        refiner = OfficialRefiner(num_heads, self.expansion, self.kernel, head_dim**-0.5 if self.sharing else 1.0)
+            return LinearRefiner(num_heads, self.expansion, self.kernel, self.reduction, self.local)
+        scale = head_dim**-0.5 if self.sharing else 1.0
+        refiner = OfficialRefiner(num_heads, self.expansion, self.kernel, scale, self.local)
         if self.kernels == "triton":
             check_refine_fused(num_heads, self.kernel)
             refiner.fused = True

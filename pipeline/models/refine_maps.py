@@ -10,7 +10,7 @@ back to H. Tokens lie on both axes in raster order, the class token (if any) fir
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from pipeline.models.kernels import runs_here
 from pipeline.models.layers import Mlp
 from pipeline.models.refine_fused import refine_fused
 from pipeline.models.refine_lean import refine_lean
+from pipeline.models.refine_local import Local, check_raster, make_local
 
 Model = TypeVar("Model", bound=nn.Module)
 # The epsilon of these BatchNorms matters: attention maps vary by less than its root.
@@ -30,7 +31,7 @@ BN_EPS = 1e-5
 
 
 class LinearRefiner(nn.Module):
-    """The paper's form: 1x1 expansion, depthwise k x k, 1x1 reduction, all without bias and with nothing in between.
+    """The paper's form: 1x1 expansion, local kernels, 1x1 reduction, all without bias and with nothing in between.
 
     A product of linear maps is one linear map: `fold` gives it.
 
@@ -38,12 +39,12 @@ class LinearRefiner(nn.Module):
         lean: compute that one map in training as well, and keep none of the expanded ones; see `set_lean`.
     """
 
-    def __init__(self, num_heads: int, expansion: int, kernel: int, reduction: bool) -> None:
+    def __init__(self, num_heads: int, expansion: int, kernel: int, reduction: bool, local: Local = "raster") -> None:
         super().__init__()
         hidden = num_heads * expansion
         self.out_maps = num_heads if reduction else hidden
         self.expand = nn.Conv2d(num_heads, hidden, kernel_size=1, bias=False)
-        self.local = nn.Conv2d(hidden, hidden, kernel, padding=kernel // 2, groups=hidden, bias=False)
+        self.local: Any = make_local(hidden, kernel, local)
         self.reduce = nn.Conv2d(hidden, num_heads, kernel_size=1, bias=False) if reduction else nn.Identity()
         self.lean = False
 
@@ -88,7 +89,12 @@ class LinearRefiner(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> FoldedLinear:
-        """One dense k x k convolution that computes the same, borders included: zero padding meets no bias."""
+        """One dense k x k convolution that computes the same, borders included: zero padding meets no bias.
+
+        Raises:
+            ModelError: the kernels lie on the plane of queries.
+        """
+        check_raster(self.local, "fold()")
         folded = FoldedLinear(self.expand.in_channels, self.out_maps, self.local.kernel_size[0])
         folded.conv.weight = nn.Parameter(self._kernel())
         return folded.train(self.training)
@@ -108,7 +114,7 @@ class FoldedLinear(nn.Module):
 
 
 class OfficialRefiner(nn.Module):
-    """The released form: 1x1, BN, ReLU6, depthwise k x k, BN, ReLU6, 1x1, BN, plus the input, BN, times `scale`.
+    """The released form: 1x1, BN, ReLU6, local kernels, BN, ReLU6, 1x1, BN, plus the input, BN, times `scale`.
 
     Official files: `models/refiner_utils.py`, class DLA, and `adapt_bn` of `models/refined_transformer.py`. The
     released models ignore their own expansion and kernel options; here they act.
@@ -119,14 +125,14 @@ class OfficialRefiner(nn.Module):
             elsewhere nothing changes.
     """
 
-    def __init__(self, num_heads: int, expansion: int, kernel: int, scale: float) -> None:
+    def __init__(self, num_heads: int, expansion: int, kernel: int, scale: float, local: Local = "raster") -> None:
         super().__init__()
         hidden = num_heads * expansion
         self.out_maps = num_heads
         self.scale = scale
         self.expand = nn.Conv2d(num_heads, hidden, kernel_size=1, bias=False)
         self.bn1 = BatchNorm2d(hidden, eps=BN_EPS)
-        self.local = nn.Conv2d(hidden, hidden, kernel, padding=kernel // 2, groups=hidden, bias=False)
+        self.local: Any = make_local(hidden, kernel, local)
         self.bn2 = BatchNorm2d(hidden, eps=BN_EPS)
         self.reduce = nn.Conv2d(hidden, num_heads, kernel_size=1, bias=False)
         self.bn3 = BatchNorm2d(num_heads, eps=BN_EPS)
@@ -160,7 +166,12 @@ class OfficialRefiner(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> FoldedOfficial:
-        """The same function as in evaluation, without BatchNorms."""
+        """The same function as in evaluation, without BatchNorms.
+
+        Raises:
+            ModelError: the kernels lie on the plane of queries.
+        """
+        check_raster(self.local, "fold()")
         folded = FoldedOfficial(self.expand.in_channels, self.expand.out_channels, self.local.kernel_size[0])
         u1, v1 = _affine(self.bn1)
         u2, v2 = _affine(self.bn2)
@@ -213,9 +224,13 @@ def set_lean(model: nn.Module, lean: bool = True) -> int:
 
     Returns:
         How many refiners the model has.
+
+    Raises:
+        ModelError: their kernels lie on the plane of queries.
     """
     refiners = [m for m in model.modules() if isinstance(m, LinearRefiner | OfficialRefiner)]
     for refiner in refiners:
+        check_raster(refiner.local, "train.activation_checkpointing=maps")
         refiner.lean = lean
     set_few_copies(model, lean and bool(refiners))
     return len(refiners)

@@ -22,6 +22,7 @@ from pipeline.models.errors import ModelError, check_bools, check_choice, check_
 from pipeline.models.kernels import Kernels
 from pipeline.models.pool import Pool
 from pipeline.models.refine import Flavour, Refine
+from pipeline.models.refine_local import Local
 from pipeline.models.refine_maps import fold_refiners
 from pipeline.models.registry import ModelInfo, register
 from pipeline.models.stems import ConvStem, PatchStem
@@ -41,6 +42,8 @@ class Refiner(TokenTransformer):
         flavour: "official" or "linear".
         expansion: attention maps after the expansion, per head.
         kernel: side of the local kernels on the maps.
+        local: which places they take for neighbours: "raster" (official), "plane", "volume" or "plane_then_keys"; see
+            `Refine`.
         reduction: mix the maps back to one per head (official: always).
         sharing: refined layers take the maps of the layer before and have no queries and keys; None: as the flavour
             has it (official: true, linear: false).
@@ -88,6 +91,7 @@ class Refiner(TokenTransformer):
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         kernels: Kernels = "torch",
+        local: Local = "raster",
     ) -> None:
         check_choice("stem", stem, Stem)
         check_ints(1, in_chans=in_chans, embed_dim=embed_dim, num_heads=num_heads)
@@ -98,7 +102,7 @@ class Refiner(TokenTransformer):
         token_side(img_size, patch_size)
         sharing = flavour == "official" if sharing is None else sharing
         refine = {"flavour": flavour, "expansion": expansion, "kernel": kernel, "reduction": reduction}
-        of_maps = kernels if flavour == "official" else "torch"
+        of_maps = kernels if flavour == "official" and local == "raster" else "torch"
         make_stem = ConvStem if stem == "conv" else PatchStem
         super().__init__(
             img_size,
@@ -113,7 +117,7 @@ class Refiner(TokenTransformer):
             class_token=True,
             pool=Pool.of(pool),
             pool_pos_embed=True,
-            refine=Refine.of(refine | {"sharing": sharing, "blocks": blocks, "kernels": of_maps}),
+            refine=Refine.of(refine | {"sharing": sharing, "blocks": blocks, "kernels": of_maps, "local": local}),
             residual_scale=residual_scale,
             layer_scale=layer_scale or None,
             drop_path_rate=drop_path_rate,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isqrt
 
 import torch
@@ -99,6 +99,8 @@ class TokenTransformer(ImageModel):
         self.refine = refine
         self.token_grid = side if not grids else None
         uses = map_uses(refine, _runs(self.pooled_layers, depth))
+        if refine is not None and refine.local != "raster":
+            _check_planes(refine.local, [use.refined for use in uses], self.pooled_layers, grids)
         rates = drop_path_rates(drop_path_rate, depth)
 
         self.patch_embed = stem
@@ -210,6 +212,16 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     Official file: `loss/cross_entropy.py`, CosineSimilarity(dim=1).
     """
     return F.cosine_similarity(a.float(), b.float(), dim=1).mean()
+
+
+def _check_planes(local: str, refined: Sequence[bool], pooled: Sequence[int], grids: Sequence[tuple[int, int]]) -> None:
+    """Raise ModelError if the tokens of a refined layer, behind a pool, lie on no square plane."""
+    for layer, grid in zip(pooled, grids, strict=True):
+        if grid[0] != grid[1] and any(refined[layer + 1 :]):
+            raise ModelError(
+                f"refine.local={local} needs tokens on a square plane, and the pool after layer {layer} leaves "
+                f"{grid[0]}x{grid[1]}: set refine.local=raster, pool_dims=2, or refine.blocks to layers before it"
+            )
 
 
 def _runs(pooled: Iterable[int], depth: int) -> list[int]:

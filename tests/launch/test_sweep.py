@@ -565,12 +565,13 @@ def test_taking_over(killed: str, shards: Path, tmp_path: Path) -> None:
         ("nest_lr_wd", 12),
         ("nest_warmup", 10),
         ("refiner_expansion", 8),
+        ("refiner_local", 4),
         ("refiner_lr_wd", 9),
     ],
 )
 def test_shipped_sweep(name: str, count: int, shards: Path, tmp_path: Path) -> None:
     path = ROOT / "configs" / "sweep" / f"{name}.yaml"
-    assert path in SWEEPS and len(SWEEPS) == 12
+    assert path in SWEEPS and len(SWEEPS) == 13
     sweep = load_sweep(path)
     config = run_config(sweep, "x", {} if sweep.searcher.kind == "optuna" else drawn_trials(sweep)[0])
     lanes = config.data.lanes or default_lanes(config.train.global_batch_size)

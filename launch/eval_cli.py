@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,10 @@ def evaluate(
             "measured and not chosen on; 0: choose and measure on all; default: 0.5"
         ),
     ] = None,
+    aux_weight: Annotated[
+        float | None,
+        typer.Option(help="Refiner with an aux head: weight of its largest logits; 0: the class token alone"),
+    ] = None,
     cache: Annotated[
         str | None, typer.Option(help="folder of this node for shards from an address; default: the run's data.cache")
     ] = None,
@@ -60,6 +65,8 @@ def evaluate(
     from pipeline.train.eval_worker import payload
 
     _check_numbers(precision, crop_pct, calibrate, holdout)
+    if aux_weight is not None and not (math.isfinite(aux_weight) and aux_weight >= 0):
+        raise UserError(f"--aux-weight {aux_weight:g}: a weight of logits, 0 or above")
     _check_output(output)
     job = find_job(run, weights, data, precision)
     job = replace(
@@ -68,6 +75,7 @@ def evaluate(
         workers=workers,
         output=output,
         crop_pct=crop_pct,
+        aux_weight=aux_weight,
         ratios=[] if calibrate is None else parse_ratios(calibrate),
         holdout=0.5 if holdout is None else holdout,
         cache=replace(job.cache, directory=cache or job.cache.directory, gigabytes=cache_gb or job.cache.gigabytes),

@@ -30,6 +30,7 @@ class EvalJob:
         precision: `fp32`, `bf16` or `fp16`.
         output: file that gets the JSON result too; empty for none.
         crop_pct: crop ratio; None leaves the run's own evaluation as it is.
+        aux_weight: of the logits of a model's aux head; None: the model's own.
         ratios: crop ratios to choose the best of; empty for a single evaluation.
         holdout: part of the samples that the choice is not made on.
         cache: of the node, for a split that has an address.
@@ -47,6 +48,7 @@ class EvalJob:
     precision: str = "fp32"
     output: str = ""
     crop_pct: float | None = None
+    aux_weight: float | None = None
     ratios: list[float] = field(default_factory=list)
     holdout: float = 0.5
     cache: CacheOptions = field(default_factory=CacheOptions)
@@ -58,7 +60,7 @@ def run_job(job: EvalJob, world: World) -> dict[str, Any]:
     """Evaluate; collective. Rank 0 prints the result as one line of JSON.
 
     Raises:
-        UserError: no such weights or data, the classes differ, or a crop ratio can't be used.
+        UserError: no such weights or data, the classes differ, a crop ratio can't be used, or there is no aux head.
     """
     result: dict[str, Any] = {"weights": job.weights, "data": redact(job.data)}
     if job.step is not None:

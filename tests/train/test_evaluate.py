@@ -17,16 +17,18 @@ from typer.testing import CliRunner
 from data_prep.options import PrepOptions
 from data_prep.prepare import prepare_splits
 from launch.eval_cli import evaluate, find_job
+from pipeline.config import RunConfig
 from pipeline.data.augment.settings import AugmentConfig, EvalTransformConfig
 from pipeline.data.augment.transforms import build_eval_transform
 from pipeline.data.fast.decode import decode_image
 from pipeline.data.shards import ShardSet
 from pipeline.errors import UserError
+from pipeline.models import create_model
 from pipeline.tracking.confusion import BEST_NAME, NEWEST_NAME, Confusion
 from pipeline.tracking.record import summarize
 from pipeline.train.distributed import World
 from pipeline.train.eval_worker import EvalJob, run_job
-from pipeline.train.export import load_weights
+from pipeline.train.export import describe, load_weights, write_weights
 from pipeline.train.trained import Trained
 from tests.train.conftest import Rookery
 from tests.train.forked import ForkServer
@@ -237,3 +239,38 @@ def test_kernels_are_those_of_the_run(deterministic: bool, unfinished: Path) -> 
 def test_a_run_that_was_told_to_stop_is_not_finished(trained: Path) -> None:
     summary = summarize(trained)
     assert (summary.state, summary.step, summary.total_steps) == ("stopped", 12, 24)
+
+
+def test_an_aux_head_is_weighed_as_asked_for(digits: Path, tmp_path: Path) -> None:
+    """The logits of a Refiner with token labels, and of its class token alone, from the same weights."""
+    options = {"patch_size": 8, "embed_dim": 24, "num_heads": 4, "depth": 2}
+    tree: dict[str, Any] = {"name": "x", "data": {"train": "x"}, "optim": {"lr": 1}}
+    tree |= {"train": {"epochs": 1, "global_batch_size": 8}, "eval_transform": {"resize": "resize_only"}}
+    tree |= {"augment": {"resize": 16, "crop": "none", "normalize": "half"}}
+    torch.manual_seed(0)
+    weights = create_model("refiner_vit_s", img_size=16, in_chans=1, num_classes=10, **options).state_dict()
+    for name in ("head.weight", "aux_head.weight"):
+        weights[name].normal_()
+    losses = []
+    for weight in (0.5, 0.0, 2.0):
+        model = {"name": "refiner_vit_s", "img_size": 16, "in_chans": 1, "num_classes": 10}
+        model |= {"options": options | {"aux_weight": weight}}
+        folder = tmp_path / str(weight)
+        folder.mkdir()
+        config = RunConfig.model_validate(tree | {"model": model})
+        write_weights(folder, weights, describe(config, ShardSet(digits / "test").manifest.classes, {}))
+        expected = counted_by_hand(folder, digits / "test")
+        job = EvalJob(str(tmp_path / "0.5"), str(digits / "test"), batch_size=120, workers=0, aux_weight=weight)
+        found = run_job(job, World(0, 1, 0, torch.device("cpu")))
+        assert found["aux_weight"] == weight
+        assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+        losses.append(found["loss"])
+    assert len(set(losses)) == 3
+
+
+def test_weights_without_an_aux_head_refuse_its_weight(trained: Path, digits: Path) -> None:
+    job = EvalJob(str(trained / "final"), str(digits / "test"), workers=0, aux_weight=0.0)
+    with pytest.raises(UserError, match=r"--aux-weight: nest_micro of .* has no aux head; leave it out"):
+        run_job(job, World(0, 1, 0, torch.device("cpu")))
+    with pytest.raises(UserError, match="--aux-weight -1: a weight of logits, 0 or above"):
+        evaluate(trained, aux_weight=-1.0)

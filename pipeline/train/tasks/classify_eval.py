@@ -14,6 +14,7 @@ from pipeline.data.augment.settings import EvalTransformConfig
 from pipeline.data.augment.transforms import build_eval_transform
 from pipeline.data.loader import Batches, EvalDataset
 from pipeline.data.shards import ShardSet
+from pipeline.models.refiner import Refiner
 from pipeline.train.calibrate import Figures, Ratio, held_out, own_ratio, report, search, table, with_ratio
 from pipeline.train.distributed import World
 from pipeline.train.engines.base import PRECISIONS
@@ -32,6 +33,10 @@ def evaluate_saved(job: EvalJob, world: World) -> dict[str, Any]:
     """See `ClassifyTask.evaluate_saved`."""
     weights = Path(job.weights)
     trained = Trained.from_export(weights) if job.step is None else Trained.from_checkpoint(Path(job.run), weights)
+    if job.aux_weight is not None:
+        if not isinstance(trained.model, Refiner) or trained.model.aux_head is None:
+            world.fail(f"--aux-weight: {trained.name} of {job.weights} has no aux head; leave it out", agreed=False)
+        trained.model.aux_weight = job.aux_weight
     evaluation = _Evaluation(job, trained, world)
     if job.ratios:
         result = evaluation.calibrate()
@@ -41,7 +46,8 @@ def evaluate_saved(job: EvalJob, world: World) -> dict[str, Any]:
         result = {"crop_pct": ratio, **evaluation.at(settings, "eval")}
     else:
         result = evaluation.at(trained.transform, "eval")
-    return {**result, "model": trained.name}
+    weighed = {} if job.aux_weight is None else {"aux_weight": job.aux_weight}
+    return {**weighed, **result, "model": trained.name}
 
 
 class _Evaluation:

@@ -34,6 +34,8 @@ def evaluate_saved(job: EvalJob, world: World) -> dict[str, Any]:
 
     if job.ratios or job.crop_pct is not None:
         raise UserError("crop ratios are for classifiers; leave out --crop-pct and --calibrate for task=generate")
+    if job.aux_weight is not None:
+        raise UserError("--aux-weight is of a Refiner's aux head; leave it out for task=generate")
     folder = Path(job.run) if job.run else Path(job.weights).parent
     saved = RunDir.saved_config(folder)
     if saved is None:

@@ -86,6 +86,8 @@ def evaluate_saved(job: EvalJob, world: World) -> dict[str, Any]:
     """See `LanguageTask.evaluate_saved`."""
     if job.ratios or job.crop_pct is not None:
         world.fail("--crop-pct and --calibrate are about pictures; leave them out for a run of task=language")
+    if job.aux_weight is not None:
+        world.fail("--aux-weight is of a Refiner's aux head; leave it out for a run of task=language")
     weights = Path(job.weights)
     if job.step is None:
         trained = TrainedText.from_export(weights)

@@ -67,7 +67,7 @@ class StepProfiler:
             with open(plain, "rb") as source, gzip.open(path.with_suffix(".json.gz"), "wb", compresslevel=3) as target:
                 shutil.copyfileobj(source, target)
             plain.unlink()
-            by = f"self_{self._device.type}_time_total"
+            by = "self_device_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
             path.with_suffix(".txt").write_text(done.key_averages().table(sort_by=by, row_limit=_DEAREST) + "\n")
         except (OSError, RuntimeError) as error:
             log.warning("the profile of the steps is not written: %s; training goes on", error)

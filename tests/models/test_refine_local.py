@@ -80,7 +80,11 @@ def test_other_architectures_take_them() -> None:
     ("model", "options", "message"),
     [
         ("refiner_vit_s", {"local": "grid"}, "refine.local='grid' is not one of"),
-        ("refiner_vit_s", {"local": "plane", "kernels": "triton"}, "kernels=triton is for refine.local=raster"),
+        (
+            "nest_micro",
+            {"refine": {"flavour": "official", "local": "plane", "kernels": "triton"}},
+            "kernels=triton is for refine.local=raster",
+        ),
         ("hvt_s_1", {"refine": {"local": "plane"}}, "the pool after layer 0 leaves 1x97: set refine.local=raster"),
         ("hvt_s_1", {"refine": {"local": "plane"}, "pool_dims": 2, "pool_stride": [1, 2]}, "leaves 14x7"),
     ],

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-import pipeline.models.fused_mlp  # noqa: F401  (its operators)
+import pipeline.models.fused_mlp
+import pipeline.models.short_attention  # noqa: F401  (operators that are counted)
 from launch.bench_model.peaks import Peak
 
 HALF = torch.bfloat16
@@ -30,6 +31,18 @@ HALF = torch.bfloat16
 def _mlp_hidden(rows: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
     """Of `fused_mlp`'s kernels: a product each, (T, C) by (F, C) or (C, F)."""
     return 2 * rows[0] * weight[0] * weight[1]
+
+
+@register_flop_formula(torch.ops.rookery.short_attention)
+def _short_attention(qkv: Sequence[int], heads: int, kv_heads: int, *_: Any, **__: Any) -> int:
+    """Two products for (B, N, (H + 2 H') D)."""
+    return 4 * qkv[0] * qkv[1] ** 2 * qkv[2] * heads // (heads + 2 * kv_heads)
+
+
+@register_flop_formula(torch.ops.rookery.short_attention_backward)
+def _short_attention_backward(_grad: Sequence[int], qkv: Sequence[int], *heads: int, **__: Any) -> int:
+    """Five, one of them once more."""
+    return 5 * _short_attention(qkv, *heads) // 2
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.block_attention import block_attention
+from pipeline.models.block_attention import HEAD_DIMS, TOKENS, block_attention
 from pipeline.models.errors import ModelError, check_heads
-from pipeline.models.kernels import runs_here
+from pipeline.models.kernels import Kernels, runs_here
 from pipeline.models.refine_group import as_typed
+from pipeline.models.short_attention import check_attention_kernels, short_attention, takes_short
 
 
 class Attention(nn.Module):
@@ -21,7 +22,8 @@ class Attention(nn.Module):
     With `multi_query` all heads share one key and one value (NesT on CIFAR); `qkv` then projects to
     `dim + 2 * dim / num_heads` channels, laid out as q of every head, k, v.
 
-    With `small` a GPU takes `block_attention` in place of PyTorch's kernels; see `check_block_attention`.
+    With `kernels="triton"` a GPU takes `block_attention` for sequences of 16 or 64 tokens, and for others of up to 256
+    `short_attention`, in place of PyTorch's kernels.
     """
 
     def __init__(
@@ -30,7 +32,7 @@ class Attention(nn.Module):
         num_heads: int,
         *,
         multi_query: bool = False,
-        small: bool = False,
+        kernels: Kernels = "torch",
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
     ) -> None:
@@ -39,7 +41,10 @@ class Attention(nn.Module):
         head_dim = dim // num_heads
         self.num_heads = num_heads
         self.multi_query = multi_query
-        self.small = small
+        self.kernels = kernels
+        if kernels == "triton":
+            check_attention_kernels(attn_drop)
+        self.kv_heads = 1 if multi_query else num_heads
         self.attn_drop = attn_drop
         self.widths = (dim, head_dim, head_dim) if multi_query else (dim, dim, dim)
         self.qkv = nn.Linear(dim, sum(self.widths))
@@ -48,10 +53,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., N, C) -> (..., N, C)."""
+        if self.kernels == "triton":
+            out = self._by_kernels(x)
+            if out is not None:
+                return self.proj_drop(self.proj(out.view(x.shape)))
         projected = self.qkv(x.flatten(0, -3))
-        if self.small and runs_here(projected):
-            out = block_attention(projected, self.num_heads, 1 if self.multi_query else self.num_heads)
-            return self.proj_drop(self.proj(out.view(x.shape)))
         q, k, v = projected.split(self.widths, dim=-1)
         q = split_heads(q, self.num_heads)
         if self.multi_query:
@@ -60,6 +66,15 @@ class Attention(nn.Module):
             k, v = (split_heads(t, self.num_heads) for t in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
+
+    def _by_kernels(self, x: Tensor) -> Tensor | None:
+        """What goes into the last projection, (B', N, C); None: that is for PyTorch."""
+        x, head_dim = x.flatten(0, -3), self.widths[0] // self.num_heads
+        if x.shape[-2] in TOKENS and head_dim in HEAD_DIMS:
+            return block_attention(self.qkv(x), self.num_heads, self.kv_heads) if runs_here(x) else None
+        if takes_short(x, head_dim):
+            return short_attention(x, self.qkv.weight, self.qkv.bias, self.num_heads, self.kv_heads)
+        return None
 
     def maps(self, x: Tensor) -> Tensor:
         """The attention maps that the fused kernel doesn't show, softmax(q kᵀ / √d): (..., N, C) -> (B', H, N, N)."""

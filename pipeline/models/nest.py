@@ -85,7 +85,8 @@ class Nest(ImageModel):
         pool_pad: "same" (official) or "symmetric".
         init: "official": normal of std 0.02 cut at two standard deviations; "timm": the same, not cut. For every kernel
             and position embedding; biases 0.
-        kernels: "torch", or "triton": on a GPU `fused_mlp`, and `block_attention` in blocks of 16 or 64 tokens.
+        kernels: "torch", or "triton": on a GPU `fused_mlp`, and `block_attention` in blocks of 16 or 64 tokens,
+            `short_attention` in others of up to 256.
 
     Raises:
         ModelError: sizes that don't fit together, or an unknown choice.
@@ -129,7 +130,7 @@ class Nest(ImageModel):
         self.num_heads = per_level("num_heads", num_heads, num_levels)
         dims = per_level("embed_dims", embed_dims, num_levels)
         layer_counts = per_level("depths", depths, num_levels, minimum=0)
-        multi_query, small = attention == "mqa", kernels == "triton" and self.block_size**2 in TOKENS
+        multi_query = attention == "mqa"
         rates = iter(drop_path_rates(drop_path_rate, sum(layer_counts)))
         self.refine = Refine.of(refine)
         uses = iter(map_uses(self.refine, layer_counts))
@@ -139,12 +140,12 @@ class Nest(ImageModel):
         self.levels = nn.ModuleList()
         for i, dim in enumerate(dims):
             layers = []
-            if small:
+            if kernels == "triton" and self.block_size**2 in TOKENS:
                 check_block_attention(dim // self.num_heads[i], attn_drop_rate)
             for _ in range(layer_counts[i]):
                 use = next(uses)
                 attn = make_attention(
-                    use, self.refine, dim, self.num_heads[i], multi_query=multi_query, small=small, **dropout
+                    use, self.refine, dim, self.num_heads[i], multi_query=multi_query, kernels=kernels, **dropout
                 )
                 mlp = Mlp(dim, hidden_width(dim, mlp_ratio), act=gelu, drop=drop_rate, kernels=kernels)
                 layer = MapLayer if use.explicit else EncoderLayer

@@ -157,13 +157,14 @@ def make_attention(
     num_heads: int,
     *,
     multi_query: bool = False,
-    small: bool = False,
+    kernels: Kernels = "torch",
     attn_drop: float = 0.0,
     proj_drop: float = 0.0,
 ) -> nn.Module:
     """The attention of one layer: fused where no explicit maps are needed."""
     if not use.explicit:
-        return Attention(dim, num_heads, multi_query=multi_query, small=small, attn_drop=attn_drop, proj_drop=proj_drop)
+        dropout = {"attn_drop": attn_drop, "proj_drop": proj_drop}
+        return Attention(dim, num_heads, multi_query=multi_query, kernels=kernels, **dropout)
     refiner = refine.make(num_heads, dim // num_heads) if refine is not None and use.refined else None
     attention = MapAttention(
         dim,

@@ -60,7 +60,7 @@ class TokenTransformer(ImageModel):
         refine: which layers refine attention maps; None: none.
         residual_scale, layer_scale: see `EncoderLayer` and `Mlp`.
         drop_path_rate, drop_rate, attn_drop_rate: as in `Nest`; `drop_rate` also acts after the position embedding.
-        kernels: "torch", or "triton": `fused_mlp` on a GPU.
+        kernels: "torch", or "triton": `fused_mlp` and `short_attention` on a GPU.
     """
 
     def __init__(
@@ -111,7 +111,9 @@ class TokenTransformer(ImageModel):
         self.pools = nn.ModuleDict()
         grid = (side, side)
         for i, (use, rate) in enumerate(zip(uses, rates, strict=True)):
-            attn = make_attention(use, refine, dim, num_heads, attn_drop=attn_drop_rate, proj_drop=drop_rate)
+            attn = make_attention(
+                use, refine, dim, num_heads, attn_drop=attn_drop_rate, proj_drop=drop_rate, kernels=kernels
+            )
             hidden = hidden_width(dim, mlp_ratio)
             mlp = Mlp(dim, hidden, act="erf", drop=drop_rate, layer_scale=layer_scale, kernels=kernels)
             kind = MapLayer if use.explicit else EncoderLayer

@@ -57,7 +57,7 @@ def test_names() -> None:
         assert all(m.lean for m in lean.modules() if isinstance(m, OfficialRefiner))
         assert contender("deit_tiny+checkpoint", None).build().grad_checkpointing
         attention = [m for m in contender("nest_tiny_cifar+triton", None).build().modules() if isinstance(m, Attention)]
-        assert len(attention) == 12 and all(m.small for m in attention)
+        assert [m.kernels for m in attention] == ["triton"] * 12
         whole, layers = (contender(f"nest_tiny+{way}", None).build() for way in ("compile", "layers"))
         assert whole._compiled_call_impl is not None and layers._compiled_call_impl is None
         for model, compiled in ((whole, False), (layers, True)):
@@ -65,8 +65,7 @@ def test_names() -> None:
         for name, layers in (("nest_tiny", 12), ("hvt_ti_1", 12), ("refiner_vit_s", 16), ("refiner_vit_s_linear", 16)):
             modules = list(contender(f"{name}+triton", None).build().modules())
             assert [m.fused for m in modules if isinstance(m, Mlp)] == [True] * layers
-            # Blocks of 196 tokens are PyTorch's, and the linear form of a refiner is.
-            assert not any(m.small for m in modules if isinstance(m, Attention))
+            assert {m.kernels for m in modules if isinstance(m, Attention)} <= {"triton"}
             assert any(m.fused for m in modules if isinstance(m, OfficialRefiner)) == (name == "refiner_vit_s")
         fused = [m for m in contender("refiner_vit_s+triton", 32).build().modules() if isinstance(m, OfficialRefiner)]
         assert len(fused) == 8 and all(m.fused for m in fused)

@@ -16,7 +16,6 @@ import torch
 
 import pipeline.models.block_attention as block_attention_module
 from pipeline.models import ModelError, create_model
-from pipeline.models.attention import Attention
 from pipeline.models.block_attention import block_attention
 from pipeline.models.kernels import runs_here
 from tests.models.block_attention_cases import LAYOUTS, SHAPES, TYPES, attention
@@ -77,15 +76,6 @@ def test_what_they_can_not_do_is_said(options: dict[str, Any], expected: str) ->
     with pytest.raises(ModelError) as caught:
         create_model("nest_micro", **{"kernels": "triton", **options})
     assert expected in str(caught.value)
-
-
-@pytest.mark.parametrize(("side", "small"), [(16, True), (32, True), (56, False)])
-def test_blocks_that_have_them(side: int, small: bool) -> None:
-    """Of 16 and 64 tokens; those of 196, whatever their heads, PyTorch's."""
-    heads = {} if small else {"embed_dims": (24, 64, 96)}
-    with torch.device("meta"):
-        model = create_model("nest_micro", kernels="triton", img_size=side, **heads)
-    assert {m.small for m in model.modules() if isinstance(m, Attention)} == {small}
 
 
 def test_a_gpu_without_room_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from pipeline.models import create_model, fold_refiners, num_drop_paths, set_drop_path_noise, set_lean
 from pipeline.models.batch_norm import group_statistics
 from pipeline.models.block_attention import block_attention
+from pipeline.models.fused_mlp import fused_mlp
 from pipeline.models.refine_maps import OfficialRefiner
+from pipeline.models.short_attention import short_attention
 from pipeline.models.timm_weights import from_timm
 
 # How far what is got is from what is wanted.
@@ -52,6 +54,18 @@ def kernels(tiny: bool) -> Iterator[dict[str, Any]]:
     for dtype, allowed in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)):
         for shape in ((37, 16, 3, 1, 64), (5, 64, 4, 4, 32)):
             yield attempt(f"attention in blocks {shape}, {dtype}", partial(_block_attention, shape, dtype), allowed)
+    for shape in ((5, 196, 3, 3, 32), (9, 97, 6, 6, 64), (3, 49, 4, 1, 64)):
+        named = f"attention over short sequences {shape}, {torch.bfloat16}"
+        yield attempt(named, partial(_short_attention, shape, torch.bfloat16), 0.04)
+    for dtype, allowed in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+        for sizes in ((1000, 96, 384), (777, 420, 1260)):
+            for tanh, lean in ((True, False), (False, True)):
+                named = f"MLP {sizes}, {'tanh' if tanh else 'erf'}{', lean' if lean else ''}, {dtype}"
+                yield attempt(named, partial(_mlp, sizes, tanh, lean, dtype), allowed)
+    for name in ("nest_tiny", "hvt_ti_1"):
+        # As far from float32 as PyTorch's operations, or twice as far.
+        lean = 2 * overall(*_in_bf16(name, "torch"))
+        yield attempt(f"{name} by kernels, bf16", partial(_in_bf16, name, "triton"), lean, overall)
     for dtype, allowed in ((torch.float64, 1e-9), (torch.float32, 5e-3), (torch.bfloat16, 0.05)):
         for shape in ((3, 12, 197, 3), (6, 16, 50, 2)):
             # Rounding moves a pixel past a bend of ReLU6 here and there, whoever computes: its gradient is another one,
@@ -105,16 +119,84 @@ def _block_attention(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[list[T
     qkv = torch.randn(blocks, tokens, (heads + 2 * kv_heads) * dim, device=DEVICE, generator=_seeded()).to(dtype)
     above = torch.randn(blocks, tokens, heads * dim, device=DEVICE, generator=_seeded()).to(dtype)
     ours, plain = qkv.requires_grad_(), qkv.detach().double().requires_grad_()
-    out = block_attention(ours, heads, kv_heads)
-    widths = [heads * dim, kv_heads * dim, kv_heads * dim]
-    q, k, v = (part.unflatten(-1, (-1, dim)).transpose(1, 2) for part in plain.split(widths, -1))
-    maps = torch.softmax(q @ k.transpose(-2, -1) * dim**-0.5, -1)
-    expected = (maps @ v).transpose(1, 2).flatten(2)
+    out, expected = block_attention(ours, heads, kv_heads), _attention(plain, heads, kv_heads, dim)
     got = [out, *torch.autograd.grad(out, ours, above)]
     return [t.detach().double() for t in got], [
         expected.detach(),
         *torch.autograd.grad(expected, plain, above.double()),
     ]
+
+
+def _attention(qkv: Tensor, heads: int, kv_heads: int, dim: int) -> Tensor:
+    """By definition."""
+    widths = [heads * dim, kv_heads * dim, kv_heads * dim]
+    q, k, v = (part.unflatten(-1, (-1, dim)).transpose(1, 2) for part in qkv.split(widths, -1))
+    maps = torch.softmax(q @ k.transpose(-2, -1) * dim**-0.5, -1)
+    return (maps @ v).transpose(1, 2).flatten(2)
+
+
+def _short_attention(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """As `_block_attention`, with the projection before it, of 96 channels."""
+    sequences, tokens, heads, kv_heads, dim = shape
+    width = (heads + 2 * kv_heads) * dim
+    drawn = _drawn(dtype, (sequences, tokens, 96), (width, 96), (width,), scales=(1.0, 0.2, 1.0))
+    above = torch.randn(sequences, tokens, heads * dim, device=DEVICE, generator=_seeded()).to(dtype)
+    return _both(
+        drawn,
+        lambda x, weight, bias: short_attention(x, weight, bias, heads, kv_heads),
+        lambda x, weight, bias: _attention(F.linear(x, weight, bias), heads, kv_heads, dim),
+        above,
+    )
+
+
+def _mlp(sizes: tuple[int, int, int], tanh: bool, lean: bool, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Of `fused_mlp` for (rows, channels, hidden channels), and of PyTorch in float64."""
+    rows, dim, hidden = sizes
+    shapes = (rows, dim), (hidden, dim), (hidden,), (dim, hidden), (dim,)
+    drawn = _drawn(dtype, *shapes, scales=(1.0, dim**-0.5, 1.0, hidden**-0.5, 1.0))
+    above = torch.randn(rows, dim, device=DEVICE, generator=_seeded()).to(dtype)
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+        active = F.gelu(F.linear(x, weight, bias), approximate="tanh" if tanh else "none")
+        return F.linear(active, weight2, bias2)
+
+    return _both(drawn, partial(fused_mlp, tanh=tanh, lean=lean), plain, above)
+
+
+def _drawn(dtype: torch.dtype, *shapes: tuple[int, ...], scales: Sequence[float]) -> list[Tensor]:
+    generator = _seeded()
+    return [
+        (scale * torch.randn(shape, device=DEVICE, generator=generator)).to(dtype)
+        for shape, scale in zip(shapes, scales, strict=True)
+    ]
+
+
+def _both(
+    given: Sequence[Tensor], ours: Callable[..., Tensor], plain: Callable[..., Tensor], above: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Output and gradients of ours, and of the plain one in float64."""
+    found = []
+    for compute, wide in ((ours, False), (plain, True)):
+        leaves = [(t.double() if wide else t.clone()).requires_grad_() for t in given]
+        out = compute(*leaves)
+        grads = torch.autograd.grad(out, leaves, above.to(out.dtype))
+        found.append([t.detach().double() for t in (out, *grads)])
+    return found[0], found[1]
+
+
+def _in_bf16(name: str, kernels: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Logits and gradients of a model in bf16, and in float32 without kernels."""
+    found = []
+    for way, half in ((kernels, True), ("torch", False)):
+        torch.manual_seed(0)
+        model = create_model(name, drop_path_rate=0.0, kernels=way).to(DEVICE).train()
+        images = torch.randn(4, 3, model.img_size, model.img_size, device=DEVICE, generator=_seeded())
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=half):
+            logits = model(images).float()
+        F.cross_entropy(logits, torch.arange(4, device=DEVICE)).backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found.append([logits.detach(), gradients])
+    return found[0], found[1]
 
 
 def _refined(shape: tuple[int, ...], dtype: torch.dtype, fused: bool) -> tuple[list[Tensor], list[Tensor]]:

@@ -26,10 +26,11 @@ from pipeline.tracking.environment import device_name, key_versions
 NEST, SWIN, VIT = "timm:nest_tiny_jx", "timm:swin_tiny_patch4_window7_224", "timm:vit_small_patch16_224"
 OTHERS = [SWIN, VIT, "timm:deit_small_patch16_224"]
 REFINERS = ["refiner_vit_s", "refiner_vit_s+maps", "refiner_vit_s+checkpoint", "refiner_vit_s+triton"]
-# Pictures of 32 px, blocks of 16 tokens: PyTorch's attention and ours.
+# Pictures of 32 px, blocks of 16 tokens: PyTorch's operations and our kernels.
 CIFAR = ["nest_tiny_cifar", "nest_tiny_cifar+triton"]
-HVTS = ["deit_small", "hvt_ti_1", *(f"hvt_s_{pools}" for pools in range(5))]
-MODELS = ["nest_tiny", NEST, "hvt_s_1", *REFINERS, "refiner_vit_s+fold", *OTHERS]
+HVTS = ["deit_small", "hvt_ti_1", *(f"hvt_s_{pools}" for pools in range(5)), "hvt_s_1+triton"]
+MODELS = ["nest_tiny", "nest_tiny+triton", NEST, "hvt_s_1", *REFINERS, "refiner_vit_s+fold", *OTHERS]
+NESTS = {size: [f"nest_{size}", f"nest_{size}+triton", f"timm:nest_{size}_jx"] for size in ("small", "base")}
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,20 @@ class Part:
 
 PARTS = {
     "eager": Part(MODELS, NEST, 128),
-    "compiled": Part(["nest_tiny", NEST, "hvt_s_1", SWIN], NEST, 128, compiled=True, repeats=3, seconds=0.5),
-    "largest": Part(["nest_tiny", NEST, *REFINERS], NEST, None, phases=("train",), repeats=3),
+    "compiled": Part(
+        ["nest_tiny", "nest_tiny+triton", NEST, "hvt_s_1", "hvt_s_1+triton", SWIN],
+        NEST,
+        128,
+        compiled=True,
+        repeats=3,
+        seconds=0.5,
+    ),
+    "largest": Part(["nest_tiny", "nest_tiny+triton", NEST, *REFINERS], NEST, None, phases=("train",), repeats=3),
     "cifar": Part(CIFAR, CIFAR[0], 512),
     "cifar_compiled": Part(CIFAR, CIFAR[0], 512, compiled=True, repeats=3, seconds=0.5),
-    "nest_small": Part(["nest_small", "timm:nest_small_jx"], "timm:nest_small_jx", 128),
-    "nest_base": Part(["nest_base", "timm:nest_base_jx"], "timm:nest_base_jx", 128),
-    "nest_base_compiled": Part(
-        ["nest_base", "timm:nest_base_jx"], "timm:nest_base_jx", 128, compiled=True, repeats=3, seconds=0.5
-    ),
+    "nest_small": Part(NESTS["small"], "timm:nest_small_jx", 128),
+    "nest_base": Part(NESTS["base"], "timm:nest_base_jx", 128),
+    "nest_base_compiled": Part(NESTS["base"], "timm:nest_base_jx", 128, compiled=True, repeats=3, seconds=0.5),
     "hvts": Part(HVTS, HVTS[0], 256, repeats=3, seconds=0.5),
     "refiners": Part(
         [f"refiner_vit_{size}+{way}" for size in "ml" for way in ("maps", "triton")],

@@ -21,7 +21,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def runs_here(x: Tensor) -> bool:
     """Whether Triton's kernels can work on this tensor; elsewhere (on a CPU) the same is computed by PyTorch."""
-    return x.is_cuda or INTERPRETED
+    return x.is_cuda or (INTERPRETED and x.is_cpu)
 
 
 def asked_for(options: Mapping[str, Any]) -> bool:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from data_prep.wording import printable
+from launch.explain_folder import CHART_NAME, JSON_NAME, SHEET_NAME, clear_folder, page_name, save_chart, save_picture
 from launch.export_cli import Weights
 from pipeline.errors import UserError
 from pipeline.explain.names import Method, Scores
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 # Pictures on the contact sheet, and side by side there.
 _SHEET, _COLUMNS = 48, 4
-_PAGE = re.compile(r"\d{4,}_[^/]*\.png")
-JSON_NAME, SHEET_NAME, CHART_NAME = "explain.json", "contact_sheet.png", "similarity.png"
 
 
 def explain(
@@ -118,13 +116,13 @@ def explain(
     left_out: list[str] = []
     for batch in _batches(files, set(images), subject.transform, batch_size, left_out):
         if not explained:
-            _clear(out)
+            clear_folder(out)
         some, pictures = zip(*batch, strict=True)
         for file, one in zip(some, methods.explain(subject, pictures, chosen, options), strict=True):
             one.record["path"] = str(file)
             if one.page is not None:
-                one.record["overlay"] = _page_name(len(explained), file)
-                one.page.save(out / one.record["overlay"])
+                one.record["overlay"] = page_name(len(explained), file)
+                save_picture(one.page, out / one.record["overlay"])
             typer.echo(printable(_line(one.record)))
             explained.append(one._replace(page=None, panel=one.panel if len(explained) < _SHEET else None))
     if not explained:
@@ -191,27 +189,6 @@ def _rgb(colour: str) -> tuple[int, int, int]:
     if alpha:
         raise mistake
     return red, green, blue
-
-
-def _clear(out: Path) -> None:
-    """The folder, without the pictures of an earlier call: those left over would seem to belong to this one."""
-    from pipeline.tracking.files import read_json
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: can't be made ({error.strerror}); choose another --out") from error
-    try:
-        pages = [str(image.get("overlay")) for image in read_json(out / JSON_NAME)["images"]]
-    except (UserError, TypeError, KeyError, AttributeError):
-        return  # nothing of ours
-    for name in [*(page for page in pages if _PAGE.fullmatch(page)), SHEET_NAME, CHART_NAME]:
-        (out / name).unlink(missing_ok=True)
-
-
-def _page_name(number: int, file: Path) -> str:
-    """Short enough for a file system, whatever the image is called."""
-    return f"{number:04d}_{os.fsencode(file.stem)[:200].decode(errors='ignore')}.png"
 
 
 def _check_json(json_file: Path, out: Path) -> None:
@@ -321,12 +298,12 @@ def _finish(
         typer.echo(f"{len(ious)} images with boxes: mean IoU {sum(ious) / len(ious):.3f}, found {found:.1%}")
     cells = [(one.lines(), one.panel) for one in explained if one.panel is not None]
     if cells:
-        contact_sheet(cells, _COLUMNS).save(out / SHEET_NAME)
+        save_picture(contact_sheet(cells, _COLUMNS), out / SHEET_NAME)
         if len(cells) < len(explained):
             typer.echo(f"{out / SHEET_NAME} has the first {len(cells)} of {len(explained)} images")
     else:
         rows = np.array([one.record["similarity"] for one in explained])
-        draw_similarity(rows, subject.name, out / CHART_NAME)
+        save_chart(partial(draw_similarity, rows, subject.name), out / CHART_NAME)
     result |= {"left_out": left_out, "images": [one.record for one in explained]}
     write_json(json_file, result)
     typer.echo(f"wrote {json_file} and the pictures in {out}")

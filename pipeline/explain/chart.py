@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
+from typing import BinaryIO
 
 import numpy as np
 
 
-def draw_similarity(similarities: np.ndarray, title: str, path: Path) -> None:
+def draw_similarity(similarities: np.ndarray, title: str, file: BinaryIO, texts: Mapping[str, str]) -> None:
     """The mean over the images, and the range from the lowest to the highest.
 
     Args:
         similarities: (images, layers).
+        file: gets a PNG.
+        texts: what is written into it as well.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -28,4 +31,4 @@ def draw_similarity(similarities: np.ndarray, title: str, path: Path) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(file, dpi=120, format="png", metadata=dict(texts))

@@ -67,7 +67,14 @@ def read_picture(path: Path, transform: EvalTransform) -> Picture:
     except UnusableImage as error:
         raise UserError(f"{path}: can't be read as an image ({error}); name another one") from error
     try:
-        return prepared(path.name, decode_image(usable.data, len(transform.mean)), transform)
+        image, side = decode_image(usable.data, len(transform.mean)), transform.img_size
+        if transform.config.resize == "none" and image.size != (side, side):
+            # The loader's words are about the config of a training that is over.
+            raise UserError(
+                f"{image.width}x{image.height} pixels; this model takes pictures of {side}x{side} as they are "
+                f"(eval_transform.resize=none): make a copy of that size and name it"
+            )
+        return prepared(path.name, image, transform)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 

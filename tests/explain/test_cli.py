@@ -214,6 +214,41 @@ def test_pages_of_the_call_before_are_gone(models: Path, pictures: Path, explain
     assert left == ["0007_mine.png", "explain.json", "holiday.png", "similarity.png"]
 
 
+def test_pages_of_a_call_without_its_json_are_gone(
+    models: Path, pictures: Path, explain: Explain, tmp_path: Path
+) -> None:
+    """It was killed, or wrote its figures elsewhere."""
+    out, elsewhere = tmp_path / "out", tmp_path / "figures.json"
+    explain(models / "nest", pictures, "--method", "similarity", "--out", out, "--json", elsewhere)
+    explain(models / "nest", pictures, "--out", out)
+    shutil.copy(pictures / "b.png", out / "0003_mine.png")  # a picture indeed, and not ours
+    (out / "0004_folder.png").mkdir()
+    assert explain(models / "nest", pictures / "b.png", "--out", out, "--json", elsewhere)[0] == 0
+    # The figures of the call before are gone with its pages.
+    left = ["0000_b.png", "0003_mine.png", "0004_folder.png", "contact_sheet.png"]
+    assert sorted(path.name for path in out.iterdir()) == left
+    assert explain(models / "nest", pictures / "a.jpg", "--out", out, "--json", elsewhere)[0] == 0
+    assert sorted(path.name for path in out.iterdir()) == ["0000_a.png", *left[1:]]
+    (out / "0000_b.png").mkdir()
+    status, _, err = explain(models / "nest", pictures / "b.png", "--out", out)
+    assert status == 2 and "0000_b.png can't be written: Is a directory" in err
+
+
+def test_a_picture_of_another_size_than_the_model_takes(
+    models: Path, pictures: Path, explain: Explain, tmp_path: Path
+) -> None:
+    """Of a model that was evaluated without resizing; nothing of its config can be changed any more."""
+    shutil.copytree(models / "nest", tmp_path / "nest")
+    described = json.loads((tmp_path / "nest" / "config.json").read_text())
+    described["eval_transform"]["resize"] = "none"
+    (tmp_path / "nest" / "config.json").write_text(json.dumps(described))
+    status, _, err = explain(tmp_path / "nest", pictures / "a.jpg", "--out", tmp_path / "out")
+    side = nest(models)[1].img_size
+    assert status == 2 and f"a.jpg: 60x40 pixels; this model takes pictures of {side}x{side} as they are" in err
+    Image.open(pictures / "a.jpg").resize((side, side)).save(tmp_path / "a.png")
+    assert explain(tmp_path / "nest", tmp_path / "a.png", "--out", tmp_path / "out")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "method", "key", "files"),
     [

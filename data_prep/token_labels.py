@@ -8,6 +8,7 @@ float16, k = 5 on an 18 x 18 grid, to `<class>/<file name up to the first dot>.p
 from __future__ import annotations
 
 import io
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,9 @@ def _load(path: Path) -> np.ndarray:
     except FileNotFoundError:
         raise UnusableImage(f"no token-label map: {path} is missing") from None
     except Exception as error:  # PyTorch raises nearly every type on a damaged file
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        # Of an object of some class it says at length how to run the code in the file after all.
+        unsafe = isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error)
+        reason = "it holds more than tensors" if unsafe else str(error).strip().split("\n")[0] or type(error).__name__
         raise UnusableImage(f"unreadable token-label map {path.name} ({reason})") from error
     if not isinstance(tensor, torch.Tensor):
         raise UnusableImage(f"token-label map {path.name} holds {type(tensor).__name__}, not a tensor")
@@ -141,7 +144,12 @@ def _check(values: np.ndarray, num_classes: int) -> None:
     if not np.isfinite(values).all():
         raise UnusableImage("token-label map with NaN or infinite values")
     classes = values[1].astype(np.float64)
-    if (classes != np.rint(classes)).any() or classes.min() < 0 or classes.max() >= num_classes:
+    broken = classes[classes != np.rint(classes)]
+    if broken.size:
+        raise UnusableImage(
+            f"token-label map with class {broken[0]:g}, which is no whole number; it has k logits first, then k classes"
+        )
+    if classes.min() < 0 or classes.max() >= num_classes:
         raise UnusableImage(
             f"token-label map with class {classes.min():g} to {classes.max():g}, there are {num_classes} classes"
         )

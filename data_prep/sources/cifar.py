@@ -183,6 +183,11 @@ def _latin1(text: str, encoding: str = "latin1") -> bytes:
     return text.encode(encoding)
 
 
+def _no_bytes() -> bytes:
+    """Stands for `bytes` in a pickle, which could else be made to allocate any number of them."""
+    return b""
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     """Builds NumPy arrays and bytes, nothing else: a pickle from the network may otherwise run any code."""
 
@@ -195,6 +200,8 @@ class _ArrayUnpickler(pickle.Unpickler):
             return np.dtype
         if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
             return _latin1
+        if (module, name) in (("__builtin__", "bytes"), ("builtins", "bytes")):  # and none of them: bytes()
+            return _no_bytes
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 

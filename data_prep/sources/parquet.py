@@ -242,17 +242,25 @@ def _by_split(files: list[Path]) -> dict[str, list[Path]]:
     return dict(splits)
 
 
+# What a column has to be, said where none is.
+_NONE_FITS = {
+    "image": "none of its columns holds the bytes of images (binary, or a struct with bytes); write them into one",
+    "label": "none of its columns holds whole numbers, which labels are here; number the classes, in datasets with "
+    "data.class_encode_column(NAME), and write the file again",
+}
+
+
 def _pick(file: Path, what: str, chosen: str | None, fitting: list[str], usual: Sequence[str]) -> str:
+    if not fitting:
+        raise UserError(f"{file}: no {what} column: {_NONE_FITS[what]}")
     if chosen is not None:
         if chosen in fitting:
             return chosen
-        raise UserError(
-            f"{file}: {chosen!r} is no {what} column; those that can be one: {', '.join(fitting) or 'none'}"
-        )
+        raise UserError(f"{file}: {chosen!r} is no {what} column; those that can be one: {', '.join(fitting)}")
     pick = next((name for name in usual if name in fitting), fitting[0] if len(fitting) == 1 else None)
     if pick is None:
         raise UserError(
-            f"{file}: can't tell the {what} column (those that can be one: {', '.join(fitting) or 'none'}); "
+            f"{file}: can't tell the {what} column (those that can be one: {', '.join(fitting)}); "
             f"name it with --{what}-column"
         )
     return pick

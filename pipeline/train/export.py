@@ -25,6 +25,12 @@ WEIGHTS = "model.safetensors"
 MODEL_CONFIG = "config.json"
 # Its key for the hash of the weights beside it.
 SHA256 = "sha256"
+# What the weights of other tasks are for.
+_INSTEAD = {
+    "language": "transformers reads the directory as it is (BertForSequenceClassification, without refiners), and "
+    "`rookery eval` its run",
+    "generate": "`rookery generate` draws with them",
+}
 _NEEDED = ("model", "overrides", "classes", "augment", "eval_transform")
 
 
@@ -145,7 +151,10 @@ def load_weights(directory: Path) -> tuple[ImageModel, dict[str, Any]]:
     if not isinstance(described, dict):
         raise UserError(f"{directory / MODEL_CONFIG}: not the description of a model; export the model again")
     if (task := described.get("task", "classify")) != "classify":
-        raise UserError(f"{directory}: weights of task={task}; this works on picture classifiers (task=classify)")
+        instead = f"; {_INSTEAD[task]}" if task in _INSTEAD else ""
+        raise UserError(
+            f"{directory}: weights of task={task}; this works on picture classifiers (task=classify){instead}"
+        )
     missing = [key for key in _NEEDED if key not in described]
     if missing:
         raise UserError(f"{directory / MODEL_CONFIG}: {missing[0]!r} is missing; export the model again")

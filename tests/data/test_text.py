@@ -106,7 +106,11 @@ NAMED = b"sentence,label\n"
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("rows.csv", b"text,class\na,1\n", "needs the columns sentence, label; sentence is not among text, class"),
+        (
+            "rows.csv",
+            b"text,class\na,1\n",
+            "sentence is not among text, class; name its columns so .a .csv or .tsv in its first",
+        ),
         ("rows.csv", NAMED + b"a,1\nb,\n", "row 1 has the label None; there are 0 or negative"),
         ("rows.csv", NAMED + b"a,1\nb,0.0\nc,maybe\nd,7\n", "row 2 has the label 'maybe'; there are 0 or negative"),
         ("rows.csv", NAMED + b"a,1\nb,-1\nc,negative\n", r"row 1 has the label '-1' \(the labels of GLUE"),

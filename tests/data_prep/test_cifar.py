@@ -104,6 +104,22 @@ def test_pixels_labels_and_names(tmp_path: Path, layout: str, form: str) -> None
     assert key == ("00000003_test_s_000003" if layout.endswith(("py", "python")) else "00000003")
 
 
+def test_bytes_without_a_letter(tmp_path: Path) -> None:
+    """Python 3 writes them for Python 2 as a call of `bytes`, which gets no size to allocate."""
+    folder = place(tmp_path, LAYOUTS[0], "folder")
+    labels = LABELS["test"].tolist()
+    (folder / "test_batch").write_bytes(_batch("test", labels=labels, batch_label=""))
+    assert open_source(folder).listing("test").labels.tolist() == labels
+    (folder / "test_batch").write_bytes(pickle.dumps({b"data": Sized()}, protocol=2))
+    with pytest.raises(UserError, match=r"damaged batch file \(TypeError: .*_no_bytes"):
+        open_source(folder).listing("test")
+
+
+class Sized:
+    def __reduce__(self) -> Any:
+        return (bytes, (10**13,))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS[2:])
 def test_coarse_labels(tmp_path: Path, layout: str) -> None:
     listing = open_source(place(tmp_path, layout, "archive"), PrepOptions(coarse_labels=True)).listing("test")

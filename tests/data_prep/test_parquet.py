@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_prep.errors import UserError
@@ -29,7 +30,6 @@ def write(
     extra: dict[str, Any] | None = None,
 ) -> Path:
     """A file of `rows` "images" whose bytes say the file and the row, in row groups of 7."""
-    import pyarrow.parquet as pq
 
     data = [f"{path.name} {row}".encode() for row in range(rows)]
     structs = [{"bytes": item, "path": f"dir/im.{row}.png" if paths else None} for row, item in enumerate(data)]
@@ -122,6 +122,25 @@ def test_coarse_labels_that_would_be_ignored_are_refused(
         open_source(path, PrepOptions(coarse_labels=True, **options)).listing("train")
 
 
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"image": [b""], "label": ["cat"]},
+            r"no label column: none of its columns holds whole numbers, .*class_encode",
+        ),
+        ({"image": ["cat.png"], "label": [0]}, "no image column: none of its columns holds the bytes of images"),
+    ],
+)
+@pytest.mark.parametrize("named", [False, True])
+def test_columns_of_other_types(columns: dict[str, list[Any]], message: str, named: bool, tmp_path: Path) -> None:
+    """To name another column would help nothing."""
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    options = PrepOptions(image_column="image", label_column="label") if named else PrepOptions()
+    with pytest.raises(UserError, match=message):
+        open_source(tmp_path / "train.parquet", options).listing("train")
+
+
 def test_columns_can_be_named(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", image="scan", label="kind", extra={"year": [1] * 30, "raw": [b""] * 30})
     with pytest.raises(UserError, match=r"can't tell the image column .*scan, raw.*--image-column"):
@@ -135,7 +154,6 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
 
 
 def test_rows_without_bytes_are_empty_images(tmp_path: Path) -> None:
-    import pyarrow.parquet as pq
 
     image = pa.array([{"bytes": None, "path": "a.jpg"}, None], pa.struct({"bytes": pa.binary(), "path": pa.string()}))
     pq.write_table(pa.table({"image": image, "label": pa.array([0, 1])}), tmp_path / "t.parquet")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from data_prep.options import PrepOptions
 from data_prep.prepare import prepare_splits
@@ -118,6 +120,16 @@ def test_weights_that_a_run_lacks(run: Path, export: Export, tmp_path: Path) -> 
     status, _, err = export(tmp_path / "young", tmp_path / "out", "--weights", "final")
     assert status == 2
     assert "no final weights; the run has best, choose with --weights best" in err
+
+
+@pytest.mark.parametrize(
+    ("task", "told"), [("language", "transformers reads the directory as it is"), ("generate", "`rookery generate`")]
+)
+def test_weights_of_other_tasks_have_their_own_uses(task: str, told: str, export: Export, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"task": task}))
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    status, _, err = export(tmp_path, tmp_path / "out")
+    assert status == 2 and f"weights of task={task}; this works on picture classifiers" in err and told in err
 
 
 def test_a_failed_check_exits_1(run: Path, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

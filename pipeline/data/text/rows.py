@@ -63,7 +63,8 @@ def read_rows(address: str, name: str, task: TextTask, split: str) -> Rows:
     if missing:
         raise UserError(
             f"{address}: task.name={name} needs the columns {', '.join((*task.columns, 'label'))}; "
-            f"{missing[0]} is not among {', '.join(table.column_names)}"
+            f"{missing[0]} is not among {', '.join(table.column_names)}; name its columns so "
+            "(a .csv or .tsv in its first line)"
         )
     columns = [_sentences(list(table[column]), column, address) for column in task.columns]
     return Rows(columns, _labels(list(table["label"]), task, address))

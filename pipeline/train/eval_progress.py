@@ -35,7 +35,7 @@ def _with_bar(batches: Iterable[T], title: str, per_batch: int, total: int) -> I
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=total, rate="")
         for done, rate, batch in _rated(batches, per_batch, total):
-            bar.update(task, completed=done, rate=f"{rate:,.0f} img/s")
+            bar.update(task, completed=done, rate=f"{rate:,.0f}/s")
             yield batch
 
 
@@ -46,7 +46,7 @@ def _with_lines(batches: Iterable[T], title: str, per_batch: int, total: int) ->
         if time.monotonic() - last >= LINE_SECONDS and done < total:
             last = time.monotonic()
             left = f", {(total - done) / rate:,.0f} s left" if rate else ""
-            print(f"{title}: {done:,}/{total:,} samples, {rate:,.0f} img/s{left}", file=sys.stderr, flush=True)
+            print(f"{title}: {done:,}/{total:,} samples, {rate:,.0f}/s{left}", file=sys.stderr, flush=True)
 
 
 def _rated(batches: Iterable[T], per_batch: int, total: int) -> Iterator[tuple[int, float, T]]:

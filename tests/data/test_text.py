@@ -262,11 +262,18 @@ def made_split(count: int, cache: Path, max_length: int = 32) -> TokenSplit:
     return tokenize(rows, "train", words_tokenizer(rows.sentences, 100), max_length, cache)
 
 
-def test_tokens_are_made_once(tmp_path: Path) -> None:
+def test_tokens_are_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.data.text.tokens._MANY", 50)
+    made_split(49, tmp_path / "few")
+    assert capsys.readouterr().err == ""
     first = made_split(50, tmp_path)
+    assert capsys.readouterr().err == f"train: making tokens of 50 samples, once; kept in {tmp_path}\n"
     [file] = tmp_path.glob("*.npz")
     before = file.stat().st_mtime_ns
     again = made_split(50, tmp_path)
+    assert capsys.readouterr().err == ""
     assert file.stat().st_mtime_ns == before
     assert first.manifest(TASKS["polarity"]).fingerprint() == again.manifest(TASKS["polarity"]).fingerprint()
     file.write_bytes(b"damaged")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from pipeline.errors import UserError
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 _VERSION = 1
+# Samples from which the wait is long enough to be told of: some seconds.
+_MANY = 50_000
 # OWNER/NAME or NAME; a path has more parts, or begins with a dot, ~ or /.
 _HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 
@@ -148,6 +151,8 @@ def tokenize(rows: Rows, name: str, tokenizer: Any, max_length: int, cache: Path
     path = cache / f"{fingerprint[:32]}.npz"
     arrays = _read(path)
     if arrays is None:
+        if len(rows.labels) >= _MANY:
+            print(f"{name}: making tokens of {len(rows.labels):,} samples, once; kept in {cache}", file=sys.stderr)
         arrays = _encode(rows, tokenizer, max_length)
         try:
             cache.mkdir(parents=True, exist_ok=True)

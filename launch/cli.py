@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
+from contextlib import suppress
 from importlib import metadata
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from data_prep.wording import printable
 from launch import (
     bench_cli,
     compare_cli,
@@ -25,6 +28,22 @@ from launch import (
     train_cli,
 )
 from pipeline.errors import UserError
+from pipeline.streams import abandon, name_output, open_closed
+
+# What the machine refuses, wherever it turns up, and what to do about it.
+_REFUSED = {
+    errno.ENOSPC: "free space, or write elsewhere",
+    errno.EDQUOT: "free space, or write elsewhere",
+    errno.EFBIG: "raise the limit of files (ulimit -f), or write elsewhere",
+    errno.EROFS: "write elsewhere",
+    errno.EACCES: "change its permissions, or choose another place",
+    errno.EPERM: "change its permissions, or choose another place",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close programs that have many files open",
+    errno.EIO: "look after the disk, or take another one",
+}
+# Commands that leave this to nobody else.
+_ENDED_AS_BY_CTRL_C = ("eval", "verify", "compare", "explain", "generate", "export", "sync", "bench")
 
 _commands = typer.Typer(
     name="rookery",
@@ -42,11 +61,15 @@ def _version(asked: bool) -> None:
 
 @_commands.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
     ] = False,
 ) -> None:
     """Train hierarchical vision transformers from scratch: shard the data, train, evaluate, compare."""
+    if context.invoked_subcommand in _ENDED_AS_BY_CTRL_C and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        # A scheduler's SIGTERM takes folders that are half written away, and processes, as Ctrl-C does.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 _commands.command()(prep_cli.prep)
@@ -70,8 +93,13 @@ def _say(text: str) -> None:
 
 def app() -> None:
     """Entry point of the console script."""
+    open_closed()
+    name_output()
     try:
-        _commands()
+        try:
+            _commands()
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         _say(str(error))
         sys.exit(error.status)
@@ -84,13 +112,19 @@ def app() -> None:
         sys.exit(2)
     except BrokenPipeError:
         # The reader of a pipe (`| head`) left; the closing flush must not complain either.
-        sys.stderr.close()
+        abandon()
         sys.exit(0)
     except OSError as error:
-        # Wherever it turns up: none of the ways to look for a file can take such a name.
-        if error.errno != errno.ENAMETOOLONG:
+        if error.errno == errno.ENAMETOOLONG:  # none of the ways to look for a file can take such a name
+            text = f"{str(error.filename)[:60]}...: the name is too long; choose a shorter one"
+        elif error.errno in _REFUSED:
+            place = "" if error.filename is None else f"{printable(str(error.filename))}: "
+            text = f"{place}{error.strerror}; {_REFUSED[error.errno]}"
+        else:
             raise
-        print(f"rookery: {str(error.filename)[:60]}...: the name is too long; choose a shorter one", file=sys.stderr)
+        with suppress(OSError):
+            print(f"rookery: {text}", file=sys.stderr, flush=True)
+        abandon()
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -22,6 +22,7 @@ from data_prep.verify import split_directories
 from data_prep.verify import verify as verify_directory
 from data_prep.wording import counted
 from launch.quarantine_cli import replay_quarantine
+from pipeline.streams import drop_unprintable
 
 INTERRUPTED = 130
 
@@ -122,6 +123,7 @@ def prep(
     if not source or not out:
         # Most likely an unset shell variable; the empty path would mean the working directory.
         raise UserError(f"{'SOURCE' if not source else 'OUT'} is empty; name a path (`.` for the working directory)")
+    drop_unprintable()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's SIGTERM ends it as Ctrl-C does
     options = PrepOptions(
         kind=kind,

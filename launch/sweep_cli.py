@@ -38,8 +38,11 @@ def sweep(
     from launch.sweep.config import load_sweep
     from launch.sweep.records import Records
     from pipeline.errors import UserError
+    from pipeline.streams import drop_unprintable
     from pipeline.train.status import RESUBMIT
 
+    if not dry_run:
+        drop_unprintable()
     wanted = load_sweep(file, overrides or [])
     records = Records(wanted)
     calendar = _planned(wanted, records)

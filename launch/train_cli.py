@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from launch.quiet import quiet_torch
+from pipeline.streams import drop_unprintable
 from pipeline.train.status import INTERRUPTED, RESUBMIT
 
 _RESTARTS = 3
@@ -50,6 +51,8 @@ def train(
     when Ctrl-C or SIGTERM asked for it, and 75 when SIGUSR1 did, which means: submit it again.
     """
     _leave_on_signals()
+    if not (dry_run or slurm):
+        drop_unprintable()
     if nodes > 1:
         quiet_torch()
     # torch takes seconds to import; the other commands need not wait for it.

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from pipeline.config import RunConfig
+from pipeline.streams import drop_unprintable
 from pipeline.train.again import is_stuck, newest_step, note_start
 from pipeline.train.distributed import World
 from pipeline.train.loop import train
@@ -16,6 +17,7 @@ from pipeline.train.status import FAILED
 
 def run(payload: str, threads: int | None = None) -> int:
     """Train the run that a JSON config describes; returns the exit status."""
+    drop_unprintable()
     config = RunConfig.model_validate_json(payload)
     step = newest_step(Path(config.out, config.name))
     starts = note_start(step)

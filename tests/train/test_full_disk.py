@@ -58,3 +58,15 @@ def wait_for(reached, process: subprocess.Popen[bytes], log: Path) -> None:
     while not reached():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.01)
+
+
+def test_a_log_that_can_not_be_written_costs_the_log(recipe: Path, tmp_path: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        process = subprocess.Popen(
+            command("train", recipe, "train.stop_after=2steps", f"out={tmp_path}", "name=run", "--threads", 1),
+            stdout=full,
+            stderr=full,
+            env=environment(),
+        )
+        assert process.wait(timeout=120) == 0
+    assert (tmp_path / "run" / "final" / WEIGHTS).exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ import typer
 from launch.export_cli import Weights
 from launch.generate_folder import Origin, check_folder, claim_folder, weights_sha256
 from pipeline.errors import UserError
+from pipeline.tracking.files import write_aside
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -80,14 +82,14 @@ def generate(
     try:
         claim_folder(out, origin)
         for number, picture in enumerate(_drawn(generator, parts, "images", count)):
-            picture.save(out / _name(number))
+            _save(picture, out / _name(number))
             if number < _GRID:
                 shown.append(picture)
-        sheet(shown, columns).save(out / GRID_NAME)
+        _save(sheet(shown, columns), out / GRID_NAME)
         if interpolate:
             between = latents_between(generator.latent_dim, _LINES, interpolate, seed)
             lines = [*_drawn(generator, between.split(_BATCH), "images between images", len(between))]
-            sheet(lines, interpolate).save(out / LINES_NAME)
+            _save(sheet(lines, interpolate), out / LINES_NAME)
     except OSError as error:
         raise UserError(f"{out}: can't be written ({error.strerror}); choose another folder") from error
     typer.echo(f"wrote {count} images and {out / GRID_NAME}" + (f", {out / LINES_NAME}" if interpolate else ""))
@@ -100,6 +102,11 @@ def _drawn(generator: Generator, parts: Iterable[Tensor], title: str, total: int
 
     for part in watched(parts, title, _BATCH, total, active=True):
         yield from generated(generator, part)
+
+
+def _save(picture: Image, path: Path) -> None:
+    """As a whole: a picture that was cut short would be counted by a FID over the folder, or break it."""
+    write_aside(path, partial(picture.save, format="PNG"), sync=False)
 
 
 def _name(number: int) -> str:

@@ -17,10 +17,13 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _NON_FINITE_BYTES = (b'NaN"', b'Infinity"')
 
 
-def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_aside(path: Path, write: Callable[[BinaryIO], object], sync: bool = True) -> None:
     """Let `write` fill a file next to `path`, flush it to disk, then rename: a reader sees the old or the new content.
 
     A link stays one, and what it leads to is written; so does a device or a pipe, which is written to.
+
+    Args:
+        sync: False for one of many that can be made again: only what a power cut leaves is uncertain then.
 
     Raises:
         UserError: no space, no permission.
@@ -35,7 +38,8 @@ def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> None:
         with open(aside, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(aside, target)
     except OSError as error:
         with suppress(OSError):
@@ -115,8 +119,11 @@ def append_line(path: Path, entry: dict[str, Any]) -> None:
 
 def append_lines(path: Path, entries: list[dict[str, Any]]) -> None:
     """`append_line` for several: all of them, or on a full disk none."""
-    cut_torn_tail(path)
-    before = path.stat().st_size if path.exists() else 0
+    try:
+        cut_torn_tail(path)
+        before = path.stat().st_size if path.exists() else 0
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror}; free space or choose another folder") from error
     try:
         with open(path, "ab") as file:
             file.writelines(map(json_line, entries))

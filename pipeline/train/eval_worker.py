@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.cache_room import CacheOptions
-from pipeline.errors import UserError
+from pipeline.tracking.files import write_text
 from pipeline.tracking.redact import redact
 from pipeline.train.determinism import use_deterministic_kernels
 from pipeline.train.distributed import World
@@ -69,15 +69,8 @@ def run_job(job: EvalJob, world: World) -> dict[str, Any]:
     if world.is_main:
         print(json.dumps(result), flush=True)
         if job.output:
-            _write(Path(job.output), result)
+            write_text(Path(job.output), json.dumps(result, indent=1) + "\n")
     return result
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(result, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"{path}: can't be written ({error.strerror}); choose another --output") from error
 
 
 def payload(job: EvalJob) -> str:

@@ -26,6 +26,7 @@ from pipeline.explain.occlusion import occlude_tree
 from pipeline.explain.pictures import read_picture
 from pipeline.models.nest import Nest
 from pipeline.train.trained import Trained
+from tests.conftest import small_disk
 
 Explain = Callable[..., tuple[int, str, str]]
 
@@ -247,6 +248,37 @@ def test_a_picture_of_another_size_than_the_model_takes(
     assert status == 2 and f"a.jpg: 60x40 pixels; this model takes pictures of {side}x{side} as they are" in err
     Image.open(pictures / "a.jpg").resize((side, side)).save(tmp_path / "a.png")
     assert explain(tmp_path / "nest", tmp_path / "a.png", "--out", tmp_path / "out")[0] == 0
+
+
+def test_a_killed_call_leaves_no_pictures_to_the_next(
+    models: Path, pictures: Path, explain: Explain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor figures of the call before it beside its own pictures."""
+    others, out = tmp_path / "others", tmp_path / "out"
+    others.mkdir()
+    for name in ("c.jpg", "d.jpg"):
+        shutil.copy(pictures / "a.jpg", others / name)
+    assert explain(models / "nest", pictures, "--out", out)[0] == 0
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.explain.draw.contact_sheet", killed)
+        assert explain(models / "nest", others, "--out", out)[0] == 130
+    assert sorted(path.name for path in out.iterdir()) == ["0000_c.png", "0001_d.png"]
+    (out / "0009_mine.png").write_bytes(b"")
+    assert explain(models / "nest", pictures / "b.png", "--out", out)[0] == 0
+    left = sorted(path.name for path in out.iterdir())
+    assert left == ["0000_b.png", "0009_mine.png", "contact_sheet.png", "explain.json"]
+
+
+def test_a_full_disk_is_told(models: Path, pictures: Path, explain: Explain, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "16k") as disk:
+        status, _, err = explain(models / "nest", pictures, "--out", disk)
+        assert (status, err.count("\n")) == (2, 1)
+        assert f"{disk / '0000_a.png'} can't be written: No space left on device; free space" in err
+        assert not list(disk.iterdir())
 
 
 @pytest.mark.parametrize(

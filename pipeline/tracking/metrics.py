@@ -97,8 +97,8 @@ class MetricsLog:
                 last = max(line["time"] for line in dropped)
                 event = {"event": "rewind", "dropped": len(dropped), "last_time": last}
                 keep.append(json_line({"kind": "event", **self._position, "time": time.time(), **event}))
-                os.close(self._fd)
                 write_aside(self.path, lambda file: file.writelines(keep))
+                os.close(self._fd)  # not before: what could not be written leaves the file as it was, and open
                 self._fd = self._open()
         return len(dropped)
 
@@ -112,7 +112,10 @@ class MetricsLog:
                 fault = self._flush()
                 if fault is not None:
                     log.warning("%s lacks its last %d lines: %s", self.path, len(self._waiting), fault)
-                os.fsync(self._fd)
+                try:
+                    os.fsync(self._fd)
+                except OSError as error:
+                    log.warning("%s may lack its last lines: %s", self.path, error.strerror)
                 os.close(self._fd)
                 self._fd = -1
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import urllib.parse
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,31 @@ _QUIET = {
 
 
 def connect(uri: str) -> Any:
-    """A client; importing mlflow takes seconds."""
+    """A client; importing mlflow takes seconds.
+
+    MLflow makes the tables of a new SQLite file one by one, and can't go on where it was killed: no run could use that
+    file any more. So a new one is made aside.
+    """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
+    database = sqlite_path(uri)
+    if database is not None and not database.exists() and database.parent.is_dir():
+        # Where a lock can't be, MLflow says itself why the file can't be made.
+        with suppress(OSError), locked(database.with_name(f".{database.name}.lock")):
+            _make(database, lambda aside: MlflowClient(tracking_uri=f"sqlite:///{aside}").search_experiments())
     return MlflowClient(tracking_uri=uri)
+
+
+def _make(database: Path, fill: Callable[[Path], object]) -> None:
+    """Let `fill` make a file that appears as a whole, unless another process was faster; one at a time."""
+    aside = database.with_name(f".{database.name}.part")
+    for rest in (aside, aside.with_name(f"{aside.name}-journal")):
+        rest.unlink(missing_ok=True)  # of a process that was killed
+    if not database.exists():
+        fill(aside)
+        aside.rename(database)
 
 
 def find_experiment(client: Any, uri: str, name: str) -> str:
@@ -86,4 +105,9 @@ def reason(error: Exception) -> str:
         causes = ("refused", "timed out", "resolve", "unreachable", "reset", "aborted")
         cause = next((word for word in causes if word in text), "")
         return f"can't be reached{f' ({cause})' if cause else ''}"
+    if "OperationalError" in text and "already exists" in text:
+        return (
+            "was not made to its end, as the process that made it was killed: move the file away, and `rookery sync` "
+            "uploads everything"
+        )
     return f"refused the upload: {type(error).__name__}: {redact(text.strip().splitlines()[0][:300] if text else '')}"

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import socket
 import sys
@@ -36,6 +37,8 @@ from pipeline.tracking.environment import environment, git_state, key_versions
 from pipeline.tracking.files import append_line, iter_lines, write_json, write_text
 from pipeline.tracking.metrics import METRICS_NAME
 from pipeline.tracking.redact import redact, redact_command
+
+log = logging.getLogger("rookery")
 
 CONFIG_NAME = "config.yaml"
 FACTS_NAME = "facts.json"
@@ -162,7 +165,10 @@ class RunDir:
         """Record how it ended, before what may take time or be killed, such as uploads; `close` does it otherwise."""
         if self._in_session:
             self._in_session = False
-            append_line(self.path / SESSIONS_NAME, {"event": "end", "time": time.time(), "status": status})
+            try:
+                append_line(self.path / SESSIONS_NAME, {"event": "end", "time": time.time(), "status": status})
+            except UserError as error:  # what ends the run, and its exit status, count for more
+                log.warning("the end of this session is not recorded: %s", error)
 
     def __enter__(self) -> RunDir:
         return self

@@ -135,6 +135,29 @@ log.close()
 """
 
 
+def test_without_space_nothing_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file stays as it was, and open: what a closed descriptor's number stands for next is another file."""
+    log = MetricsLog(tmp_path)
+    for step in (1, 2, 3):
+        log.log("train", step, loss=1.0)
+    before = log.path.read_bytes()
+
+    def full(*arguments: object) -> None:
+        raise UserError("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.tracking.metrics.write_aside", full)
+        with pytest.raises(UserError, match="no space"):
+            log.rewind(1)
+    other = os.open(tmp_path / "other", os.O_WRONLY | os.O_CREAT)
+    log.log("train", 4, loss=1.0)
+    log.close()
+    os.close(other)
+    assert log.path.read_bytes().startswith(before)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert (tmp_path / "other").read_bytes() == b""
+
+
 def test_lines_wait_for_space(tmp_path: Path) -> None:
     """A limit on the file's size stands in for a full disk: a write that is cut short, then those that are refused."""
     done = subprocess.run([sys.executable, "-c", _FILLER, str(tmp_path)], capture_output=True, text=True, check=True)

@@ -16,6 +16,7 @@ from launch.sync_cli import sync
 from pipeline.errors import UserError
 from pipeline.tracking.metrics import MetricsLog
 from pipeline.tracking.mirror_state import resolve_uri
+from pipeline.tracking.mlflow_client import _make
 from pipeline.tracking.mlflow_mirror import Mirror
 from pipeline.tracking.mlflow_sweep import MAKER_TAG, SWEEP_TAG
 from pipeline.tracking.run_dir import RunDir
@@ -218,6 +219,22 @@ def test_infinities_arrive_as_the_largest_numbers(tmp_path: Path, sqlite_uri: st
     report = Mirror(run, sqlite_uri).push()
     last = client.get_run(report.run_id).data.metrics
     assert (last["train/loss"], last["train/grad_norm"]) == (1.7976931348623157e308, -1.7976931348623157e308)
+
+
+def test_a_database_appears_as_a_whole(tmp_path: Path) -> None:
+    """MLflow can't go on with one that was half made, so no run could be tracked there any more."""
+    database = tmp_path / "mlflow.db"
+
+    def killed(aside: Path) -> None:
+        aside.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _make(database, killed)
+    assert not database.exists()
+    _make(database, lambda aside: aside.write_text(f"whole, {aside.exists()}"))
+    _make(database, killed)
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"] and database.read_text() == "whole, False"
 
 
 def test_two_addresses_have_their_own_state(tmp_path: Path, sqlite_uri: str) -> None:

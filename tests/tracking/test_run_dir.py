@@ -301,3 +301,21 @@ def test_json_files_are_replaced_whole(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "checkpoints.json").read_text()) == {"final": {"path": "a", "sha256": "b"}}
     assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*.tmp"))
     run.close()
+
+
+def test_the_status_of_a_run_counts_for_more_than_its_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a full disk, a run that a signal ended must not seem to end for a mistake: nobody would start it again."""
+
+    def full(*arguments: object) -> None:
+        raise UserError("sessions.jsonl can't be written: No space left on device")
+
+    with pytest.raises(KeyboardInterrupt), RunDir.open(tmp_path / "run", {}) as run:
+        run.start_session(world_size=1)
+        monkeypatch.setattr("pipeline.tracking.run_dir.append_line", full)
+        raise KeyboardInterrupt
+    assert caplog.messages == [
+        "the end of this session is not recorded: sessions.jsonl can't be written: No space left on device"
+    ]
+    assert not is_locked(tmp_path / "run")

@@ -15,6 +15,8 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from pipeline.train.again import FOLDER
+
 # How often the agent looks after its processes.
 _LOOK_SECONDS = 0.1
 # How long they have to end by themselves after one of them has left by its own choice without their knowing.
@@ -34,7 +36,8 @@ class Agent(LocalElasticAgent):
     """
 
     def __init__(self, spec: WorkerSpec, is_chosen: Callable[[], bool], is_alone: Callable[[], bool]) -> None:
-        super().__init__(spec, logs_specs=DefaultLogsSpecs())
+        # Its folder for logs, of which there are none, would stay in the system's when a signal ends the run.
+        super().__init__(spec, logs_specs=DefaultLogsSpecs(log_dir=os.environ.get(FOLDER)))
         self._is_chosen, self._is_alone = is_chosen, is_alone
         self._closed_since: float | None = None
 

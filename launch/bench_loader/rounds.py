@@ -58,6 +58,10 @@ def measure(
                     found[name] = answer
                 elif turn >= 0:
                     rounds.append(answer)
+    except KeyboardInterrupt:
+        for process in crew.values():
+            process.kill()  # to end by themselves they would have to come to the end of an epoch
+        raise
     finally:
         for process in crew.values():
             process.end()
@@ -80,6 +84,9 @@ class _Process:
         except (EOFError, OSError):
             self._process.join(timeout=5)
             return f"its process ended with status {self._process.exitcode}"
+
+    def kill(self) -> None:
+        self._process.kill()
 
     def end(self) -> None:
         self._ours.close()

@@ -89,9 +89,10 @@ class Batches:
         # Of this iteration: what is left of the last one's batches must not free a slot of this one's.
         receiver = Receiver(self._workers, self._prefetch)
         self._loader.worker_init_fn = partial(_start, receiver.number, receiver.used)
-        loader: Any = iter(self._loader)
+        loader = self._begin()
         watch = _Watch(loader) if self._loader.num_workers else None
         batches = self._received(loader)
+        is_left = False
         try:
             # For a GPU torch has such a thread itself.
             yield from (take_ahead(batches) if watch and not self._pin else batches)
@@ -104,12 +105,29 @@ class Batches:
                 f"a loader process died, most likely for want of memory ({error or type(error).__name__}); lower "
                 "data.workers or data.prefetch, or give the job more memory (in a container also more /dev/shm)"
             ) from error
+        except (KeyboardInterrupt, GeneratorExit):
+            is_left = True
+            raise
         finally:
             if watch:
                 watch.stop()
+                # Nobody waits for what they do, and one that still starts would miss, aloud, what it shares with this
+                # process. For a GPU torch's own thread may be reading what one is writing.
+                for process in watch.processes if is_left and not self._pin else ():
+                    process.kill()
                 loader._shutdown_workers()  # now, and not when the last traceback that knows it is gone
                 for process in watch.processes:
                     process.kill()  # one that didn't end when asked
+
+    def _begin(self) -> Any:
+        """Start the loader processes: all, or when a signal comes in between none."""
+        before = set(multiprocessing.active_children())
+        try:
+            return iter(self._loader)
+        except KeyboardInterrupt:
+            for process in set(multiprocessing.active_children()) - before:
+                process.kill()
+            raise
 
     def _received(self, loader: Iterator[Any]) -> Iterator[Any]:
         for _ in range(len(self._loader)):

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data_prep.hashes import file_sha256
 from pipeline.config import RunConfig
+from pipeline.data.augment.settings import AugmentConfig, EvalTransformConfig
 from pipeline.errors import UserError
 from pipeline.models import ImageModel, create_model
 from pipeline.train.engines import Engine
@@ -163,5 +165,13 @@ def load_weights(directory: Path) -> tuple[ImageModel, dict[str, Any]]:
         model.load_state_dict(weights)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{directory}: the weights don't fit the model that {MODEL_CONFIG} names: {error}") from error
+    kinds: dict[str, type[BaseModel]] = {"augment": AugmentConfig, "eval_transform": EvalTransformConfig}
+    for key, kind in kinds.items():
+        try:
+            kind.model_validate(described[key])
+        except ValidationError as error:
+            fault = error.errors()[0]
+            place = ".".join(map(str, (key, *fault["loc"])))
+            raise UserError(f"{directory / MODEL_CONFIG}: {place}: {fault['msg']}; export the model again") from error
     described.pop(SHA256, None)
     return model, described

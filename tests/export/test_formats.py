@@ -44,6 +44,14 @@ def test_safetensors_are_the_model_to_the_bit(name: str, tmp_path: Path) -> None
     assert given.at(given.model.img_size) is given
 
 
+def test_a_description_that_was_changed_is_told_by_its_key(tmp_path: Path) -> None:
+    write(source("nest_tiny"), tmp_path / "out", "safetensors")
+    text = (tmp_path / "out" / MODEL_CONFIG).read_text()
+    (tmp_path / "out" / MODEL_CONFIG).write_text(text.replace('"antialias"', '"antialiaS"'))
+    with pytest.raises(UserError, match=r"config\.json: eval_transform\.antialiaS: Extra inputs"):
+        load_weights(tmp_path / "out")
+
+
 def timm_model(folder: Path) -> torch.nn.Module:
     import timm
 

@@ -29,27 +29,29 @@ _QUIET = {
 def connect(uri: str) -> Any:
     """A client; importing mlflow takes seconds.
 
-    MLflow makes the tables of a new SQLite file one by one, and can't go on where it was killed: no run could use that
-    file any more. So a new one is made aside.
+    Where runs may start together, `locked`: they would all create the tables of a new SQLite file.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
     database = sqlite_path(uri)
-    if database is not None and not database.exists() and database.parent.is_dir():
-        # Where a lock can't be, MLflow says itself why the file can't be made.
-        with suppress(OSError), locked(database.with_name(f".{database.name}.lock")):
-            _make(database, lambda aside: MlflowClient(tracking_uri=f"sqlite:///{aside}").search_experiments())
+    if database is not None:
+        make_whole(database, lambda aside: MlflowClient(tracking_uri=f"sqlite:///{aside}").search_experiments())
     return MlflowClient(tracking_uri=uri)
 
 
-def _make(database: Path, fill: Callable[[Path], object]) -> None:
-    """Let `fill` make a file that appears as a whole, unless another process was faster; one at a time."""
+def make_whole(database: Path, fill: Callable[[Path], object]) -> None:
+    """Let `fill` make a database, where there is none, that appears as a whole.
+
+    MLflow makes the tables one by one, and can't go on where it was killed: no run could use that file any more.
+    """
+    if database.exists() or not database.parent.is_dir():
+        return
     aside = database.with_name(f".{database.name}.part")
-    for rest in (aside, aside.with_name(f"{aside.name}-journal")):
-        rest.unlink(missing_ok=True)  # of a process that was killed
-    if not database.exists():
+    with suppress(OSError):  # MLflow says it itself
+        for rest in (aside, aside.with_name(f"{aside.name}-journal")):
+            rest.unlink(missing_ok=True)  # of a process that was killed
         fill(aside)
         aside.rename(database)
 

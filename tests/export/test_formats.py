@@ -48,7 +48,7 @@ def test_a_description_that_was_changed_is_told_by_its_key(tmp_path: Path) -> No
     write(source("nest_tiny"), tmp_path / "out", "safetensors")
     text = (tmp_path / "out" / MODEL_CONFIG).read_text()
     (tmp_path / "out" / MODEL_CONFIG).write_text(text.replace('"antialias"', '"antialiaS"'))
-    with pytest.raises(UserError, match=r"config\.json: eval_transform\.antialiaS: Extra inputs"):
+    with pytest.raises(UserError, match=r"config\.json: augment\.antialiaS: Extra inputs"):
         load_weights(tmp_path / "out")
 
 

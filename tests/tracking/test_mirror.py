@@ -16,7 +16,7 @@ from launch.sync_cli import sync
 from pipeline.errors import UserError
 from pipeline.tracking.metrics import MetricsLog
 from pipeline.tracking.mirror_state import resolve_uri
-from pipeline.tracking.mlflow_client import _make
+from pipeline.tracking.mlflow_client import make_whole
 from pipeline.tracking.mlflow_mirror import Mirror
 from pipeline.tracking.mlflow_sweep import MAKER_TAG, SWEEP_TAG
 from pipeline.tracking.run_dir import RunDir
@@ -230,10 +230,10 @@ def test_a_database_appears_as_a_whole(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        _make(database, killed)
+        make_whole(database, killed)
     assert not database.exists()
-    _make(database, lambda aside: aside.write_text(f"whole, {aside.exists()}"))
-    _make(database, killed)
+    make_whole(database, lambda aside: aside.write_text(f"whole, {aside.exists()}"))
+    make_whole(database, killed)
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"] and database.read_text() == "whole, False"
 
 

@@ -7,6 +7,7 @@ import signal
 import sys
 from contextlib import suppress
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -95,6 +96,12 @@ def app() -> None:
     """Entry point of the console script."""
     open_closed()
     name_output()
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        # torch's libraries would end the process, with words that lead nowhere.
+        _say("the working directory is gone, it was removed or made anew; cd to another one, or there again")
+        sys.exit(2)
     try:
         try:
             _commands()

@@ -86,7 +86,9 @@ def compare(
         typer.echo(line, err=True)
     for file, text in forms.values():
         if file == _STDOUT:
-            print(text(), end="")
+            # As a file would be: whatever the terminal's characters are, a page says that it is UTF-8.
+            sys.stdout.flush()
+            sys.stdout.buffer.write(text().encode())
         elif file is not None:
             write_text(Path(file), text())
             typer.echo(f"{file}: {counted(len(summaries), 'run')}", err=True)

@@ -26,7 +26,10 @@ def open_closed() -> None:
 
 
 def name_output() -> None:
-    """From here on an error of the standard output says that it is one of the output; by itself it has no name."""
+    """From here on an error of the standard output says that it is one of the output; by itself it has no name.
+
+    And what its encoding lacks is no error, but escaped, as in the standard error.
+    """
     sys.stdout = _around(sys.stdout, _Named)
 
 
@@ -87,4 +90,5 @@ def _around(stream: TextIO, kind: type[_Raw]) -> TextIO:
         return stream
     line_buffering = getattr(stream, "line_buffering", False)
     buffer = io.BufferedWriter(kind(number))
-    return io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=line_buffering)
+    errors = "backslashreplace" if stream.errors == "strict" else stream.errors
+    return io.TextIOWrapper(buffer, stream.encoding, errors, line_buffering=line_buffering)

@@ -53,3 +53,20 @@ def test_sigterm_is_ctrl_c_for_commands_that_have_no_answer_of_their_own() -> No
     )
     done = run(program, "compare", "runs")
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, "tidied\n", "")
+
+
+@pytest.mark.parametrize("arguments", [("compare", "../runs"), ("train", "demo.yaml")])
+def test_a_working_directory_that_is_gone(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    program = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); os.chdir({str(folder)!r}); os.rmdir({str(folder)!r})"
+    done = run(f"{program}; {COMMAND}", *arguments)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("rookery: the working directory is gone")
+
+
+def test_what_an_encoding_lacks_is_escaped() -> None:
+    done = run(
+        "from pipeline.streams import name_output; name_output(); print('\u25b2')", before="PYTHONIOENCODING=latin1"
+    )
+    assert (done.returncode, done.stdout) == (0, "\\u25b2\n")

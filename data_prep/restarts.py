@@ -9,11 +9,13 @@ Tables and codes: ITU-T T.81, annexes C and F.
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from data_prep.compiled import find_cache
 from data_prep.jpeg_coding import (
     BASELINE,
     CATEGORIES,
@@ -55,6 +57,7 @@ def with_restarts(data: bytes, image: Image.Image | None = None) -> bytes:
         data: a JPEG.
         image: its pixels, to compare with, where they are known.
     """
+    find_cache(Path(__file__))
     from data_prep import restarts_loop  # compiled; only who asks for it pays for that
 
     coded = _parse(data)

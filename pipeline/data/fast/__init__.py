@@ -4,6 +4,12 @@ It draws what the plain path of `pipeline.data.augment` draws, with the same cod
 stays as the reference (`data.augment_by: reference`) that tests compare with, operation by operation.
 """
 
+from pathlib import Path
+
+from data_prep.compiled import find_cache
+
+find_cache(Path(__file__))
+
 # What compiles when it is imported, or reads what was compiled before, and imports the others that do.
 COMPILED = tuple(
     f"pipeline.data.fast.{name}"

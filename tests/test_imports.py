@@ -27,7 +27,7 @@ MAY: dict[str, set[str]] = {
     "config": {"data_prep", "data"},
 }
 OF_DATA_PREP = {
-    "data": {"manifest", "beton", "npy", "jpeg_coding", "store", "remote", "attempts", "hashes"},
+    "data": {"manifest", "beton", "npy", "jpeg_coding", "store", "remote", "attempts", "hashes", "compiled"},
     "tracking": {"store", "cores", "redact"},
     "explain": {"images"},
     "config": {"wording"},

@@ -28,6 +28,7 @@ class MirrorState:
         summary: the closing figures uploaded.
         pictures: what the pictures uploaded were drawn from, by sha256.
         model: name and sha256 of the weights registered.
+        folder: the run directory; a copy of it has this one in its state.
     """
 
     experiment: str = ""
@@ -39,10 +40,21 @@ class MirrorState:
     summary: list[Any] = field(default_factory=list)
     pictures: dict[str, str] = field(default_factory=dict)
     model: list[str] = field(default_factory=list)
+    folder: str = ""
 
     def forget_run(self) -> None:
         """Start from nothing: the server no longer has the run."""
         self.__init__(self.experiment, self.run_name)  # type: ignore[misc]
+
+    def copied_from(self, run: Path, uri: str) -> Path | None:
+        """The run directory of which `run`, with this state, is a copy; None where it is none, or was moved."""
+        other = Path(self.folder)
+        if not self.folder or self.uid is None or not other.is_dir() or other.samefile(run):
+            return None
+        try:
+            return other if MirrorState.load(other, uri).uid == self.uid else None
+        except (UserError, OSError):
+            return None
 
     @classmethod
     def load(cls, run: Path, uri: str) -> MirrorState:

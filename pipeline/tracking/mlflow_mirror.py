@@ -136,6 +136,12 @@ class Mirror:
     def _begin(self, state: MirrorState, report: PushReport) -> None:
         """Find or create the MLflow run, and make its parameters, tags and status those of the run directory."""
         params = self._params if self._params is not None else run_params(self.run)
+        original = state.copied_from(self.run, self.uri)
+        if original is not None:
+            report.notices.append(f"{self.run} is a copy of {original}, and gets an MLflow run of its own")
+            state.run_name = ""
+            state.forget_run()
+        state.folder = str(self.run.resolve())
         state.experiment = self._experiment or state.experiment or params.get("tracking.experiment") or "rookery"
         state.run_name = self._run_name or state.run_name or self.run.resolve().name
         state.save(self.run, self.uri, reached=False)

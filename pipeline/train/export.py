@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,8 @@ _INSTEAD = {
     "`rookery eval` its run",
     "generate": "`rookery generate` draws with them",
 }
+# How often weights are read that others replace meanwhile.
+_READS = 5
 _NEEDED = ("model", "overrides", "classes", "augment", "eval_transform")
 
 
@@ -104,17 +107,22 @@ def whole_directory(directory: Path, replace: bool = False) -> Iterator[Path]:
     Raises:
         UserError: no space, no permission, or `directory` holds something and `replace` is false.
     """
-    part = directory.with_name(f".{directory.name}.part")
+    part, old = (directory.with_name(f".{directory.name}.{end}") for end in ("part", "old"))
     try:
+        if replace and old.exists() and not directory.exists():  # killed between two renames
+            old.rename(directory)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         yield part
         for file in part.iterdir():
             with open(file, "rb") as f:
                 os.fsync(f.fileno())
-        if replace:
-            shutil.rmtree(directory, ignore_errors=True)
+        if replace and directory.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            directory.rename(old)  # to remove it takes longer, and others may be looking for it
         part.rename(directory)
+        if replace:
+            shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{directory}: can't be written ({reason}); free space, then start again") from error
@@ -133,9 +141,34 @@ def exported_task(directory: Path) -> str:
 def load_weights(directory: Path) -> tuple[ImageModel, dict[str, Any]]:
     """The model of an exported directory with its weights, and the content of its `config.json`.
 
+    A run that trains may put better ones in their place at any moment: what was read of two is read again.
+
     Raises:
         UserError: the directory holds no exported model, or its weights don't fit the model it names.
     """
+    for _ in range(_READS - 1):
+        before = _identity(directory)
+        try:
+            return _load_weights(directory)
+        except UserError:
+            after = _identity(directory)
+            if after is None:
+                time.sleep(0.05)  # between the renames of `whole_directory`, or there is none
+            elif after == before:
+                raise
+    return _load_weights(directory)
+
+
+def _identity(directory: Path) -> tuple[int, int] | None:
+    """Tells a directory from the one that takes its place, which may get its number."""
+    try:
+        found = directory.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _load_weights(directory: Path) -> tuple[ImageModel, dict[str, Any]]:
     try:
         described = json.loads((directory / MODEL_CONFIG).read_text())
         weights = read_weights(directory, described if isinstance(described, dict) else {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pipeline.export.source import Source
 from pipeline.export.timm_format import NATIVE_FORMS
 from pipeline.export.write import write
 from pipeline.models import ModelError, create_model, list_models, resize_pos_embed
-from pipeline.train.export import MODEL_CONFIG, SHA256, WEIGHTS, load_weights, whole_directory
+from pipeline.train.export import MODEL_CONFIG, SHA256, WEIGHTS, load_weights, whole_directory, write_weights
 from pipeline.train.trained import Trained
 from tests.export.sources import CLASSES, full_source, source
 
@@ -50,6 +51,35 @@ def test_a_description_that_was_changed_is_told_by_its_key(tmp_path: Path) -> No
     (tmp_path / "out" / MODEL_CONFIG).write_text(text.replace('"antialias"', '"antialiaS"'))
     with pytest.raises(UserError, match=r"config\.json: augment\.antialiaS: Extra inputs"):
         load_weights(tmp_path / "out")
+
+
+def test_weights_can_be_read_while_better_ones_take_their_place(tmp_path: Path) -> None:
+    given, best = source("nest_tiny"), tmp_path / "best"
+    state = given.model.state_dict()
+
+    def replace(number: int) -> None:
+        described = given.described | {"figures": {"top1": float(number)}}
+        with whole_directory(best, replace=True) as part:
+            write_weights(part, {name: tensor * 0 + number for name, tensor in state.items()}, described)
+
+    def train() -> None:
+        for number in range(1, 25):
+            replace(number)
+
+    replace(0)
+    writer = threading.Thread(target=train)
+    writer.start()
+    seen = []
+    while writer.is_alive():
+        model, described = load_weights(best)
+        seen.append(described["figures"]["top1"])
+        assert all((tensor == seen[-1]).all() for tensor in model.state_dict().values())
+    writer.join()
+    assert len(set(seen)) > 2
+    best.rename(tmp_path / ".best.old")  # as if killed between two renames
+    with pytest.raises(KeyboardInterrupt), whole_directory(best, replace=True):
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["best"] and load_weights(best)[1]["figures"] == {"top1": 24.0}
 
 
 def timm_model(folder: Path) -> torch.nn.Module:

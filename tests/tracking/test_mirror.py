@@ -191,6 +191,22 @@ def test_of_two_parents_of_a_sweep_the_older_stays(tmp_path: Path, sqlite_uri: s
     assert client.get_run(older).info.status == "FINISHED"
 
 
+def test_a_copy_of_a_run_is_another_and_one_that_was_moved_is_not(tmp_path: Path, sqlite_uri: str, client: Any) -> None:
+    """What a copy goes on to measure must not end up in the run of its original."""
+    run = make_run(tmp_path / "original", steps=5)
+    first = Mirror(run, sqlite_uri).push()
+    moved = run.rename(tmp_path / "moved")
+    again = Mirror(moved, sqlite_uri).push()
+    assert (again.run_id, again.lines, again.notices) == (first.run_id, 0, [])
+    shutil.copytree(moved, tmp_path / "copy")
+    copied = Mirror(tmp_path / "copy", sqlite_uri).push()
+    assert copied.notices == [f"{tmp_path / 'copy'} is a copy of {moved}, and gets an MLflow run of its own"]
+    assert copied.run_id != first.run_id and client.get_run(copied.run_id).info.run_name == "copy"
+    assert stored_points(client, copied.run_id) == logged_points(moved) == stored_points(client, first.run_id)
+    for path, same in ((moved, first), (tmp_path / "copy", copied)):
+        assert Mirror(path, sqlite_uri).push().run_id == same.run_id
+
+
 def test_a_deleted_run_is_made_anew_and_said(tmp_path: Path, sqlite_uri: str, client: Any) -> None:
     run = make_run(tmp_path / "r")
     first = Mirror(run, sqlite_uri).push()

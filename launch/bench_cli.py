@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from data_prep.store import is_remote
+from launch.deaf import deaf_to_ctrl_c
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -329,12 +330,20 @@ def _measure(
 
     job = payload(BenchJob(config.model_dump_json(), steps, warmup, repeats, str(output)))
     process = multiprocessing.get_context("spawn").Process(target=_start, args=(job, count, threads))
-    process.start()
-    process.join()
+    with deaf_to_ctrl_c():
+        process.start()
+    try:
+        process.join()
+    except KeyboardInterrupt:
+        process.terminate()  # at its end this process would wait for the measurement
+        process.join()
+        raise
     return abs(process.exitcode or 0)
 
 
 def _start(job: str, count: int, threads: int | None) -> Any:
     from launch.workers import Nodes, start_workers
+    from pipeline.train.again import AGENT_PID
 
+    os.environ[AGENT_PID] = str(os.getppid())  # with which it ends
     os._exit(start_workers("pipeline.train.bench_step", job, Nodes(count), threads))

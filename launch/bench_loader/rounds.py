@@ -13,6 +13,7 @@ from typing import Any
 
 from launch.bench_loader.contender import Contender, Settings, timed
 from launch.bench_loader.scene import Scene
+from launch.deaf import deaf_to_ctrl_c
 
 
 def contenders(recipe: str, scene: Scene, peers: bool = True) -> tuple[list[Contender], list[str]]:
@@ -74,7 +75,8 @@ class _Process:
         self._ours, theirs = context.Pipe()
         # Not a daemon: those may not start loader processes.
         self._process = context.Process(target=_serve, args=(theirs, contender.name, settings))
-        self._process.start()
+        with deaf_to_ctrl_c():
+            self._process.start()
         theirs.close()
 
     def round(self) -> dict[str, float] | str:

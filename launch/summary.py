@@ -45,7 +45,7 @@ def summary(run: Resolved, job: Nodes) -> dict[str, str]:
         "batch": f"{order.batch} = {counted(job.world_size, 'process')} x {counted(train.accumulate, 'micro-batch')} x "
         f"{local // train.accumulate}; {counted(order.lanes, 'lane')} of {counted(order.chunk, 'sample')} a step",
         "learning rate": f"{run.peak_lr:.4g}{rule}; warm-up {counted(plan.warmup_steps, 'step')}, then cosine to "
-        f"{optim.schedule.min_lr:g}{_epoch_rule(run)}; weight decay {optim.weight_decay:g}",
+        f"{optim.schedule.min_lr:g}{_epoch_rule(run)}{_layer_rule(run)}; weight decay {optim.weight_decay:g}",
         "length": f"{train.epochs} = {counted(plan.total_steps, 'step')} of {plan.steps_per_epoch:,} an epoch"
         f" = {counted(plan.total_steps * order.batch, 'sample')}{ends}",
         "compute": f"{train.precision}, {config.engine.name}; "
@@ -62,3 +62,11 @@ def _epoch_rule(run: Resolved) -> str:
         f"the last {schedule.cooldown} at that" if run.plan.cooldown_steps else "",
     ]
     return "".join(f", {part}" for part in parts if part)
+
+
+def _layer_rule(run: Resolved) -> str:
+    decay = run.config.optim.layer_decay
+    if decay == 1:
+        return ""
+    lowest = run.peak_lr * run.lowest_lr_scale
+    return f"; that is the heads', times {decay:g} for every layer before, at the peak {lowest:.4g} for the first"

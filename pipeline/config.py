@@ -138,6 +138,13 @@ class OptimConfig(Section):
     decay: Literal["all", "matrices"] = Field(
         "all", description="all: every parameter but the model's no_weight_decay(); matrices: 1-D ones excluded as well"
     )
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="learning rate of a layer over that of the next one, the heads' is `lr`; for fine-tuning: "
+        "docs/training.md",
+    )
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decay of the averages of gradients and squares")
     eps: float = Field(1e-8, gt=0, description="added to the denominator")
     schedule: ScheduleConfig = ScheduleConfig()

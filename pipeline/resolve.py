@@ -23,6 +23,7 @@ from pipeline.models import ImageModel, create_model, set_lean
 from pipeline.models.batch_norm import BatchNorm2d
 from pipeline.models.errors import UnknownOption
 from pipeline.train.checkpoint import COMMIT
+from pipeline.train.optim import lr_scales
 from pipeline.train.plan import Plan
 from pipeline.train.schedule import CosineSchedule
 from pipeline.train.tasks import Task, make_task
@@ -42,6 +43,7 @@ class Resolved:
         task: the kind of run, with this config.
         drop_paths: stochastic-depth branches of the model, which the loader draws uniforms for.
         token_grid: side of the model's token grid where its tokens have labels, else None.
+        lowest_lr_scale: learning rate of the first layers over that of the heads.
     """
 
     config: RunConfig
@@ -54,6 +56,7 @@ class Resolved:
     task: Task
     drop_paths: int = 0
     token_grid: int | None = None
+    lowest_lr_scale: float = 1.0
 
     @property
     def peak_lr(self) -> float:
@@ -91,6 +94,7 @@ def resolve(config: RunConfig, world_size: int) -> Resolved:
     _check_schedule(config, plan)
     _check_spikes(config, plan)
     found = task.check(model, train, order, world_size)
+    found["lowest_lr_scale"] = min(lr_scales(model, config.optim.layer_decay).values())
     params = sum(p.numel() for p in model.parameters())
     return Resolved(config, plan, order, train, val, params, _macs(task, model), task, **found)
 

@@ -18,6 +18,7 @@ Values = dict[str, Any]
 # What all four papers have: AdamW, DeiT's mixing, two operations of RandAugment at 9 +- 0.5, erasing; no clipping.
 COMMON: Values = {
     "optim.name": "adamw",
+    "optim.layer_decay": 1.0,
     "optim.betas": [0.9, 0.999],
     "optim.eps": 1e-8,
     "augment.resize": None,

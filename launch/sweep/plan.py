@@ -24,6 +24,7 @@ VARIABLE = (
     "objective.dense_weight",
     "optim.betas",
     "optim.eps",
+    "optim.layer_decay",
     "optim.lr",
     "optim.schedule.",
     "optim.weight_decay",

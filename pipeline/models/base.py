@@ -37,6 +37,13 @@ class ImageModel(nn.Module):
         """Names of the parameters that the official recipe doesn't decay."""
         raise NotImplementedError
 
+    def in_order(self) -> list[nn.Module | nn.Parameter]:
+        """Modules and parameters in the order in which a forward pass meets them; each parameter in one of them.
+
+        Encoder layers stand in it one by one, so that `layer_numbers` can count them.
+        """
+        raise NotImplementedError
+
     def fit_pos_embed(
         self, name: str, state_dict: Mapping[str, Tensor], mode: Literal["bicubic", "bilinear"]
     ) -> Tensor | None:

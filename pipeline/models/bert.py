@@ -110,6 +110,10 @@ class Bert(BertForSequenceClassification):
         """(B, N) int64 token numbers, (B, N) int64 which sentence, (B, N) bool not padding -> (B, num_classes)."""
         return super().forward(input_ids=ids, token_type_ids=types, attention_mask=real).logits
 
+    def in_order(self) -> list[nn.Module | nn.Parameter]:
+        """Modules in the order in which a forward pass meets them, for `layer_numbers`."""
+        return [self.bert.embeddings, *self.bert.encoder.layer, self.bert.pooler, self.classifier]
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the input of each encoder layer for the backward pass and recompute the rest."""
         if enable:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.models.base import ImageModel
 from pipeline.models.drop_path import DropPath, drop_path_rates
@@ -82,6 +82,12 @@ class Deit(ImageModel):
     def no_weight_decay(self) -> set[str]:
         """Position embedding and class token; the recipes exempt biases and 1-D parameters by `optim.decay`."""
         return {"vit.pos_embed", "vit.cls_token"}
+
+    def in_order(self) -> list[nn.Module | nn.Parameter]:
+        """See `ImageModel`."""
+        vit: Any = self.vit
+        first = [vit.patch_embed, vit.cls_token, vit.pos_embed, vit.norm_pre]
+        return [*first, *vit.blocks, vit.norm, vit.fc_norm, vit.head]
 
     def fit_pos_embed(self, name: str, state_dict: Mapping[str, Tensor], mode: Mode) -> Tensor | None:
         """The grid of patch tokens is interpolated, the class token's vector stays; see `resize_grid`."""

@@ -102,6 +102,10 @@ class Hvt(TokenTransformer):
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
         self._init_weights()
 
+    def in_order(self) -> list[nn.Module | nn.Parameter]:
+        """See `ImageModel`."""
+        return [*super().in_order(), self.head]
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Mean over the tokens or the class token, then the classifier: (B, N, C) -> (B, num_classes)."""
         x = x.mean(dim=1) if self.cls_token is None else x[:, 0]

@@ -174,6 +174,13 @@ class Nest(ImageModel):
         """Parameters the official recipe doesn't decay: the position embeddings. Biases and LayerNorms are decayed."""
         return {f"levels.{i}.pos_embed" for i in range(len(self.levels))}
 
+    def in_order(self) -> list[nn.Module | nn.Parameter]:
+        """See `ImageModel`."""
+        parts: list[nn.Module | nn.Parameter] = [self.patch_embed]
+        for level in self.levels:
+            parts += [level.aggregate, level.pos_embed, *level.layers]  # type: ignore[list-item,misc]
+        return [*parts, self.norm, self.head]
+
     def fit_pos_embed(self, name: str, state_dict: Mapping[str, Tensor], mode: Mode) -> Tensor | None:
         """Each block by itself while their number stays, else the image plane as a whole; see `resize_blocks`."""
         blocks, old_blocks = self.get_parameter(name).shape[1], state_dict[name].shape[1]

@@ -130,6 +130,11 @@ class Refiner(TokenTransformer):
         self.aux_weight = aux_weight
         self._init_weights()
 
+    def in_order(self) -> list[nn.Module | nn.Parameter]:
+        """See `ImageModel`."""
+        heads = [self.head] if self.aux_head is None else [self.head, self.aux_head]
+        return [*super().in_order(), *heads]
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Class-token logits plus `aux_weight` times the largest patch-token logits: (B, N, C) -> (B, num_classes)."""
         if pre_logits:

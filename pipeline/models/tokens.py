@@ -142,6 +142,17 @@ class TokenTransformer(ImageModel):
         names = {name for name, _ in self.named_parameters()}
         return {name for name in names if name.rpartition(".")[2] in ("pos_embed", "cls_token")}
 
+    def in_order(self) -> list[nn.Module | nn.Parameter]:
+        """See `ImageModel`; the heads are the subclass's."""
+        parts: list[nn.Module | nn.Parameter] = [self.patch_embed, self.pos_embed]
+        if self.cls_token is not None:
+            parts.append(self.cls_token)
+        for i, block in enumerate(self.blocks):
+            parts.append(block)
+            if i in self.pooled_layers:
+                parts.append(self.pools[str(i)])
+        return [*parts, self.norm]
+
     def fit_pos_embed(self, name: str, state_dict: Mapping[str, Tensor], mode: Mode) -> Tensor | None:
         """Grids are interpolated as grids, a class token's vector stays; see `resize_grid` and `resize_raster`."""
         side = self.img_size // self.patch_size

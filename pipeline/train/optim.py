@@ -1,11 +1,28 @@
-"""AdamW with the papers' weight-decay groups."""
+"""AdamW with the papers' weight-decay groups and, for fine-tuning, a learning rate that decays from layer to layer."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from pipeline.config import OptimConfig
+from pipeline.models.layer_numbers import layer_numbers
+
+
+class Group(NamedTuple):
+    """Parameters with the same settings.
+
+    Attributes:
+        names: of the parameters; at least one.
+        weight_decay: decoupled, times their learning rate.
+        lr_scale: their learning rate over that of the schedule.
+    """
+
+    names: list[str]
+    weight_decay: float
+    lr_scale: float
 
 
 def decay_groups(model: nn.Module, decay: str) -> tuple[list[str], list[str]]:
@@ -26,15 +43,52 @@ def decay_groups(model: nn.Module, decay: str) -> tuple[list[str], list[str]]:
     return with_decay, without
 
 
+def lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Learning rate of every parameter over that of the schedule, by name: layer_decay^(L + 1 - i) in layer i.
+
+    BEiT's `optim_factory.py`, timm's `param_groups_layer_decay`; for i and L see `layer_numbers`. The heads have 1.
+    """
+    if layer_decay == 1:
+        return {name: 1.0 for name, _ in model.named_parameters()}
+    numbers = layer_numbers(model)
+    last = max(numbers.values())
+    return {name: layer_decay ** (last - number) for name, number in numbers.items()}
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[Group]:
+    """The groups of the optimizer: those of `decay_groups`, each cut by layers, from the heads down."""
+    scales = lr_scales(model, config.layer_decay)
+    groups = []
+    for names, weight_decay in zip(decay_groups(model, config.decay), (config.weight_decay, 0.0), strict=True):
+        for scale in sorted({scales[name] for name in names}, reverse=True):
+            groups.append(Group([name for name in names if scales[name] == scale], weight_decay, scale))
+    return groups
+
+
 def make_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.AdamW:
-    """AdamW over the groups of `decay_groups`, as one fused update per group.
+    """AdamW over `parameter_groups`, as one fused update per group.
 
     The fused form takes a `found_inf` flag on the device, by which the loop skips a bad step without asking the host.
     """
     parameters = dict(model.named_parameters())
-    with_decay, without = decay_groups(model, config.decay)
     groups = [
-        {"params": [parameters[n] for n in with_decay], "weight_decay": config.weight_decay},
-        {"params": [parameters[n] for n in without], "weight_decay": 0.0},
+        {
+            "params": [parameters[name] for name in group.names],
+            "weight_decay": group.weight_decay,
+            "lr": lr * group.lr_scale,
+            "lr_scale": group.lr_scale,
+        }
+        for group in parameter_groups(model, config)
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=config.betas, eps=config.eps, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rates of a step.
+
+    Args:
+        optimizer: of `make_optimizer`, or what an engine has put around it.
+        lr: that of the schedule.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]

@@ -31,9 +31,14 @@ class PlainTraining:
         self.model = initial_model(self.run.config, ALONE)
         self.precision, self.lr_scale = precision, lr_scale
         exempt = self.model.no_weight_decay()
+        decay, levels = self.run.config.optim.layer_decay, len(self.model.levels)
         groups = [
-            {"params": [p for n, p in self.model.named_parameters() if n not in exempt], "weight_decay": 0.05},
-            {"params": [p for n, p in self.model.named_parameters() if n in exempt], "weight_decay": 0.0},
+            {
+                "params": [parameter],
+                "weight_decay": 0.0 if name in exempt else 0.05,
+                "times": decay ** (levels + 1 - layer_of(name, levels)),
+            }
+            for name, parameter in self.model.named_parameters()
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=1e-3, eps=self.run.config.optim.eps, fused=False, foreach=False)
 
@@ -43,7 +48,7 @@ class PlainTraining:
     def step(self, step: int, batch: TrainBatch) -> float:
         """Train on a batch; returns its loss."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.run.schedule.lr(step) * self.lr_scale
+            group["lr"] = self.run.schedule.lr(step) * self.lr_scale * group["times"]
         images, targets = apply_mix(batch.images, batch.labels, batch.mix, 10)
         set_drop_path_noise(self.model, batch.drop_path)
         with torch.autocast("cpu", torch.bfloat16) if self.precision == "bf16" else nullcontext():
@@ -63,3 +68,10 @@ class PlainTraining:
         model, optimizer = copy.deepcopy(copied)
         self.model.load_state_dict(model)
         self.optimizer.load_state_dict(optimizer)
+
+
+def layer_of(name: str, levels: int) -> int:
+    """The layer of a parameter of a NesT that has one in each level, for the decay of the learning rate."""
+    if name.startswith("patch_embed.") or name == "levels.0.pos_embed":
+        return 0
+    return int(name.split(".")[1]) + 1 if name.startswith("levels.") else levels + 1

@@ -20,6 +20,7 @@ from pipeline.resolve import resolve
 from pipeline.tracking.metrics import read_metrics
 from pipeline.train.engines import Engine, make_engine, saved_weights
 from pipeline.train.engines.deepspeed_setup import import_deepspeed
+from pipeline.train.loop import train
 from pipeline.train.setup import initial_model
 from tests.train.conftest import TWO_LEVELS, write_recipe
 from tests.train.many_runs import train_all
@@ -58,6 +59,8 @@ PLAIN = ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]
 ENGINES |= {f"{name} compiled": [*ENGINES[name], "train.compile=true"] for name in PLAIN}
 ENGINES |= {f"{name} compiled layers": [*ENGINES[name], "train.compile=layers"] for name in PLAIN}
 ENGINES |= {f"{name} recomputed": [*ENGINES[name], "train.activation_checkpointing=true"] for name in PLAIN}
+ENGINES |= {f"{name} by layers": ENGINES[name] for name in [*PLAIN, "offload"]}
+ENGINES["ddp compiled by layers"] = ENGINES["ddp compiled"]
 
 TABLE = [
     *itertools.product(PLAIN, ["fp32", "bf16"], [1, 2]),
@@ -65,8 +68,13 @@ TABLE = [
     *((f"{engine} compiled", "fp32", 1) for engine in ("ddp", "fsdp", "zero1")),
     ("zero3 compiled layers", "fp32", 1),
     *((f"{engine} recomputed", "bf16", 2) for engine in ("ddp", "fsdp", "zero3")),
+    *((f"{engine} by layers", "fp32", 1) for engine in [*PLAIN, "offload", "ddp compiled"]),
 ]
 
+
+# One run that goes from engine to engine, and for its last steps to one process. Its rates decay from layer to layer:
+# the optimizer's groups are many, and each engine lays them out in its own way.
+WANDERING = {"zero1": 5, "fsdp": 10, "zero3": 15, "ddp": STEPS}
 
 # Norms are 0.8 to 2.3. Adam takes no notice of the scale of gradients unless its epsilon is of their size, and with it
 # and this rate all matters: scale, second moments, number of steps.
@@ -76,7 +84,8 @@ UNCLIPPED = ("train.clip_grad_norm=null", *CLIPPED[1:])
 
 def options_of(engine: str, accumulate: int) -> tuple[str, ...]:
     """A level less to compile saves a minute. Rows of several micro-batches clip, once they are summed."""
-    return (TWO_LEVELS if "compiled" in engine else ()) + (CLIPPED if accumulate > 1 else ())
+    by_layers = ("optim.layer_decay=0.5",) if "by layers" in engine else ()
+    return (TWO_LEVELS if "compiled" in engine else ()) + (CLIPPED if accumulate > 1 else ()) + by_layers
 
 
 def run_name(engine: str, precision: str, accumulate: int) -> str:
@@ -99,7 +108,14 @@ def table(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         )
         for e, p, a in TABLE
     ]
-    done = train_all(configs, 2, folder)
+    wandering = [
+        load_config(
+            recipe, [*ENGINES[e], "optim.layer_decay=0.5", *short, f"train.stop_after={to}steps", "name=wandering"]
+        )
+        for e, to in WANDERING.items()
+    ]
+    done = train_all([*configs, *wandering[:-1]], 2, folder)
+    train(wandering[-1], ALONE)
     return recipe, done.stdout + done.stderr
 
 
@@ -117,9 +133,19 @@ def test_two_processes_train_as_one(engine: str, precision: str, accumulate: int
     others = [reference_losses(recipe, precision, 0.0, *options)]
     if accumulate > 1:
         others.append(reference_losses(recipe, precision, 1.0, *UNCLIPPED))
+    if "by layers" in engine:
+        others.append(reference_losses(recipe, precision, 1.0, *options[:-1]))
     for other in others:
         assert max(abs(a - b) / b for a, b in zip(expected, other, strict=True)) > 3 * tolerance
     assert not any(word in printed for word in ("DeepSpeed", "[INFO]", "[WARNING]"))
+
+
+def test_one_run_on_many_engines(table: tuple[Path, str]) -> None:
+    recipe, _ = table
+    lines = [line for line in read_metrics(recipe.parent / "runs" / "wandering") if line["kind"] == "train"]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    expected = reference_losses(recipe, "fp32", 1.0, "optim.layer_decay=0.5")
+    assert [line["loss"] for line in lines] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_missing_package_is_named(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -278,6 +278,7 @@ def test_the_recipe_of_digits_learns(digits: Path, rookery: Rookery, tmp_path: P
         (("augment.normalize=imagenet", "model.in_chans=3"), "set augment.normalize=half"),
         (("mix.mixup_alpha=0.8",), "set mix.prob=0"),
         (("explain.images=2",), "explain.images=2"),
+        (("optim.layer_decay=0.75",), "optim.layer_decay=0.75 doesn't go with task=generate"),
         (("model.drop_path_rate=0.1",), "model.drop_path_rate=0.1"),
         (("tracking.register_model=mine",), "tracking.register_model=mine"),
         (("model.name=nest_tiny",), "unknown generator 'nest_tiny'"),

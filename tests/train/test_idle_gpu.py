@@ -48,6 +48,7 @@ WAYS = {
     "fp16 in two micro-batches": ["train.precision=fp16", "train.accumulate=2"],
     "fp32": ["train.precision=fp32"],
     "layers recomputed": ["train.activation_checkpointing=true"],
+    "rates by layers": ["optim.layer_decay=0.75"],
 }
 # Refiner-S by kernels, 16 samples in so many groups of BatchNorm statistics.
 GROUPS = {
@@ -91,6 +92,8 @@ def test_kernels_are_counted(walked: dict[str, dict[str, Any]]) -> None:
     kernels = {name: line["launches"] for name, line in walked.items()}
     assert 1.5 < kernels["fp16 in two micro-batches"] / kernels["demo"] < 3.5
     assert kernels["layers recomputed"] > kernels["demo"] > 100
+    # Its parameters are updated in 11 groups (8 layers, 3 of them with positions, which are not decayed) instead of 2.
+    assert 9 * 3 <= kernels["rates by layers"] - kernels["demo"] <= 9 * 6
 
 
 def test_groups_share_their_launches(walked: dict[str, dict[str, Any]]) -> None:

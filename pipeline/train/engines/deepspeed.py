@@ -25,7 +25,7 @@ from pipeline.train.engines.loss_scale import LossScale
 from pipeline.train.engines.native import lane_chunk, sum_over_processes
 from pipeline.train.engines.whole import WholeState
 from pipeline.train.engines.zero import partition
-from pipeline.train.optim import make_optimizer
+from pipeline.train.optim import make_optimizer, set_lr
 
 
 class DeepSpeedEngine(Engine):
@@ -102,8 +102,7 @@ class DeepSpeedEngine(Engine):
             self.engine.set_gradient_accumulation_boundary(True)
 
     def step(self, lr: float) -> tuple[Tensor, Tensor]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
         norm, skipped = self._step_whole() if self.stage == 0 else self._step_parts()
         self.scale.update(skipped)
         flag = torch.tensor(float(skipped), device=self.world.device)

@@ -12,6 +12,7 @@ from pipeline.config import RunConfig
 from pipeline.models.batch_norm import group_statistics, update_groups
 from pipeline.train.distributed import World
 from pipeline.train.engines.base import PRECISIONS, Engine
+from pipeline.train.optim import set_lr
 
 
 class NativeEngine(Engine):
@@ -44,8 +45,7 @@ class NativeEngine(Engine):
         self.scaler.scale(loss).backward()
 
     def step(self, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
         self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.plain.parameters() if p.grad is not None]
         norm = self._total_norm([p.grad for p in parameters if p.grad is not None])

@@ -23,7 +23,7 @@ from pipeline.train.engines.ddp import DdpEngine
 from pipeline.train.engines.deepspeed_setup import BUCKET, SMALL
 from pipeline.train.engines.native import NativeEngine
 from pipeline.train.forecast.storages import storage_bytes
-from pipeline.train.optim import decay_groups
+from pipeline.train.optim import parameter_groups
 from pipeline.train.tasks import make_task
 
 _FLOAT = 4
@@ -132,7 +132,7 @@ def _units(model: nn.Module) -> list[list[nn.Parameter]]:
 def _zero(model: nn.Module, config: RunConfig, rank: int, world_size: int) -> States:
     stage = config.engine.zero_stage
     parameters = dict(model.named_parameters())
-    sizes = [[parameters[name].numel() for name in names] for names in decay_groups(model, config.optim.decay) if names]
+    sizes = [[parameters[name].numel() for name in group.names] for group in parameter_groups(model, config.optim)]
     whole = sum(map(sum, sizes))
     buffers = storage_bytes(model.buffers())
     if stage == 3:

@@ -317,6 +317,10 @@ def _check(config: RunConfig) -> None:
         ),
         f"mix.prob={config.mix.prob}": (config.mix.active, "mixed pictures would be learnt; set mix.prob=0"),
         "objective.token_labels=true": (config.objective.token_labels, "there are no labels; set it to false"),
+        f"optim.layer_decay={config.optim.layer_decay:g}": (
+            config.optim.layer_decay != 1,
+            "it is for fine-tuning, and two networks have no common order of layers; set it to 1",
+        ),
         f"explain.images={config.explain.images}": (config.explain.images > 0, "there are no classes; set it to 0"),
         f"model.init={model.init}": (model.init is not None, "both networks start from random weights; leave it out"),
         f"model.drop_path_rate={model.drop_path_rate}": (bool(model.drop_path_rate), "generators have none; leave it"),

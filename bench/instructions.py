@@ -31,7 +31,8 @@ from pipeline.tracking.environment import key_versions
 # Heads, expanded maps, refined layers; and processors and cycles a second of an H100 or H200.
 MODELS = {"refiner_vit_s": (12, 36, 8), "refiner_vit_m": (12, 36, 16), "refiner_vit_l": (16, 48, 16)}
 PROCESSORS, CYCLES, PIXELS = 132, 1.75e9, 197
-OF_MAPS = {"maps", "convolved", "reduced", "out", "grad", "grad_second", "grad_maps", "weights", "mixed"}
+HALF = {"maps", "convolved", "reduced", "out", "grad", "grad_second", "grad_maps", "weights", "mixed"}
+HALF |= {"x", "weight", "before", "after", "grad_before", "qkv", "grad_qkv"}  # of the kernels of instructions_nest.py
 INTEGERS = {"samples", "rows", "columns", "run", "plane", "parts", "count", "size"}
 
 
@@ -58,13 +59,17 @@ USES = [
 
 def compiled(kernel: Any, size: refine_calls.Size, given: dict[str, Any], capability: int) -> Any:
     """What Triton makes of a kernel for maps in bf16."""
-    constants = size.constants(kernel) | given
-    types = {name: "*bf16" if name in OF_MAPS else "i32" if name in INTEGERS else "*fp32" for name in kernel.arg_names}
+    return compiled_with(kernel, size.constants(kernel) | given, size.options(kernel), capability)
+
+
+def compiled_with(kernel: Any, constants: dict[str, Any], options: dict[str, Any], capability: int) -> Any:
+    """The same of any kernel whose arguments are known by their names."""
+    types = {name: "*bf16" if name in HALF else "i32" if name in INTEGERS else "*fp32" for name in kernel.arg_names}
     types |= dict.fromkeys(constants, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind[0] == "*"}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, types, constexprs=places, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=size.options(kernel))
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def lengths(made: Any) -> tuple[int, list[int]]:

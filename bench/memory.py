@@ -36,12 +36,11 @@ class Group(NamedTuple):
     side: int | None = None
 
 
+_NESTS = [(f"timm:nest_{size}_jx", f"nest_{size}", f"nest_{size}+triton") for size in ("tiny", "small", "base")]
 GROUPS = [
-    Group(("timm:nest_tiny_jx", "nest_tiny"), 128),
-    Group(("timm:nest_small_jx", "nest_small"), 128),
-    Group(("timm:nest_base_jx", "nest_base"), 128),
+    *(Group(names, 128) for names in _NESTS),
     Group(("nest_tiny_cifar", "nest_tiny_cifar+triton"), 512),
-    Group(("deit_small", "hvt_ti_1", *(f"hvt_s_{pools}" for pools in range(5))), 256),
+    Group(("deit_small", "hvt_ti_1", *(f"hvt_s_{pools}" for pools in range(5)), "hvt_s_1+triton"), 256),
     *(
         Group(tuple(f"refiner_vit_{size}{way}" for way in ("", "+maps", "+triton", "+checkpoint")), 128)
         for size in "sml"

@@ -122,3 +122,11 @@ def test_on_a_gpu(shape: tuple[int, ...], name: str, allowed: float) -> None:
     out, wanted = short_attention(*given, heads, kv_heads), attention(F.linear(*exact), heads, kv_heads)
     grads = torch.autograd.grad(out, given, above), torch.autograd.grad(wanted, exact, above.double())
     assert errors([out.detach(), *grads[0]], [wanted.detach(), *grads[1]]) < allowed
+
+
+def test_instructions_are_as_written() -> None:
+    """docs/performance.md says what they cost, for this release of Triton."""
+    from bench.instructions_nest import count
+
+    written = json.loads((ROOT / "bench/results/instructions_nest.json").read_text())["models"][0]
+    assert count("nest_tiny", 90)["millions"] == pytest.approx(written["millions"], rel=0.1)

@@ -1,0 +1,98 @@
+"""Machine instructions of NesT's kernels, without a GPU: what attention and MLPs cost outside of memory.
+
+    python bench/instructions_nest.py [--capability 90] [--out bench/results/instructions_nest.json]
+
+As `instructions.py` counts Refiner's: for the forward and the backward pass of one image, how long they take at least
+if every processor issued four in each cycle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from bench.instructions import CYCLES, PROCESSORS, compiled_with, lengths
+from pipeline.models import create_model, mlp_kernel, short_kernel
+from pipeline.models.layers import EncoderLayer
+from pipeline.models.nest import Nest
+from pipeline.tracking.environment import key_versions
+
+MODELS = ["nest_tiny", "nest_small", "nest_base"]
+HALF = torch.bfloat16
+
+
+class Use(NamedTuple):
+    """A kernel of a layer: how often its loop runs, and the programs that an image has."""
+
+    name: str
+    kernel: Any
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    steps: int
+    programs: float
+
+
+def uses(tokens: int, blocks: int, layer: Any, capability: int) -> Iterator[Use]:
+    """Of one layer for `blocks` blocks of so many tokens."""
+    hidden, dim = layer.mlp.fc1.weight.shape
+    heads = layer.attn.num_heads
+    shape = {"DIM": dim, "HIDDEN": hidden, "TANH": True} | mlp_kernel.settings(dim, HALF)
+    tiles = blocks * tokens * triton.cdiv(hidden, shape["BN"]) / shape["BM"]
+    steps, how = triton.cdiv(dim, shape["BK"]), mlp_kernel.options(HALF)
+    yield Use("MLP, forward", mlp_kernel.forward_kernel, shape | {"KEEP": True}, how, steps, tiles)
+    yield Use("MLP, backward", mlp_kernel.backward_kernel, shape | {"AGAIN": False}, how, steps, tiles)
+    shape = short_kernel.settings(tokens, dim // heads, heads, heads, HALF)
+    for name, kernel in (("forward", short_kernel.forward_kernel), ("backward", short_kernel.backward_kernel)):
+        queries, how = short_kernel.options(kernel, tokens, dim // heads, capability == 90)
+        steps = triton.cdiv(tokens, queries)
+        yield Use(f"attention, {name}", kernel, shape | {"BQ": queries}, how, steps, blocks * heads)
+
+
+def count(name: str, capability: int) -> dict[str, Any]:
+    """Millions of instructions an image by kernel, and the microseconds of all."""
+    with torch.device("meta"):
+        model = create_model(name)
+    assert isinstance(model, Nest)
+    found: dict[str, float] = {}
+    for level in model.levels:
+        tokens, blocks = level.pos_embed.shape[2], level.pos_embed.shape[1]
+        layers = [layer for layer in level.layers if isinstance(layer, EncoderLayer)]
+        for use in uses(tokens, blocks, layers[0], capability):
+            everything, loops = lengths(compiled_with(use.kernel, use.constants, use.options, capability))
+            # A loop of one step is none.
+            inner = loops[0] if loops else 0
+            each = (everything + (use.steps - 1) * inner) * use.options["num_warps"]
+            found[use.name] = found.get(use.name, 0.0) + len(layers) * each * use.programs / 1e6
+    return {
+        "model": name,
+        "millions": {kernel: round(millions, 2) for kernel, millions in found.items()},
+        "microseconds_an_image": round(sum(found.values()) / (4 * PROCESSORS * CYCLES) * 1e12, 1),
+    }
+
+
+def main() -> None:
+    """Count, and write what was found."""
+    parser = argparse.ArgumentParser(description="Instructions of NesT's kernels; see the file.")
+    parser.add_argument("--capability", type=int, default=90, help="80: A100, 90: H100 and H200")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "instructions_nest.json")
+    options = parser.parse_args()
+    rows = [count(name, options.capability) for name in MODELS]
+    for row in rows:
+        print(json.dumps(row), file=sys.stderr)
+    found = {
+        "command": f"python bench/instructions_nest.py --capability {options.capability}",
+        "versions": key_versions() | {"triton": triton.__version__},
+        "models": rows,
+    }
+    options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

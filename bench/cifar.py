@@ -54,6 +54,7 @@ def asked() -> argparse.Namespace:
     parser.add_argument("--only", type=listed(kind_named), default=[resnet, nest])
     parser.add_argument("--seeds", type=listed(natural), default=[0, 1, 2])
     parser.add_argument("--epochs", type=natural, help="of both; default: the recipe's for NesT, 100 for the ResNet")
+    parser.add_argument("--triton", action="store_true", help="NesT by kernels of this package, as runs of their own")
     parser.add_argument("--runs", type=Path, help="folder of the runs; default: runs/cifar_bench, with --tiny ..._tiny")
     parser.add_argument("--out", type=Path, help="default: bench/results/cifar10.json, with --tiny in --runs")
     parser.add_argument("--tiny", action="store_true")
@@ -91,9 +92,11 @@ def run(options: argparse.Namespace) -> int:
 
 def nest(options: argparse.Namespace, seed: int) -> int:
     """One training by the command that a user would give; the exit status."""
-    name = f"{'tiny-' if options.tiny else ''}nest-{options.epochs or 'recipe'}-{seed}"
+    kernels = "triton-" if options.triton else ""
+    name = f"{'tiny-' if options.tiny else ''}nest-{kernels}{options.epochs or 'recipe'}-{seed}"
     command = [sys.executable, "-c", "from launch.cli import app; app()", "train", str(RECIPE), f"name={name}"]
     command += [f"out={options.runs}", *overrides(options, seed), "tracking.mlflow=false", "--nproc", "1"]
+    command += ["model.options.kernels=triton"] if options.triton else []
     return subprocess.run(command).returncode
 
 

@@ -3,7 +3,7 @@
 # very pictures allow (a JPEG copy costs accuracy). Both see the same samples, augmented alike, in the same order.
 #
 #   rookery prep cifar10/ shards/cifar10
-#   bench/cifar.sh shards/cifar10 [--only resnet,nest] [--seeds 0,1,2] [--epochs 150] [--runs runs/cifar_bench]
+#   bench/cifar.sh shards/cifar10 [--only resnet,nest] [--seeds 0,1,2] [--epochs 150] [--triton] [--runs runs/cifar_bench]
 #                  [--out bench/results/cifar10.json] [--tiny]
 #
 # Started again after it was ended, it goes on with the NesT, begins anew with the ResNet that was not done, and does

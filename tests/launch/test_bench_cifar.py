@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from bench.cifar import minutes_of
@@ -55,6 +56,12 @@ def test_both_train_once(shards: Path, tmp_path: Path) -> None:
     done = bench(tmp_path, shards)
     assert done.returncode == 0 and "step 4/4" not in done.stdout + done.stderr and "top-1" not in done.stdout
     assert {run["name"]: run for run in written(tmp_path)["runs"]} == runs
+
+    done = bench(tmp_path, shards, "--only", "nest", "--triton")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {run["name"] for run in written(tmp_path)["runs"]} == {*runs, "tiny-nest-triton-recipe-0"}
+    saved = yaml.safe_load((tmp_path / "runs/cifar_bench_tiny/tiny-nest-triton-recipe-0/config.yaml").read_text())
+    assert saved["model"]["options"]["kernels"] == "triton"
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,10 @@ WAYS = {
     "layers recomputed": ["train.activation_checkpointing=true"],
     "rates by layers": ["optim.layer_decay=0.75"],
 }
+_BY_KERNELS = ["train.precision=bf16", "model.options.kernels=triton"]
+WAYS |= {f"kernels, {name}": [*WAYS[name], *_BY_KERNELS] for name in ("zero3", "fsdp", "layers recomputed")}
+# Blocks of 196 tokens, and sequences that become shorter.
+KERNELS = {f"{name} by kernels": name for name in ("nest/tiny_imagenet", "hvt/s_1_imagenet")}
 # Refiner-S by kernels, 16 samples in so many groups of BatchNorm statistics.
 GROUPS = {
     f"refiner in {groups} groups": ["model.options={kernels: triton}", f"data.lanes={groups}"] for groups in (2, 8)
@@ -68,6 +72,7 @@ def walked(idle: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> di
         jobs[name] = [str(path), *data, f"out={folder}/runs", *COMMON]
     jobs |= {name: [*jobs["demo"], *way] for name, way in WAYS.items()}
     jobs |= {name: [*jobs["refiner/s_imagenet"], *way] for name, way in GROUPS.items()}
+    jobs |= {name: [*jobs[recipe], "model.options={kernels: triton}"] for name, recipe in KERNELS.items()}
     done = subprocess.run(
         [sys.executable, "-m", "tests.train.walk_on_idle_gpu"],
         input=json.dumps(jobs),
@@ -81,7 +86,7 @@ def walked(idle: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> di
     return {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
 
 
-@pytest.mark.parametrize("name", [*DISTINCT, *WAYS, *GROUPS])
+@pytest.mark.parametrize("name", [*DISTINCT, *WAYS, *GROUPS, *KERNELS])
 def test_a_step_of(name: str, walked: dict[str, dict[str, Any]]) -> None:
     """It is done on the GPU, the host doesn't wait for it, and nothing in it may come out otherwise the next time."""
     assert walked[name]["error"] is None, walked[name]["error"]
@@ -94,6 +99,11 @@ def test_kernels_are_counted(walked: dict[str, dict[str, Any]]) -> None:
     assert kernels["layers recomputed"] > kernels["demo"] > 100
     # Its parameters are updated in 11 groups (8 layers, 3 of them with positions, which are not decayed) instead of 2.
     assert 9 * 3 <= kernels["rates by layers"] - kernels["demo"] <= 9 * 6
+
+
+def test_kernels_take_the_place_of_several(walked: dict[str, dict[str, Any]]) -> None:
+    for name, recipe in KERNELS.items():
+        assert walked[name]["launches"] < 0.95 * walked[recipe]["launches"]
 
 
 def test_groups_share_their_launches(walked: dict[str, dict[str, Any]]) -> None:

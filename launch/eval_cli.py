@@ -6,6 +6,7 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -55,6 +56,12 @@ def evaluate(
         float | None, typer.Option(min=0.001, help="GB that it may hold; default: the run's data.cache_gb")
     ] = None,
     output: Annotated[str, typer.Option(help="also write the JSON result to this file")] = "",
+    predictions: Annotated[
+        str,
+        typer.Option(
+            help="write what was predicted to this .csv, .tsv or .jsonl: a line for every sample, in the split's order"
+        ),
+    ] = "",
 ) -> None:
     """Evaluate on every sample of a split exactly once and print one line of JSON.
 
@@ -67,13 +74,17 @@ def evaluate(
     _check_numbers(precision, crop_pct, calibrate, holdout)
     if aux_weight is not None and not (math.isfinite(aux_weight) and aux_weight >= 0):
         raise UserError(f"--aux-weight {aux_weight:g}: a weight of logits, 0 or above")
-    _check_output(output)
+    check_file(output, "--output")
+    _check_predictions(predictions, output, calibrate)
     job = find_job(run, weights, data, precision)
+    if predictions and job.task == "generate":
+        raise UserError(f"{run}: a generator predicts nothing; leave out --predictions, or see `rookery generate`")
     job = replace(
         job,
         batch_size=batch_size,
         workers=workers,
         output=output,
+        predictions=predictions,
         crop_pct=crop_pct,
         aux_weight=aux_weight,
         ratios=[] if calibrate is None else parse_ratios(calibrate),
@@ -96,17 +107,46 @@ def _check_numbers(precision: str | None, crop_pct: float | None, calibrate: str
         raise UserError(f"--holdout {holdout:g}: a part of the samples, at least 0 and below 1")
 
 
-def _check_output(output: str) -> None:
-    """Find out now, rather than after hours of evaluation, that the result can't be written."""
-    if not output:
+def _check_predictions(predictions: str, output: str, calibrate: str | None) -> None:
+    from pipeline.train.predictions import SUFFIXES
+
+    if not predictions:
         return
-    path = Path(output)
+    if Path(predictions).suffix not in SUFFIXES:
+        raise UserError(f"{predictions}: the name says how to write --predictions; let it end in {', '.join(SUFFIXES)}")
+    if calibrate is not None:
+        raise UserError("--predictions are those of one crop ratio; take one with --crop-pct instead of --calibrate")
+    check_file(predictions, "--predictions")
+    if output and Path(output).resolve() == Path(predictions).resolve():
+        raise UserError(f"{output}: the file of --output and of --predictions; choose another one for either")
+
+
+def check_file(name: str, option: str) -> None:
+    """Find out now, rather than after hours of evaluation, that a file can't be written.
+
+    Args:
+        name: of the file; empty where none is asked for.
+        option: what the user should choose another value of.
+
+    Raises:
+        UserError: it can't.
+    """
+    if not name:
+        return
+    path = Path(name)
     if path.is_dir():
-        raise UserError(f"{path}: a folder; name a file for --output")
+        raise UserError(f"{path}: a folder; name a file for {option}")
     if not path.parent.is_dir():
-        raise UserError(f"{path}: can't be written (there is no folder {path.parent}); choose another --output")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"{path}: can't be written (no permission); choose another --output")
+        raise UserError(f"{path}: can't be written (there is no folder {path.parent}); choose another {option}")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise UserError(f"{path}: can't be written (no permission); choose another {option}")
+    if path.exists() and not path.is_file():
+        return  # a device or a pipe, which is written to; of others a new file takes the place
+    try:
+        with TemporaryFile(dir=path.resolve().parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror}); choose another {option}") from error
 
 
 def find_job(run: Path, weights: str | None, data: str | None, precision: str | None) -> EvalJob:

@@ -29,6 +29,7 @@ class EvalJob:
         workers: loader processes of each process.
         precision: `fp32`, `bf16` or `fp16`.
         output: file that gets the JSON result too; empty for none.
+        predictions: file that gets a line for every sample; empty for none.
         crop_pct: crop ratio; None leaves the run's own evaluation as it is.
         aux_weight: of the logits of a model's aux head; None: the model's own.
         ratios: crop ratios to choose the best of; empty for a single evaluation.
@@ -47,6 +48,7 @@ class EvalJob:
     workers: int = 2
     precision: str = "fp32"
     output: str = ""
+    predictions: str = ""
     crop_pct: float | None = None
     aux_weight: float | None = None
     ratios: list[float] = field(default_factory=list)
@@ -60,16 +62,22 @@ def run_job(job: EvalJob, world: World) -> dict[str, Any]:
     """Evaluate; collective. Rank 0 prints the result as one line of JSON.
 
     Raises:
-        UserError: no such weights or data, the classes differ, a crop ratio can't be used, or there is no aux head.
+        UserError: no such weights or data, the classes differ, a crop ratio can't be used, there is no aux head, or a
+            file can't be written.
     """
     result: dict[str, Any] = {"weights": job.weights, "data": redact(job.data)}
     if job.step is not None:
         result["step"] = job.step
-    result |= task_class(job.task).evaluate_saved(job, world)
+    figures, predictions = task_class(job.task).evaluate_saved(job, world)
+    result |= figures
     if world.is_main:
+        # Before any file: a full disk does not cost the figures.
         print(json.dumps(result), flush=True)
-        if job.output:
-            write_text(Path(job.output), json.dumps(result, indent=1) + "\n")
+    if predictions is not None:
+        table = predictions
+        world.on_main(lambda: table.write(Path(job.predictions)))
+    if world.is_main and job.output:
+        write_text(Path(job.output), json.dumps(result, indent=1) + "\n")
     return result
 
 

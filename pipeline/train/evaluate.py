@@ -13,21 +13,29 @@ from torch import nn
 from pipeline.data.loader import EvalBatch
 from pipeline.tracking.confusion import Confusion
 from pipeline.train.distributed import World
+from pipeline.train.predictions import Answers
 
 
 def evaluate(
-    model: nn.Module, batches: Iterable[EvalBatch], autocast: AbstractContextManager[None], world: World
+    model: nn.Module,
+    batches: Iterable[EvalBatch],
+    autocast: AbstractContextManager[None],
+    world: World,
+    answers: Answers | None = None,
 ) -> tuple[dict[str, float], Confusion]:
     """Top-1, top-5 and mean cross-entropy over the split, and what was taken for what; collective.
 
     All processes run the same number of equal batches; the padding that makes them equal carries weight 0. Counts are
     summed as integers, so top-1 and top-5 do not depend on how the samples were spread.
 
+    Args:
+        answers: gets what was answered to each sample.
+
     Returns:
         `top1`, `top5` as fractions, `loss`, and `count`, the samples counted; and their confusion matrix.
     """
     pairs = _Pairs()
-    counts, losses = _tally(model, ((batch, None) for batch in batches), 1, autocast, world, pairs)
+    counts, losses = _tally(model, ((batch, None) for batch in batches), 1, autocast, world, pairs, answers)
     return _figures(counts, losses), pairs.read(world)
 
 
@@ -82,6 +90,7 @@ def _tally(
     autocast: AbstractContextManager[None],
     world: World,
     pairs: _Pairs | None = None,
+    answers: Answers | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Top-1 hits, top-5 hits and samples (3, parts) int64, and summed losses (parts,) float64, over all processes."""
     was_training = model.training
@@ -99,6 +108,8 @@ def _tally(
         nearest = logits.topk(min(5, logits.shape[1]), dim=1).indices
         if pairs is not None:
             pairs.add(labels, nearest[:, 0], real, logits.shape[1])
+        if answers is not None:
+            answers.add(labels, nearest[:, 0], logits)
         top = nearest == labels[:, None]
         hits = torch.stack([top[:, 0] & real, top.any(dim=1) & real, real])
         counts.index_add_(1, into, hits.long())

@@ -18,12 +18,14 @@ class TextTask:
         classes: names of the labels; empty: the label is a number.
         figure: the evaluation's figure that judges: accuracy, f1, matthews or spearman.
         split: the one of the hub's that is evaluated.
+        named: whether gluebenchmark.com takes classes by their names, rather than by their numbers.
     """
 
     columns: tuple[str, ...]
     classes: tuple[str, ...]
     figure: str = "accuracy"
     split: str = "validation"
+    named: bool = False
 
     @property
     def outputs(self) -> int:
@@ -36,7 +38,15 @@ class TextTask:
         more = {"accuracy": (), "spearman": ("pearson",)}.get(self.figure, ("accuracy",))
         return (self.figure, *more, "loss")
 
+    def submitted(self, answer: float) -> str | int | float:
+        """A class's number, or a number itself, as gluebenchmark.com takes it."""
+        if not self.classes:
+            return min(max(answer, _LOWEST), _HIGHEST)
+        return self.classes[int(answer)] if self.named else int(answer)
 
+
+# STS-B's scale; an answer outside of it is refused there.
+_LOWEST, _HIGHEST = 0.0, 5.0
 _ENTAILED = ("entailment", "not_entailment")
 
 TASKS = {
@@ -45,10 +55,13 @@ TASKS = {
     "mrpc": TextTask(("sentence1", "sentence2"), ("not_equivalent", "equivalent"), "f1"),
     "stsb": TextTask(("sentence1", "sentence2"), (), "spearman"),
     "qqp": TextTask(("question1", "question2"), ("not_duplicate", "duplicate"), "f1"),
-    "mnli": TextTask(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), split="validation_matched"),
-    "qnli": TextTask(("question", "sentence"), _ENTAILED),
-    "rte": TextTask(("sentence1", "sentence2"), _ENTAILED),
+    "mnli": TextTask(
+        ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), split="validation_matched", named=True
+    ),
+    "qnli": TextTask(("question", "sentence"), _ENTAILED, named=True),
+    "rte": TextTask(("sentence1", "sentence2"), _ENTAILED, named=True),
     "wnli": TextTask(("sentence1", "sentence2"), ("not_entailment", "entailment")),
     # Not of GLUE: sentences that are made, see `made`.
     "polarity": TextTask(("sentence",), ("negative", "positive")),
 }
+GLUE = TASKS.keys() - {"polarity"}

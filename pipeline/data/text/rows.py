@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,11 @@ from pipeline.errors import UserError
 
 HUB, MADE = "hub:", "made:"
 _FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+# Columns with the numbers of the rows: on the hub, and in the files of GLUE's website.
+_NUMBERS = ("idx", "index")
+# The label where it is not told.
+_HIDDEN = -1
+_TOLD = "the labels of GLUE's test splits are hidden; `rookery eval --predictions FILE` needs none"
 _MEND = {
     ".csv": "every line needs as many cells as the first, with quotes around one that holds a comma or a line break",
     ".tsv": "every line needs as many cells as the first; none can hold a tab or a line break, quotes don't help here",
@@ -31,13 +36,17 @@ class Rows:
     Attributes:
         sentences: one list for each column, equally long.
         labels: a class, or a number where the task has no classes.
+        labelled: whether the split has labels; without them all are 0.
+        numbers: of the rows, by their column `idx` or `index`; None where there is none of whole numbers.
     """
 
     sentences: list[list[str]]
     labels: list[int] | list[float]
+    labelled: bool = True
+    numbers: list[int] | None = field(default=None, compare=False)
 
 
-def read_rows(address: str, name: str, task: TextTask, split: str) -> Rows:
+def read_rows(address: str, name: str, task: TextTask, split: str, unlabelled: bool = False) -> Rows:
     """Read a split.
 
     Args:
@@ -47,6 +56,7 @@ def read_rows(address: str, name: str, task: TextTask, split: str) -> Rows:
         name: of the task, which is a configuration on the hub.
         task: its columns and classes.
         split: which one of the hub or of a folder.
+        unlabelled: take one without any labels too: no column of them, empty cells, or the -1 of GLUE's test splits.
 
     Raises:
         UserError: it is not there, can't be read, lacks a sentence, or has other columns or labels.
@@ -59,15 +69,31 @@ def read_rows(address: str, name: str, task: TextTask, split: str) -> Rows:
     table = _table(address, name, task, split)
     if not len(table):
         raise UserError(f"{address}: no rows in it; write some, or name other data")
-    missing = [column for column in (*task.columns, "label") if column not in table.column_names]
+    hidden = unlabelled and _no_labels(table)
+    needed = task.columns if hidden else (*task.columns, "label")
+    missing = [column for column in needed if column not in table.column_names]
     if missing:
         raise UserError(
-            f"{address}: task.name={name} needs the columns {', '.join((*task.columns, 'label'))}; "
+            f"{address}: task.name={name} needs the columns {', '.join(needed)}; "
             f"{missing[0]} is not among {', '.join(table.column_names)}; name its columns so "
             "(a .csv or .tsv in its first line)"
         )
     columns = [_sentences(list(table[column]), column, address) for column in task.columns]
-    return Rows(columns, _labels(list(table["label"]), task, address))
+    numbers = next((found for column in _NUMBERS if (found := _row_numbers(table, column))), None)
+    if hidden:
+        return Rows(columns, [0 if task.classes else 0.0] * len(table), False, numbers)
+    return Rows(columns, _labels(list(table["label"]), task, address), numbers=numbers)
+
+
+def _no_labels(table: Any) -> bool:
+    return "label" not in table.column_names or all(
+        value is None or _number(value) == _HIDDEN for value in table["label"]
+    )
+
+
+def _row_numbers(table: Any, column: str) -> list[int] | None:
+    values = list(table[column]) if column in table.column_names else []
+    return values if all(type(value) is int for value in values) else None
 
 
 def _sentences(values: list[Any], column: str, address: str) -> list[str]:
@@ -85,6 +111,8 @@ def _sentences(values: list[Any], column: str, address: str) -> list[str]:
 def _labels(values: list[Any], task: TextTask, address: str) -> list[int] | list[float]:
     if not task.classes:
         numbers = [_number(value) for value in values]
+        if all(number == _HIDDEN for number in numbers):
+            raise UserError(f"{address}: all rows have the label -1 ({_TOLD}); name a split that has labels")
         for row, number in enumerate(numbers):
             if number is None or not math.isfinite(number):
                 has = "no label" if values[row] is None else f"{values[row]!r}, a label that is no number"
@@ -93,7 +121,7 @@ def _labels(values: list[Any], task: TextTask, address: str) -> list[int] | list
     labels = [_class_of(value, task.classes) for value in values]
     if None in labels:
         row = labels.index(None)
-        hidden = " (the labels of GLUE's test splits are hidden)" if _number(values[row]) == -1 else ""
+        hidden = f" ({_TOLD})" if _number(values[row]) == _HIDDEN else ""
         raise UserError(
             f"{address}: row {row} has the label {values[row]!r}{hidden}; there are "
             f"{', '.join(f'{i} or {name}' for i, name in enumerate(task.classes))}"

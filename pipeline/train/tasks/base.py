@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pipeline.resolve import Resolved
     from pipeline.train.engines import Engine
     from pipeline.train.eval_worker import EvalJob
+    from pipeline.train.predictions import Predictions
     from pipeline.train.step import StepResult
 
 
@@ -201,11 +202,11 @@ class Task(ABC):
 
     @classmethod
     @abstractmethod
-    def evaluate_saved(cls, job: EvalJob, world: World) -> dict[str, Any]:
+    def evaluate_saved(cls, job: EvalJob, world: World) -> tuple[dict[str, Any], Predictions | None]:
         """Evaluate weights of a finished run or of a checkpoint; collective.
 
         Returns:
-            What `rookery eval` says besides where weights and data are.
+            What `rookery eval` says besides where weights and data are; and what was predicted, if the job asks for it.
 
         Raises:
             UserError: no such weights or data, or they don't fit each other.

@@ -35,6 +35,7 @@ from pipeline.wording import counted
 if TYPE_CHECKING:
     from pipeline.train.engines import Engine
     from pipeline.train.eval_worker import EvalJob
+    from pipeline.train.predictions import Predictions
 
 
 class ClassifyTask(Task):
@@ -125,7 +126,7 @@ class ClassifyTask(Task):
         }
 
     @classmethod
-    def evaluate_saved(cls, job: EvalJob, world: World) -> dict[str, Any]:
+    def evaluate_saved(cls, job: EvalJob, world: World) -> tuple[dict[str, Any], Predictions | None]:
         from pipeline.train.tasks.classify_eval import evaluate_saved
 
         return evaluate_saved(job, world)

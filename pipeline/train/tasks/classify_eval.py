@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from pipeline.train.distributed import World
 from pipeline.train.engines.base import PRECISIONS
 from pipeline.train.eval_progress import watched
 from pipeline.train.evaluate import evaluate, evaluate_parts
+from pipeline.train.predictions import Answers, Predictions, short
 from pipeline.train.setup import eval_dataset_batches
 from pipeline.train.trained import Trained
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 _PREFETCH = 4
 
 
-def evaluate_saved(job: EvalJob, world: World) -> dict[str, Any]:
+def evaluate_saved(job: EvalJob, world: World) -> tuple[dict[str, Any], Predictions | None]:
     """See `ClassifyTask.evaluate_saved`."""
     weights = Path(job.weights)
     trained = Trained.from_export(weights) if job.step is None else Trained.from_checkpoint(Path(job.run), weights)
@@ -38,16 +40,17 @@ def evaluate_saved(job: EvalJob, world: World) -> dict[str, Any]:
             world.fail(f"--aux-weight: {trained.name} of {job.weights} has no aux head; leave it out", agreed=False)
         trained.model.aux_weight = job.aux_weight
     evaluation = _Evaluation(job, trained, world)
+    answers = Answers() if job.predictions else None
     if job.ratios:
         result = evaluation.calibrate()
     elif job.crop_pct is not None:
         ratio = job.crop_pct
         settings = world.on_main(lambda: with_ratio(trained.transform, ratio))
-        result = {"crop_pct": ratio, **evaluation.at(settings, "eval")}
+        result = {"crop_pct": ratio, **evaluation.at(settings, "eval", answers)}
     else:
-        result = evaluation.at(trained.transform, "eval")
+        result = evaluation.at(trained.transform, "eval", answers)
     weighed = {} if job.aux_weight is None else {"aux_weight": job.aux_weight}
-    return {**weighed, **result, "model": trained.name}
+    return {**weighed, **result, "model": trained.name}, None if answers is None else evaluation.predictions(answers)
 
 
 class _Evaluation:
@@ -66,10 +69,22 @@ class _Evaluation:
         dtype = PRECISIONS[job.precision]
         self.autocast = nullcontext() if dtype is None else torch.autocast(world.device.type, dtype)
 
-    def at(self, settings: EvalTransformConfig, title: str) -> Figures:
-        """Figures of the whole split; collective."""
+    def at(self, settings: EvalTransformConfig, title: str, answers: Answers | None = None) -> Figures:
+        """Figures of the whole split, and into `answers` what they count; collective."""
         dataset = self._dataset(settings)
-        return evaluate(self.model, watched(*self._batches(dataset, title)), self.autocast, self.world)[0]
+        return evaluate(self.model, watched(*self._batches(dataset, title)), self.autocast, self.world, answers)[0]
+
+    def predictions(self, answers: Answers) -> Predictions:
+        """What was predicted, with the keys of the samples; collective."""
+        labels, predicted, probabilities = answers.read(self.world, len(self.shards))
+        classes = self.trained.classes
+
+        def rows() -> Iterator[tuple[str, str, str, float]]:
+            keys = self.shards.keys(range(len(self.shards)))
+            for key, label, answer, probability in zip(keys, labels, predicted, probabilities, strict=True):
+                yield key, classes[label], classes[answer], short(probability)
+
+        return Predictions(("key", "label", "prediction", "probability"), rows)
 
     def calibrate(self) -> dict[str, Any]:
         """Search the job's ratios, and the run's own; collective. Rank 0 prints the table on standard error."""

@@ -45,6 +45,7 @@ from pipeline.train.tasks.base import Task, Work
 if TYPE_CHECKING:
     from pipeline.train.engines import Engine
     from pipeline.train.eval_worker import EvalJob
+    from pipeline.train.predictions import Predictions
 
 log = logging.getLogger("rookery")
 
@@ -190,7 +191,7 @@ class GenerateTask(Task):
         }
 
     @classmethod
-    def evaluate_saved(cls, job: EvalJob, world: World) -> dict[str, Any]:
+    def evaluate_saved(cls, job: EvalJob, world: World) -> tuple[dict[str, Any], Predictions | None]:
         from pipeline.train.tasks.generate_eval import evaluate_saved
 
         return evaluate_saved(job, world)

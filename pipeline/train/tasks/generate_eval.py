@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _PREFETCH = 4
 
 
-def evaluate_saved(job: EvalJob, world: World) -> dict[str, Any]:
+def evaluate_saved(job: EvalJob, world: World) -> tuple[dict[str, Any], None]:
     """See `GenerateTask.evaluate_saved`."""
     from pipeline.train.tasks.generate import feature_net
 
@@ -54,4 +54,5 @@ def evaluate_saved(job: EvalJob, world: World) -> dict[str, Any]:
     dtype = PRECISIONS[job.precision]
     autocast = nullcontext() if dtype is None else torch.autocast(world.device.type, dtype)
     assert config.task.kind == "generate"
-    return {**judge.judge(generator, config.task.samples, job.batch_size, autocast), "model": config.model.name}
+    figures = judge.judge(generator, config.task.samples, job.batch_size, autocast)
+    return {**figures, "model": config.model.name}, None

@@ -37,6 +37,7 @@ from pipeline.train.tasks.language_figures import evaluate_text, losses
 if TYPE_CHECKING:
     from pipeline.train.engines import Engine
     from pipeline.train.eval_worker import EvalJob
+    from pipeline.train.predictions import Predictions
 
 TOKENIZER = "tokenizer.json"
 
@@ -182,7 +183,7 @@ class LanguageTask(Task):
         (directory / TOKENIZER).write_text(self.tokenizer.to_str())
 
     @classmethod
-    def evaluate_saved(cls, job: EvalJob, world: World) -> dict[str, Any]:
+    def evaluate_saved(cls, job: EvalJob, world: World) -> tuple[dict[str, Any], Predictions | None]:
         from pipeline.train.tasks.language_eval import evaluate_saved
 
         return evaluate_saved(job, world)

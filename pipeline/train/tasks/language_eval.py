@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +17,22 @@ from safetensors import SafetensorError
 from pipeline.config_load import parse_tree
 from pipeline.config_task import LanguageConfig
 from pipeline.data.text.batches import EvalBatches
-from pipeline.data.text.glue import TASKS
-from pipeline.data.text.rows import read_rows
+from pipeline.data.text.glue import GLUE, TASKS, TextTask
+from pipeline.data.text.rows import Rows, read_rows
 from pipeline.data.text.tokens import load_tokenizer, token_cache, tokenize
 from pipeline.errors import UserError
 from pipeline.models.bert import Bert
 from pipeline.models.bert_options import BertOptions
+from pipeline.tracking.redact import redact
 from pipeline.tracking.run_dir import RunDir
 from pipeline.train.distributed import World
 from pipeline.train.engines import saved_weights
 from pipeline.train.engines.base import PRECISIONS
 from pipeline.train.eval_progress import watched
 from pipeline.train.export import read_weights
+from pipeline.train.predictions import Predictions, short
 from pipeline.train.tasks.language import TOKENIZER, LanguageTask
-from pipeline.train.tasks.language_figures import evaluate_text
+from pipeline.train.tasks.language_figures import TextAnswers, answer_text, judge
 
 if TYPE_CHECKING:
     from pipeline.train.eval_worker import EvalJob
@@ -82,7 +86,7 @@ class TrainedText:
         return cls(model, config.model.name, task.settings, task.tokenizer)
 
 
-def evaluate_saved(job: EvalJob, world: World) -> dict[str, Any]:
+def evaluate_saved(job: EvalJob, world: World) -> tuple[dict[str, Any], Predictions | None]:
     """See `LanguageTask.evaluate_saved`."""
     if job.ratios or job.crop_pct is not None:
         world.fail("--crop-pct and --calibrate are about pictures; leave them out for a run of task=language")
@@ -94,12 +98,45 @@ def evaluate_saved(job: EvalJob, world: World) -> dict[str, Any]:
     else:
         trained = TrainedText.from_checkpoint(Path(job.run), weights)
     text = TASKS[trained.settings.name]
-    rows = read_rows(job.data, trained.settings.name, text, text.split)
+    rows = read_rows(job.data, trained.settings.name, text, text.split, unlabelled=bool(job.predictions))
     cache = token_cache(job.cache.directory)
     split = tokenize(rows, "val", trained.tokenizer, trained.settings.max_length, cache)
     batches = EvalBatches(split, job.batch_size, world.rank, world.size)
     seen = watched(batches, "eval", job.batch_size * world.size, len(split), world.is_main)
     dtype = PRECISIONS[job.precision]
     autocast = nullcontext() if dtype is None else torch.autocast(world.device.type, dtype)
-    figures, _ = evaluate_text(trained.model.to(world.device), seen, text, autocast, world)
-    return {**figures, "task": trained.settings.name, "model": trained.name}
+    answers = answer_text(trained.model.to(world.device), seen, text, autocast, world)
+    if rows.labelled:
+        figures, _ = judge(answers, text)
+    else:
+        figures = {"count": len(split)}
+        if world.is_main:
+            print(f"{redact(job.data)}: no labels, nothing to measure; only predictions", file=sys.stderr, flush=True)
+    submission = trained.settings.name in GLUE and Path(job.predictions).suffix == ".tsv"
+    table = (_submission if submission else _table)(answers, rows, text) if job.predictions else None
+    return {**figures, "task": trained.settings.name, "model": trained.name}, table
+
+
+def _submission(answers: TextAnswers, rows: Rows, text: TextTask) -> Predictions:
+    """What gluebenchmark.com takes: the numbers of its own rows, and its own words."""
+    numbers = rows.numbers or range(len(rows.labels))
+
+    def lines() -> Iterator[tuple[int, str | int | float]]:
+        for number, answer in zip(numbers, answers.answers, strict=True):
+            yield number, text.submitted(short(answer))
+
+    return Predictions(("index", "prediction"), lines)
+
+
+def _table(answers: TextAnswers, rows: Rows, text: TextTask) -> Predictions:
+    """The row's place and its own number, if it has one; its label, if it has one; and what was predicted."""
+
+    def lines() -> Iterator[list[Any]]:
+        for row, (answer, label, _, probability) in enumerate(zip(*answers, strict=True)):
+            said = [text.classes[int(x)] if text.classes else short(x) for x in (label, answer)]
+            number = [] if rows.numbers is None else [rows.numbers[row]]
+            known = said[0] if rows.labelled else None
+            yield [row, *number, known, said[1], short(probability) if text.classes else None]
+
+    own = () if rows.numbers is None else ("idx",)
+    return Predictions(("key", *own, "label", "prediction", "probability"), lines)

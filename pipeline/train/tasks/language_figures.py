@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +25,21 @@ def losses(logits: Tensor, labels: Tensor, task: TextTask) -> Tensor:
     return (logits[:, 0] - labels).square()
 
 
-@torch.no_grad()
+class TextAnswers(NamedTuple):
+    """What was answered to each sample of a split, in its order: (n,) float64 each.
+
+    Attributes:
+        answers, labels: classes, or numbers.
+        losses: meaningless where there are no labels.
+        probabilities: of the classes that were answered; NaN for numbers.
+    """
+
+    answers: np.ndarray
+    labels: np.ndarray
+    losses: np.ndarray
+    probabilities: np.ndarray
+
+
 def evaluate_text(
     model: nn.Module,
     batches: Iterable[TextBatch],
@@ -34,11 +49,24 @@ def evaluate_text(
 ) -> tuple[dict[str, float], Confusion | None]:
     """Figures of the split, every sample counted once; collective.
 
-    The answers of all processes are brought into the order of the samples before anything is summed, so that the
-    figures don't depend on who computed what.
-
     Returns:
         The figure that judges first, others of the task, `loss` and `count`; and the confusion matrix of classes.
+    """
+    return judge(answer_text(model, batches, task, autocast, world), task)
+
+
+@torch.no_grad()
+def answer_text(
+    model: nn.Module,
+    batches: Iterable[TextBatch],
+    task: TextTask,
+    autocast: AbstractContextManager[None],
+    world: World,
+) -> TextAnswers:
+    """The answer to every sample, once; collective.
+
+    The answers of all processes are brought into the order of the samples before anything is summed, so that the
+    figures don't depend on who computed what.
     """
     was_training = model.training
     model.eval()
@@ -50,16 +78,22 @@ def evaluate_text(
         logits = logits.float()
         answers = logits.argmax(1) if task.classes else logits[:, 0]
         loss = losses(logits, on_device.labels, task)
-        columns = (batch.samples, *(t.double().cpu() for t in (answers, on_device.labels, loss)))
+        sure = logits.softmax(1).amax(1) if task.classes else torch.full_like(answers, torch.nan)
+        columns = (batch.samples, *(t.double().cpu() for t in (answers, on_device.labels, loss, sure)))
         found.append(torch.stack([column.double() for column in columns], 1)[batch.real].numpy())
     model.train(was_training)
-    rows = np.concatenate(world.gather(np.concatenate([np.zeros((0, 4)), *found])))
+    rows = np.concatenate(world.gather(np.concatenate([np.zeros((0, 5)), *found])))
     rows = rows[np.argsort(rows[:, 0], kind="stable")]
-    answers_, labels, loss_ = rows[:, 1], rows[:, 2], rows[:, 3]
-    figures = _figures(answers_, labels, task) | {"loss": float(loss_.mean()), "count": len(rows)}
+    return TextAnswers(*rows[:, 1:].T)
+
+
+def judge(answers: TextAnswers, task: TextTask) -> tuple[dict[str, float], Confusion | None]:
+    """Figures and confusion matrix as `evaluate_text` returns them."""
+    labels, count = answers.labels, len(answers.labels)
+    figures = _figures(answers.answers, labels, task) | {"loss": float(answers.losses.mean()), "count": count}
     if not task.classes:
         return figures, None
-    cells = (labels * len(task.classes) + answers_).astype(np.int64)
+    cells = (labels * len(task.classes) + answers.answers).astype(np.int64)
     return figures, Confusion.of(len(task.classes), [cells])
 
 

@@ -95,7 +95,8 @@ def _hidden(x: Tensor, weight: Tensor, bias: Tensor, tanh: bool, keep: bool) -> 
 
 @_hidden.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, tanh: bool, keep: bool) -> tuple[Tensor, Tensor]:
-    after = x.new_empty(len(x), len(weight))
+    # `len` would be a constant to a compiler, and each size of a batch a program of its own.
+    after = x.new_empty(x.shape[0], weight.shape[0])
     return after, torch.empty_like(after) if keep else x.new_empty(0)
 
 

@@ -12,6 +12,7 @@ from itertools import product
 from typing import Any
 
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -143,9 +144,20 @@ def operators() -> dict[str, dict[str, str]]:
     }
 
 
+def programs() -> int:
+    """How many programs a compiler makes of an MLP for batches of five sizes."""
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(Mlp(8, 40, kernels="triton"), backend=counter, fullgraph=True)
+    for batch in range(2, 7):
+        compiled(torch.zeros(batch, 3, 8))
+    return counter.frame_count
+
+
 def main() -> None:
     add_bfloat16()
     found = {
+        "programs": programs(),
         "values": values(),
         "operators": operators(),
         "nothing": list(Mlp(8, 40, kernels="triton")(torch.zeros(2, 0, 8)).shape),

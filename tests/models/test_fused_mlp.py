@@ -54,6 +54,11 @@ def test_models_compute_the_same(found: dict[str, Any]) -> None:
     assert max(found["models"].values()) < 1e-12
 
 
+def test_batches_of_all_sizes_share_a_program(found: dict[str, Any]) -> None:
+    """Compiled for the first size, then for any: the last batch of an evaluation is none that was seen before."""
+    assert found["programs"] == 2
+
+
 def test_what_is_kept(found: dict[str, Any]) -> None:
     """Input, both weights (8 x 40 and 40 x 8), what goes into GELU, and what comes out unless it is computed again."""
     assert found["kept"] == {"": [8, 8, 40, 40, 40], "lean": [8, 8, 40, 40], "evaluated": []}

@@ -6,22 +6,31 @@ import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+import yaml
+from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from pipeline.config_load import load_config
 from pipeline.errors import UserError
+from pipeline.models import attention as by_torch
+from pipeline.models import layers
+from pipeline.models.compiled import compile_model
 from pipeline.resolve import resolve
 from pipeline.tracking.metrics import read_metrics
 from pipeline.train.engines import Engine, make_engine, saved_weights
+from pipeline.train.engines import deepspeed as zero
 from pipeline.train.engines.deepspeed_setup import import_deepspeed
 from pipeline.train.loop import train
 from pipeline.train.setup import initial_model
+from tests.models.block_attention_cases import attention
 from tests.train.conftest import TWO_LEVELS, write_recipe
 from tests.train.many_runs import train_all
 from tests.train.plain import ALONE, PlainTraining
@@ -225,6 +234,51 @@ def train_on_ones(engine: Engine) -> float:
     engine.backward(loss)
     engine.step(1e-2)
     return loss.item()
+
+
+@pytest.mark.parametrize("compiled", ["false", "layers"])
+def test_zero3_gathers_what_kernels_take(compiled: str, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLPs and attention by kernels take the weights of layers that they don't call: whole ones, compiled as well."""
+    tree = yaml.safe_load(recipe.read_text())
+    tree["model"] |= {"name": "hvt_ti_1", "img_size": 24, "drop_path_rate": 0.0}
+    tree["model"]["options"] = {"patch_size": 4, "num_heads": 2, "head_dim": 32, "depth": 2}
+    recipe.write_text(yaml.safe_dump(tree))
+    images = torch.randn(2, 1, 24, 24, generator=torch.Generator().manual_seed(0))
+    calls = []
+
+    def mlp(x: Tensor, weight: Tensor, bias: Tensor, weight2: Tensor, bias2: Tensor, *, tanh: bool, lean: bool) -> Any:
+        assert not tanh and not lean
+        calls.append("mlp")
+        return F.linear(F.gelu(F.linear(x, weight, bias)), weight2, bias2)
+
+    def short(x: Tensor, weight: Tensor, bias: Tensor, heads: int, kv_heads: int) -> Tensor:
+        assert heads == kv_heads
+        calls.append("attention")
+        return attention(F.linear(x, weight, bias), heads, kv_heads)
+
+    def losses(*overrides: str) -> list[float]:
+        engine = engine_alone(recipe, *overrides, "train.precision=fp32")
+        found = []
+        for _ in range(3):
+            loss = F.cross_entropy(engine.model(images), torch.tensor([0, 3]))
+            engine.backward(loss)
+            engine.step(1e-3)
+            found.append(loss.item())
+        return found
+
+    expected = losses("engine.name=ddp")
+    assert not calls
+    # The kernels run on a GPU alone: here by definition, with the arguments that they would get.
+    for module, takes, name, ours in (
+        (layers, "takes", "fused_mlp", mlp),
+        (by_torch, "takes_short", "short_attention", short),
+    ):
+        monkeypatch.setattr(module, takes, lambda *_: True)
+        monkeypatch.setattr(module, name, ours)
+    monkeypatch.setattr(zero, "compile_model", partial(compile_model, backend="eager"))
+    got = losses(*ENGINES["zero3"], f"train.compile={compiled}", "model.options.kernels=triton")
+    assert got == pytest.approx(expected, rel=1e-5) and expected[2] < 0.9 * expected[0]
+    assert set(calls) == {"mlp", "attention"}
 
 
 @pytest.mark.parametrize("name", PLAIN)

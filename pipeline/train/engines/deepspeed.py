@@ -20,7 +20,7 @@ from pipeline.train.distributed import World
 from pipeline.train.engines.average import Average
 from pipeline.train.engines.base import PRECISIONS, Engine
 from pipeline.train.engines.ddp import copied
-from pipeline.train.engines.deepspeed_setup import deepspeed_config, import_deepspeed
+from pipeline.train.engines.deepspeed_setup import deepspeed_config, gather_whole, import_deepspeed
 from pipeline.train.engines.loss_scale import LossScale
 from pipeline.train.engines.native import lane_chunk, sum_over_processes
 from pipeline.train.engines.whole import WholeState
@@ -72,6 +72,8 @@ class DeepSpeedEngine(Engine):
             if self.stage == 3:
                 self.averaged.cpu()
         self.batch_norms = group_statistics(model, lane_chunk(config))
+        if self.stage == 3:
+            gather_whole(model)
         compile_model(model, config.train.compile, hooked=True)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=_Autocast(model, self.autocast), optimizer=optimizer, config=deepspeed_config(config, world)

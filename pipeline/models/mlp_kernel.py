@@ -169,7 +169,7 @@ def settings(dim: int, dtype: torch.dtype) -> dict[str, Any]:
 def options(dtype: torch.dtype) -> dict[str, Any]:
     """How they are compiled: on an H100 with room for two programs, of which one multiplies while the other stores."""
     large = dtype.itemsize == 2
-    return {"num_warps": 8 if large else 4, "num_stages": 3 if large else 1}
+    return {"num_warps": 8 if large else 4, "num_stages": 3 if large else 1, "enable_fp_fusion": True}
 
 
 def _launch(kernel: Any, dim: int, hidden: int, tensors: tuple[Tensor, ...], constants: dict[str, Any]) -> None:

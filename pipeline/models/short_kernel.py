@@ -164,7 +164,7 @@ def options(kernel: Any, tokens: int, head_dim: int, hopper: bool) -> tuple[int,
         queries, warps = 16, 4
     else:
         queries, warps = 32, 8 if many else 4
-    return queries, {"num_warps": warps, "num_stages": 1}
+    return queries, {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
 
 
 def _launch(kernel: Any, qkv: Tensor, num_heads: int, kv_heads: int, *tensors: Tensor) -> None:

@@ -49,8 +49,8 @@ for name in options.parts:
         sys.exit(1)
     print("end", name, flush=True)
 """
-ALL = ["checks", "kernel_checks", "eager", "hvts", "refine_kernels"]
-PLAIN = ["eager plain", "hvts plain"]
+ALL = ["checks", "kernel_checks", "eager", "starts", "refine_kernels"]
+PLAIN = ["eager plain", "starts plain"]
 
 
 @pytest.mark.parametrize("part", gpu_parts.PARTS)
@@ -101,8 +101,10 @@ def test_at_a_tiny_size(tmp_path: Path) -> None:
             {"eager": "no memory"},
             id="a part crashes in any case",
         ),
-        pytest.param({"hvts": "crash"}, ALL, 1, {"hvts": "its process ended with -6"}, id="no kernels to leave out"),
-        pytest.param({"hvts": "late"}, ALL[:3], 1, {}, id="no time left"),
+        pytest.param(
+            {"starts": "crash"}, ALL, 1, {"starts": "its process ended with -6"}, id="no kernels to leave out"
+        ),
+        pytest.param({"starts": "late"}, ALL[:3], 1, {}, id="no time left"),
     ],
 )
 def test_what_fails_leaves_the_rest(

@@ -17,6 +17,7 @@ import torch
 
 from pipeline.models import ModelError, create_model
 from pipeline.models.kernels import asked_for, runs_here
+from pipeline.models.layers import Mlp
 from pipeline.models.refine_maps import OfficialRefiner
 from tests.models.refine_fused_cases import CASES, apart, differences, half_precision, worst
 from tests.models.refiner_step import some_maps, step, with_weights
@@ -93,7 +94,6 @@ def test_the_operator_is_sound(found: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"flavour": "linear"}, "kernels=triton refines by flavour=official, not linear"),
         ({"kernel": 7}, "kernels=triton has local kernels of side 1, 3, 5, not refine.kernel=7"),
         ({"embed_dim": 330, "num_heads": 33}, "kernels=triton refines at most 32 maps, this layer has 33"),
         ({"kernels": "cuda"}, "kernels='cuda' is not one of 'torch', 'triton'"),
@@ -103,6 +103,17 @@ def test_what_they_can_not_do_is_said(options: dict[str, Any], expected: str) ->
     with pytest.raises(ModelError) as caught, torch.device("meta"):
         create_model("refiner_vit_s", **{"kernels": "triton", "depth": 2, **options})
     assert expected in str(caught.value)
+
+
+def test_the_linear_form_has_none() -> None:
+    """Asked for its maps alone that is a mistake; a Refiner of it takes those that it has, for its MLPs."""
+    refine = {"flavour": "linear", "kernels": "triton"}
+    with pytest.raises(ModelError, match="kernels=triton refines by flavour=official, not linear"):
+        create_model("nest_micro", refine=refine)
+    with torch.device("meta"):
+        model = create_model("refiner_vit_s", kernels="triton", depth=2, flavour="linear")
+    assert {m.fused for m in model.modules() if isinstance(m, Mlp)} == {True}
+    assert not any(isinstance(m, OfficialRefiner) for m in model.modules())
 
 
 def test_on_a_cpu_nothing_changes() -> None:

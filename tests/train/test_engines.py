@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from torch import Tensor
@@ -34,6 +33,7 @@ from tests.models.block_attention_cases import attention
 from tests.train.conftest import TWO_LEVELS, write_recipe
 from tests.train.many_runs import train_all
 from tests.train.plain import ALONE, PlainTraining
+from tests.train.process_group import leave_process_group
 
 STEPS = 20
 
@@ -42,8 +42,7 @@ STEPS = 20
 def leave_group() -> Iterator[None]:
     """Leave the process group that an engine opens in a process without one. DeepSpeed wants the same all the time."""
     yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_process_group()
 
 
 def engine_alone(recipe: Path, *overrides: str) -> Engine:

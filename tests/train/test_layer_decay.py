@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from launch.summary import summary
@@ -31,6 +30,7 @@ from pipeline.resolve import resolve
 from pipeline.tracking.run_dir import RunDir
 from pipeline.train.optim import decay_groups, make_optimizer
 from pipeline.train.same_run import check_same_run
+from tests.train.process_group import leave_process_group
 from tests.train.test_engines import ENGINES, engine_alone, train_on_ones
 
 
@@ -38,8 +38,7 @@ from tests.train.test_engines import ENGINES, engine_alone, train_on_ones
 def leave_group() -> Iterator[None]:
     """As in `test_engines.py`."""
     yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_process_group()
 
 
 # --- which layer: by the names of the parameters, which `layer_numbers` doesn't look at

@@ -17,6 +17,7 @@ from pipeline.tracking.files import read_json
 from pipeline.tracking.metrics import read_metrics
 from tests.tracking.conftest import free_port, logged_points, make_run, stored_points, wait_for
 
+ROOT = Path(__file__).parents[2]
 _TRAINING = """
 import sys, time
 from pathlib import Path
@@ -45,7 +46,8 @@ assert mirror.close("finished", timeout=100)
 
 def train(path: Path, resumed: int, last: int, uri: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", _TRAINING, str(path), str(resumed), str(last), uri]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # wherever a test before this one has left the process
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def target(path: Path, uri: str) -> dict[str, Any]:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +13,9 @@ from pipeline.models.fused_mlp import fused_mlp
 from pipeline.models.kernels import runs_here
 from tests.models.block_attention_cases import TYPES
 from tests.models.fused_mlp_cases import FORMS, LAYOUTS, SHAPES, SMALL, errors, plain
+from tests.models.run_cases import found_by
 from tests.models.test_block_attention import resources
 
-ROOT = Path(__file__).parents[2]
 ALLOWED = {"float64": 1e-14, "float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
 VALUES = [f"float64 {shape} {form} {layout}" for shape in SHAPES for form in FORMS for layout in LAYOUTS]
 VALUES += [f"{n} {s} {form} contiguous" for n in TYPES if n != "float64" for s in SHAPES[::2] for form in FORMS]
@@ -28,11 +24,7 @@ VALUES += [f"{n} {s} {form} contiguous" for n in TYPES if n != "float64" for s i
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """What the interpreted kernels gave."""
-    command = [sys.executable, "-m", "tests.models.fused_mlp_cases"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return found_by("fused_mlp_cases")
 
 
 @pytest.mark.parametrize("case", VALUES)

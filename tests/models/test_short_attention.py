@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +14,10 @@ from pipeline.models import ModelError, create_model
 from pipeline.models.short_attention import short_attention
 from tests.models.block_attention_cases import LAYOUTS, TYPES, attention
 from tests.models.fused_mlp_cases import errors
+from tests.models.run_cases import ROOT, found_by
 from tests.models.short_attention_cases import DIM, MODELS, SHAPES
 from tests.models.test_block_attention import resources
 
-ROOT = Path(__file__).parents[2]
 # Half precision rounds logits of 20 by up to 0.06, whoever computes with them.
 ALLOWED = {"float64": 5e-14, "float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}
 VALUES = [f"float64 {shape} {layout}" for shape in SHAPES for layout in LAYOUTS]
@@ -30,11 +27,7 @@ VALUES += [f"{name} {shape} contiguous" for name in TYPES if name != "float64" f
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """What the interpreted kernels gave."""
-    command = [sys.executable, "-m", "tests.models.short_attention_cases"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return found_by("short_attention_cases")
 
 
 @pytest.mark.parametrize("case", VALUES)

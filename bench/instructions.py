@@ -1,6 +1,6 @@
 """Machine instructions of Refiner's kernels, without a GPU: what a refined layer costs outside of memory.
 
-    python bench/instructions.py [--capability 90] [--out bench/results/instructions.json]
+    python -m bench.instructions [--capability 90] [--out bench/results/instructions.json]
 
 Triton compiles the kernels, NVIDIA's disassembler shows them. Each has loops, of which it is known how often they run
 for maps of 197 x 197; all else in it runs once for each program. Counted are instructions of a warp (32 threads), also
@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,16 +131,20 @@ def count(name: str, capability: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Count, and write what was found."""
-    parser = argparse.ArgumentParser(description="Instructions of Refiner's kernels; see the file.")
+    report(Path(__file__), "Refiner", MODELS, count)
+
+
+def report(script: Path, of: str, names: Iterable[str], count: Callable[[str, int], dict[str, Any]]) -> None:
+    """Count the models of a script as its command line asks, and write what was found."""
+    parser = argparse.ArgumentParser(description=f"Instructions of {of}'s kernels; see the file.")
     parser.add_argument("--capability", type=int, default=90, help="80: A100, 90: H100 and H200")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "instructions.json")
+    parser.add_argument("--out", type=Path, default=script.parent / "results" / f"{script.stem}.json")
     options = parser.parse_args()
-    rows = [count(name, options.capability) for name in MODELS]
+    rows = [count(name, options.capability) for name in names]
     for row in rows:
         print(json.dumps(row), file=sys.stderr)
     found = {
-        "command": f"python bench/instructions.py --capability {options.capability}",
+        "command": f"python -m bench.{script.stem} --capability {options.capability}",
         "versions": key_versions() | {"triton": triton.__version__},
         "models": rows,
     }

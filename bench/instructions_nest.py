@@ -1,6 +1,6 @@
 """Machine instructions of NesT's kernels, without a GPU: what attention and MLPs cost outside of memory.
 
-    python bench/instructions_nest.py [--capability 90] [--out bench/results/instructions_nest.json]
+    python -m bench.instructions_nest [--capability 90] [--out bench/results/instructions_nest.json]
 
 As `instructions.py` counts Refiner's: for the forward and the backward pass of one image, how long they take at least
 if every processor issued four in each cycle.
@@ -8,9 +8,6 @@ if every processor issued four in each cycle.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +15,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from bench.instructions import CYCLES, PROCESSORS, compiled_with, lengths
+from bench.instructions import CYCLES, PROCESSORS, compiled_with, lengths, report
 from pipeline.models import create_model, mlp_kernel, short_kernel
 from pipeline.models.layers import EncoderLayer
 from pipeline.models.nest import Nest
-from pipeline.tracking.environment import key_versions
 
 MODELS = ["nest_tiny", "nest_small", "nest_base"]
 HALF = torch.bfloat16
@@ -77,22 +73,5 @@ def count(name: str, capability: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Count, and write what was found."""
-    parser = argparse.ArgumentParser(description="Instructions of NesT's kernels; see the file.")
-    parser.add_argument("--capability", type=int, default=90, help="80: A100, 90: H100 and H200")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "instructions_nest.json")
-    options = parser.parse_args()
-    rows = [count(name, options.capability) for name in MODELS]
-    for row in rows:
-        print(json.dumps(row), file=sys.stderr)
-    found = {
-        "command": f"python bench/instructions_nest.py --capability {options.capability}",
-        "versions": key_versions() | {"triton": triton.__version__},
-        "models": rows,
-    }
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    report(Path(__file__), "NesT", MODELS, count)

@@ -20,15 +20,11 @@ from pipeline.models.kernels import launching, triton_module
 TOKENS, HEAD_DIMS = (16, 64), (16, 32, 64, 128)
 
 
-def check_block_attention(head_dim: int, attn_drop: float) -> None:
+def check_block_attention(head_dim: int) -> None:
     """Raise ModelError unless the kernels can do it, in blocks of `TOKENS`."""
     if head_dim not in HEAD_DIMS:
         widths = ", ".join(map(str, HEAD_DIMS))
         raise ModelError(f"kernels=triton is for heads of {widths} channels, these have {head_dim}: leave it out")
-    if attn_drop:
-        raise ModelError(
-            f"kernels=triton has no dropout of attention weights: attn_drop_rate={attn_drop:g}, set it to 0"
-        )
 
 
 def block_attention(qkv: Tensor, num_heads: int, kv_heads: int) -> Tensor:

@@ -18,24 +18,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.models.errors import ModelError
-from pipeline.models.kernels import INTERPRETED, launching, runs_here, triton_module
+from pipeline.models.kernels import computed_in, launching, triton_module
 
 
 def check_fused_mlp(drop: float) -> None:
     """Raise ModelError unless the kernels can do it."""
     if drop:
         raise ModelError(f"kernels=triton has no dropout in MLPs: drop_rate={drop:g}, set it to 0")
-
-
-def takes(x: Tensor) -> bool:
-    """Whether the kernels are for this tensor: on a GPU in half precision, where it has tensor cores for them."""
-    return runs_here(x) and (INTERPRETED or computed_in(x).itemsize == 2)
-
-
-def computed_in(x: Tensor) -> torch.dtype:
-    """The type that autocast, where it is on, takes for a product with this tensor."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
 
 
 def fused_mlp(

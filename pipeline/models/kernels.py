@@ -24,6 +24,17 @@ def runs_here(x: Tensor) -> bool:
     return x.is_cuda or (INTERPRETED and x.is_cpu)
 
 
+def takes(x: Tensor) -> bool:
+    """Whether kernels for half precision alone can work on this tensor: for the others there are no tensor cores."""
+    return runs_here(x) and (INTERPRETED or computed_in(x).itemsize == 2)
+
+
+def computed_in(x: Tensor) -> torch.dtype:
+    """The type that autocast, where it is on, takes for a product with this tensor."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
+
+
 def asked_for(options: Mapping[str, Any]) -> bool:
     """Whether a model's options have Triton's kernels, at their top or in one of them (`refine`)."""
     inner = (value for value in options.values() if isinstance(value, Mapping))

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.models.drop_path import DropPath
 from pipeline.models.errors import ModelError
-from pipeline.models.fused_mlp import check_fused_mlp, fused_mlp, takes
-from pipeline.models.kernels import Kernels
+from pipeline.models.fused_mlp import check_fused_mlp, fused_mlp
+from pipeline.models.kernels import Kernels, takes
 from pipeline.models.recomputed import recomputed
 
 Gelu = Literal["tanh", "erf"]

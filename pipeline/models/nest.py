@@ -141,7 +141,7 @@ class Nest(ImageModel):
         for i, dim in enumerate(dims):
             layers = []
             if kernels == "triton" and self.block_size**2 in TOKENS:
-                check_block_attention(dim // self.num_heads[i], attn_drop_rate)
+                check_block_attention(dim // self.num_heads[i])
             for _ in range(layer_counts[i]):
                 use = next(uses)
                 attn = make_attention(

@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.models.errors import ModelError
-from pipeline.models.fused_mlp import computed_in, takes
-from pipeline.models.kernels import launching, triton_module
+from pipeline.models.kernels import computed_in, launching, takes, triton_module
 
 MOST_TOKENS, HEAD_DIMS = 256, (16, 32, 64)
 

@@ -80,6 +80,7 @@ def test_the_end_of_a_part_counts_once_all_of_it_is_written(
     """The newest evaluation is in the metrics; the result of the part, or its checkpoint, may not be."""
     monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node"))
     monkeypatch.setattr("launch.sweep.trial.Nodes", FakeNodes)
+    monkeypatch.chdir(tmp_path)  # a trial goes to its sweep's folder: so that this process comes back
     FakeNodes.asked = []
     config = load_sweep(write(tmp_path, scheduler=scheduler, space=RATES, trials=2))
     run = config.folder / "trials" / "x"

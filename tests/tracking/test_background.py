@@ -46,7 +46,7 @@ assert mirror.close("finished", timeout=100)
 
 def train(path: Path, resumed: int, last: int, uri: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", _TRAINING, str(path), str(resumed), str(last), uri]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # wherever a test before this one has left the process
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # wherever this process is
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 

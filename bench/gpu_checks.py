@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from pipeline.models.block_attention import block_attention
 from pipeline.models.fused_mlp import fused_mlp
 from pipeline.models.refine_maps import OfficialRefiner
 from pipeline.models.short_attention import short_attention
+from pipeline.models.sum_norm import add_branch, sum_norm
 from pipeline.models.timm_weights import from_timm
 
 # How far what is got is from what is wanted.
@@ -62,6 +64,10 @@ def kernels(tiny: bool) -> Iterator[dict[str, Any]]:
             for tanh, lean in ((True, False), (False, True)):
                 named = f"MLP {sizes}, {'tanh' if tanh else 'erf'}{', lean' if lean else ''}, {dtype}"
                 yield attempt(named, partial(_mlp, sizes, tanh, lean, dtype), allowed)
+    for dtype, allowed in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+        for shape in ((5, 196, 96), (3, 50, 420)):
+            named = f"residual sum and its LayerNorm {shape}, {dtype}"
+            yield attempt(named, partial(_sum_norm, shape, dtype), allowed)
     for name in ("nest_tiny", "hvt_ti_1"):
         # As far from float32 as PyTorch's operations, or twice as far.
         lean = 2 * overall(*_in_bf16(name, "torch"))
@@ -161,6 +167,25 @@ def _mlp(sizes: tuple[int, int, int], tanh: bool, lean: bool, dtype: torch.dtype
         return F.linear(active, weight2, bias2)
 
     return _both(drawn, partial(fused_mlp, tanh=tanh, lean=lean), plain, above)
+
+
+def _sum_norm(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Of `sum_norm` and `add_branch` in turn for (samples, tokens, channels), and of PyTorch in float64."""
+    dim = shape[-1]
+    drawn = _drawn(dtype, shape, shape, (dim,), (dim,), (dim,), scales=(2.0, 1.0, 1.0, 1.0, 1.0))
+    scale = torch.rand(shape[0], device=DEVICE, generator=_seeded())
+    above = torch.randn(shape, device=DEVICE, generator=_seeded()).to(dtype)
+
+    def fused(x: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+        norm: Any = SimpleNamespace(weight=weight, bias=shift, eps=1e-6)
+        total, normed = sum_norm(x, norm, branch, bias, scale.to(x.dtype), 2.0)
+        return add_branch(total, normed, bias, None)
+
+    def plain(x: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+        total = x + 2 * scale[:, None, None].to(dtype).double() * (branch + bias)
+        return total + F.layer_norm(total, (dim,), weight, shift, 1e-6) + bias
+
+    return _both(drawn, fused, plain, above)
 
 
 def _drawn(dtype: torch.dtype, *shapes: tuple[int, ...], scales: Sequence[float]) -> list[Tensor]:

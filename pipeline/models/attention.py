@@ -51,12 +51,12 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., N, C) -> (..., N, C)."""
+    def forward(self, x: Tensor, bias: bool = True) -> Tensor:
+        """(..., N, C) -> (..., N, C), with the bias of the last projection or, if the caller adds it, without."""
         if self.kernels == "triton":
             out = self._by_kernels(x)
             if out is not None:
-                return self.proj_drop(self.proj(out.view(x.shape)))
+                return self.proj_drop(projection(self.proj, out.view(x.shape), bias))
         projected = self.qkv(x.flatten(0, -3))
         q, k, v = projected.split(self.widths, dim=-1)
         q = split_heads(q, self.num_heads)
@@ -65,7 +65,7 @@ class Attention(nn.Module):
         else:
             k, v = (split_heads(t, self.num_heads) for t in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
-        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
+        return self.proj_drop(projection(self.proj, out.transpose(1, 2).reshape(x.shape), bias))
 
     def _by_kernels(self, x: Tensor) -> Tensor | None:
         """What goes into the last projection, (B', N, C); None: that is for PyTorch."""
@@ -142,8 +142,11 @@ class MapAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
         self.lean = False
 
-    def forward(self, x: Tensor, maps: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(..., N, C) and the maps of the layer before, (B, H, N, N) -> (..., N, C) and the maps for the next."""
+    def forward(self, x: Tensor, maps: Tensor | None = None, bias: bool = True) -> tuple[Tensor, Tensor]:
+        """(..., N, C) and the maps of the layer before, (B, H, N, N) -> (..., N, C) and the maps for the next.
+
+        With `bias=False` the caller adds that of the last projection.
+        """
         projected = self.qkv(x.flatten(0, -3))
         if self.shared:
             assert maps is not None, "a layer that shares maps follows one that has them"
@@ -153,7 +156,7 @@ class MapAttention(nn.Module):
             passed = used = self._refine(self.attn_drop(self._own_maps(query, key, maps)))
         v = value.unsqueeze(1) if self.multi_query else split_heads(value, self.value_heads)
         out = (used @ v).transpose(1, 2).reshape(x.shape)
-        return self.proj_drop(self.proj(out)), passed
+        return self.proj_drop(projection(self.proj, out, bias)), passed
 
     def _own_maps(self, query: Tensor, key: Tensor, before: Tensor | None) -> Tensor:
         # Half of the scale on either side: in half precision the product of unscaled ones may overflow.
@@ -170,6 +173,11 @@ class MapAttention(nn.Module):
 
     def _refine(self, maps: Tensor) -> Tensor:
         return maps if self.refiner is None else self.refiner(maps)
+
+
+def projection(layer: nn.Linear, x: Tensor, bias: bool) -> Tensor:
+    """A linear layer, with its bias or without: then it isn't called as a module, around which hooks would act."""
+    return layer(x) if bias else F.linear(x, layer.weight)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

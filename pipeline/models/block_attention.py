@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.errors import ModelError
-from pipeline.models.kernels import launching, triton_module
+from pipeline.models.kernels import FREE_LAYOUT, launching, triton_module
 
 TOKENS, HEAD_DIMS = (16, 64), (16, 32, 64, 128)
 
@@ -41,7 +41,7 @@ def block_attention(qkv: Tensor, num_heads: int, kv_heads: int) -> Tensor:
     return torch.ops.rookery.block_attention(qkv, num_heads, kv_heads)
 
 
-@torch.library.custom_op("rookery::block_attention", mutates_args=())
+@torch.library.custom_op("rookery::block_attention", mutates_args=(), tags=FREE_LAYOUT)
 def _forward(qkv: Tensor, num_heads: int, kv_heads: int) -> Tensor:
     with launching(qkv):
         return triton_module("block_kernel").forward(qkv, num_heads, kv_heads)
@@ -53,7 +53,7 @@ def _(qkv: Tensor, num_heads: int, kv_heads: int) -> Tensor:
     return qkv.new_empty(qkv.shape[0], qkv.shape[1], width)
 
 
-@torch.library.custom_op("rookery::block_attention_backward", mutates_args=())
+@torch.library.custom_op("rookery::block_attention_backward", mutates_args=(), tags=FREE_LAYOUT)
 def _backward(grad: Tensor, qkv: Tensor, num_heads: int, kv_heads: int) -> Tensor:
     with launching(qkv):
         return triton_module("block_kernel").backward(grad, qkv, num_heads, kv_heads)

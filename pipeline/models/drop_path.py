@@ -53,6 +53,10 @@ class DropPath(nn.Module):
             return torch.addcmul(onto, x, scale).to(torch.promote_types(onto.dtype, x.dtype))
         return _ScaledSum.apply(onto, x, scale)
 
+    def factors(self, x: Tensor) -> Tensor | None:
+        """(B,) what a branch of the samples of `x`, (B, ...), is multiplied by; None: 1 for all."""
+        return self._scale_of(x) if self.training and self._drops else None
+
     def _scale_of(self, x: Tensor) -> Tensor:
         # At least float32: 1 / (1 - rate) rounded to bfloat16 would be wrong by up to 0.4 % for every sample alike.
         dtype = torch.promote_types(x.dtype, torch.float32)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.models.errors import ModelError
-from pipeline.models.kernels import computed_in, launching, triton_module
+from pipeline.models.kernels import FREE_LAYOUT, computed_in, launching, triton_module
 
 
 def check_fused_mlp(drop: float) -> None:
@@ -28,20 +28,20 @@ def check_fused_mlp(drop: float) -> None:
 
 
 def fused_mlp(
-    x: Tensor, weight: Tensor, bias: Tensor, weight2: Tensor, bias2: Tensor, *, tanh: bool, lean: bool
+    x: Tensor, weight: Tensor, bias: Tensor, weight2: Tensor, bias2: Tensor | None, *, tanh: bool, lean: bool
 ) -> Tensor:
     """Linear, GELU, linear: (..., C) -> (..., C), with gradients, in the type that products have.
 
     Args:
         weight, bias: (F, C) and (F,) of the first layer.
-        weight2, bias2: (C, F) and (C,) of the second.
+        weight2, bias2: (C, F) and (C,) of the second; without a bias the caller adds it.
         tanh: GELU's form: by tanh, else by erf.
         lean: don't keep what comes out of GELU: the backward pass computes it again.
     """
     dtype = computed_in(x)
     rows = x.to(dtype).reshape(-1, x.shape[-1])
-    keep = torch.is_grad_enabled()
-    out = _FusedMlp.apply(rows, weight.to(dtype), bias, weight2.to(dtype), bias2.to(dtype), tanh, lean, keep)
+    keep, last = torch.is_grad_enabled(), None if bias2 is None else bias2.to(dtype)
+    out = _FusedMlp.apply(rows, weight.to(dtype), bias, weight2.to(dtype), last, tanh, lean, keep)
     return out.view(x.shape)
 
 
@@ -55,14 +55,14 @@ class _FusedMlp(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         weight2: Tensor,
-        bias2: Tensor,
+        bias2: Tensor | None,
         tanh: bool,
         lean: bool,
         keep: bool,
     ) -> Tensor:
         after, before = torch.ops.rookery.mlp_hidden(x, weight, bias, tanh, keep)
         if keep:
-            ctx.tanh, ctx.lean, ctx.bias = tanh, lean, bias.dtype
+            ctx.tanh, ctx.lean, ctx.bias, ctx.biased = tanh, lean, bias.dtype, bias2 is not None
             ctx.save_for_backward(x, weight, weight2, before, *(() if lean else (after,)))
         return F.linear(after, weight2, bias2)
 
@@ -73,10 +73,10 @@ class _FusedMlp(torch.autograd.Function):
         grad_before, sums, again = torch.ops.rookery.mlp_hidden_backward(grad, weight2, before, ctx.tanh, ctx.lean)
         after = kept[0] if kept else again
         of_first = grad_before @ weight, grad_before.t() @ x, sums.to(ctx.bias)
-        return *of_first, grad.t() @ after, grad.sum(0), None, None, None
+        return *of_first, grad.t() @ after, grad.sum(0) if ctx.biased else None, None, None, None
 
 
-@torch.library.custom_op("rookery::mlp_hidden", mutates_args=())
+@torch.library.custom_op("rookery::mlp_hidden", mutates_args=(), tags=FREE_LAYOUT)
 def _hidden(x: Tensor, weight: Tensor, bias: Tensor, tanh: bool, keep: bool) -> tuple[Tensor, Tensor]:
     with launching(x):
         return triton_module("mlp_kernel").forward(x.contiguous(), weight.contiguous(), bias.contiguous(), tanh, keep)
@@ -89,7 +89,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, tanh: bool, keep: bool) -> tuple[
     return after, torch.empty_like(after) if keep else x.new_empty(0)
 
 
-@torch.library.custom_op("rookery::mlp_hidden_backward", mutates_args=())
+@torch.library.custom_op("rookery::mlp_hidden_backward", mutates_args=(), tags=FREE_LAYOUT)
 def _hidden_backward(
     grad: Tensor, weight: Tensor, before: Tensor, tanh: bool, again: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

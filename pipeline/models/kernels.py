@@ -18,6 +18,9 @@ Kernels = Literal["torch", "triton"]
 # Triton runs kernels in Python where this is set, on the CPU too: for tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+# For operators that put their inputs in order themselves: a compiler would copy views of other operators' results.
+FREE_LAYOUT = (torch.Tag.flexible_layout,)
+
 
 def runs_here(x: Tensor) -> bool:
     """Whether Triton's kernels can work on this tensor; elsewhere (on a CPU) the same is computed by PyTorch."""

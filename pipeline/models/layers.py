@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from pipeline.models.errors import ModelError
 from pipeline.models.fused_mlp import check_fused_mlp, fused_mlp
 from pipeline.models.kernels import Kernels, takes
 from pipeline.models.recomputed import recomputed
+from pipeline.models.sum_norm import add_branch, sum_norm
 
 Gelu = Literal["tanh", "erf"]
 
@@ -72,14 +73,15 @@ class Mlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
         self.lean = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self._by_kernels(x) if self.fused and takes(x) else self._by_torch(x)
+    def forward(self, x: Tensor, bias: bool = True) -> Tensor:
+        """With the bias of the second layer or, if kernels compute and the caller adds it, without."""
+        x = self._by_kernels(x, bias) if self.fused and takes(x) else self._by_torch(x)
         return self.drop2(x if self.scale is None else x * self.scale)
 
-    def _by_kernels(self, x: Tensor) -> Tensor:
+    def _by_kernels(self, x: Tensor, bias: bool) -> Tensor:
         first, second = self.fc1, self.fc2
-        tanh = self.act.approximate == "tanh"
-        return fused_mlp(x, first.weight, first.bias, second.weight, second.bias, tanh=tanh, lean=self.lean)
+        last, tanh = second.bias if bias else None, self.act.approximate == "tanh"
+        return fused_mlp(x, first.weight, first.bias, second.weight, last, tanh=tanh, lean=self.lean)
 
     def _by_torch(self, x: Tensor) -> Tensor:
         hidden = self.fc1(x)
@@ -102,6 +104,9 @@ class EncoderLayer(nn.Module):
         drop_path: rate of both branches, which draw separately.
         norm_eps: epsilon of both LayerNorms.
         residual_scale: r of x + f(LN(r x)) / r, Refiner's form of both branches.
+
+    If the MLP has this package's kernels, so have the residual sums and LayerNorms, on a GPU and in half precision; see
+    `sum_norm`.
     """
 
     def __init__(
@@ -123,14 +128,27 @@ class EncoderLayer(nn.Module):
         self.mlp = mlp
         self.drop_path2 = DropPath(drop_path)
         self.branch_scale = 1.0 / residual_scale
+        self.fused = bool(getattr(mlp, "fused", False))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ..., N, C) -> same shape."""
+        if self.fused and takes(x):
+            x, normed = sum_norm(x, self.norm1)
+            return self.add_both(x, self.attn(normed, bias=False))
         return self.add_mlp(self.drop_path1(self.attn(self.norm1(x)), x, self.branch_scale))
 
     def add_mlp(self, x: Tensor) -> Tensor:
         """The second half of the layer."""
         return self.drop_path2(self.mlp(self.norm2(x)), x, self.branch_scale)
+
+    def add_both(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Both sums by kernels; `branch` is that of the attention without the last bias."""
+        attn: Any = self.attn
+        mlp: Any = self.mlp
+        factors, times = self.drop_path1.factors(x), self.branch_scale
+        x, normed = sum_norm(x, self.norm2, branch, attn.proj.bias, factors, times)
+        bias = mlp.fc2.bias if mlp.scale is None else None  # else it is scaled in the MLP
+        return add_branch(x, mlp(normed, bias=bias is None), bias, self.drop_path2.factors(x), times)
 
 
 def encoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -150,6 +168,10 @@ class MapLayer(EncoderLayer):
 
     def forward(self, x: Tensor, maps: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """(B, ..., N, C) and the maps of the layer before -> the same shape and the maps for the next layer."""
+        if self.fused and takes(x):
+            x, normed = sum_norm(x, self.norm1)
+            branch, maps = self.attn(normed, maps, bias=False)
+            return self.add_both(x, branch), maps
         branch, maps = self.attn(self.norm1(x), maps)
         return self.add_mlp(self.drop_path1(branch, x, self.branch_scale)), maps
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.models.errors import ModelError
-from pipeline.models.kernels import computed_in, launching, takes, triton_module
+from pipeline.models.kernels import FREE_LAYOUT, computed_in, launching, takes, triton_module
 
 MOST_TOKENS, HEAD_DIMS = 256, (16, 32, 64)
 
@@ -71,7 +71,7 @@ class _ShortAttention(torch.autograd.Function):
         return grad_x, grad_qkv.flatten(0, 1).t() @ x.flatten(0, 1), sums.to(ctx.bias), None, None
 
 
-@torch.library.custom_op("rookery::short_attention", mutates_args=())
+@torch.library.custom_op("rookery::short_attention", mutates_args=(), tags=FREE_LAYOUT)
 def _forward(qkv: Tensor, num_heads: int, kv_heads: int) -> Tensor:
     with launching(qkv):
         return triton_module("short_kernel").forward(qkv.contiguous(), num_heads, kv_heads)
@@ -83,7 +83,7 @@ def _(qkv: Tensor, num_heads: int, kv_heads: int) -> Tensor:
     return qkv.new_empty(qkv.shape[0], qkv.shape[1], width)
 
 
-@torch.library.custom_op("rookery::short_attention_backward", mutates_args=())
+@torch.library.custom_op("rookery::short_attention_backward", mutates_args=(), tags=FREE_LAYOUT)
 def _backward(grad: Tensor, qkv: Tensor, num_heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
     with launching(qkv):
         return triton_module("short_kernel").backward(grad.contiguous(), qkv.contiguous(), num_heads, kv_heads)

@@ -15,7 +15,6 @@ from torch import Tensor
 from pipeline.models import create_model
 from pipeline.models.block_attention import block_attention
 from tests.models.interpreted import add_bfloat16
-from tests.models.short_training import losses_of
 
 # Blocks, tokens, heads, keys, channels of a head.
 SHAPES = [
@@ -101,12 +100,6 @@ def whole_model(attention: str) -> float:
     return max(float(((a - b).abs().max() / b.abs().max()).nan_to_num(nan=torch.inf)) for a, b in pairs)
 
 
-def training(steps: int, dtype: torch.dtype | None = None) -> list[list[float]]:
-    """Losses of the same training without and with the kernels; with `dtype`, by autocast to it."""
-    images, labels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 3])
-    return [losses_of(model, images, labels, steps, dtype) for model in models(attention="mqa")]
-
-
 def compiled() -> float:
     """The largest error of the gradients through torch.compile, in one graph."""
     _, model = models(attention="mqa")
@@ -131,8 +124,6 @@ def main() -> None:
                 "operator": checked,
                 "nothing": list(nothing.shape),
                 "models": {attention: whole_model(attention) for attention in ("mha", "mqa")},
-                "training": training(50),
-                "bfloat16": training(50, torch.bfloat16),
                 "compiled": compiled(),
             }
         )

@@ -16,7 +16,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.models import create_model
+from pipeline.models import create_model, num_drop_paths, set_drop_path_noise
 from pipeline.models.fused_mlp import fused_mlp
 from pipeline.models.layers import Mlp
 from tests.models.block_attention_cases import TYPES, laid_out
@@ -69,12 +69,12 @@ def values() -> dict[str, float]:
 
 
 def models(name: str, **options: Any) -> tuple[Any, Any]:
-    """Two models of the same weights: without and with the kernels."""
+    """Two models of the same weights: without and with all kernels that there are for them."""
     made = []
     for kernels in ("torch", "triton"):
         torch.manual_seed(0)
         # Heads that begin at 0 would hide everything before them.
-        model = create_model(name, num_classes=5, drop_path_rate=0.0, kernels=kernels, **SMALL[name], **options)
+        model = create_model(name, num_classes=5, drop_path_rate=0.5, kernels=kernels, **SMALL[name], **options)
         for param in model.parameters():
             torch.nn.init.normal_(param, std=0.1)
         made.append(model)
@@ -83,9 +83,12 @@ def models(name: str, **options: Any) -> tuple[Any, Any]:
 
 
 def outcome(run: Any, model: Any) -> list[Tensor]:
-    """Logits and gradients in float64."""
+    """Logits and gradients in float64, with samples dropped in some branches."""
     side, generator = model.img_size, torch.Generator().manual_seed(1)
     model.zero_grad()
+    noise = torch.rand(3, num_drop_paths(model), generator=generator)
+    assert (noise[:, -2:] < 0.5).any() and (noise[:, -2:] >= 0.5).any()  # the last layer's
+    set_drop_path_noise(model, noise)
     logits = run(torch.randn(3, 3, side, side, dtype=torch.float64, generator=generator))
     F.cross_entropy(logits, torch.tensor([0, 3, 4])).backward()
     grads = [param.grad.flatten() for param in model.parameters() if param.grad is not None]
@@ -128,7 +131,11 @@ def kept() -> dict[str, list[int]]:
 def training(steps: int, dtype: torch.dtype | None = None) -> list[list[float]]:
     """Losses of the same training without and with the kernels; with `dtype`, by autocast to it."""
     images, labels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 3])
-    return [losses_of(model, images, labels, steps, dtype) for model in models("nest_micro")]
+    losses = []
+    for model in models("nest_micro", attention="mqa"):
+        set_drop_path_noise(model, torch.ones(2, num_drop_paths(model)))
+        losses.append(losses_of(model, images, labels, steps, dtype))
+    return losses
 
 
 def operators() -> dict[str, dict[str, str]]:

@@ -12,8 +12,7 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 from pipeline.config import RunConfig
-from pipeline.models.attention import Attention
-from pipeline.models.layers import Mlp
+from pipeline.models.layers import EncoderLayer
 from pipeline.train.distributed import World
 
 # Gradients are averaged, and weights gathered, in pieces of this many elements (32 MB).
@@ -81,15 +80,15 @@ def import_deepspeed(config: RunConfig, world: World) -> Any:
 
 
 def gather_whole(model: nn.Module) -> None:
-    """Have ZeRO 3 gather the MLPs and attention of `kernels=triton` as a whole, before DeepSpeed gets the model.
+    """Have ZeRO 3 gather the layers of `kernels=triton` as a whole, before DeepSpeed gets the model.
 
-    They take the weights of their layers without a call of these, around which it gathers otherwise. It would notice,
+    They take the weights of their parts without a call of these, around which it gathers otherwise. It would notice,
     but not while a compiler reads the code: there are no weights then.
     """
     from deepspeed.utils import set_z3_leaf_module
 
     for module in model.modules():
-        if (isinstance(module, Mlp) and module.fused) or (isinstance(module, Attention) and module.kernels == "triton"):
+        if isinstance(module, EncoderLayer) and module.fused:
             set_z3_leaf_module(module, True)
 
 

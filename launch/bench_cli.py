@@ -57,7 +57,7 @@ def step(
     from launch.bench_report import print_report, summarise
     from launch.workers import check_gpus
     from pipeline.config_load import load_config
-    from pipeline.tracking.files import write_text
+    from pipeline.tracking.files import encode_floats, write_text
 
     check_gpus(max(counts))
     recipe = load_config(config, overrides or [])
@@ -82,7 +82,7 @@ def step(
     report = summarise(filled, settings, dict(zip(counts, measured, strict=True)))
     print_report(report)
     if out is not None:
-        write_text(out, json.dumps(report, indent=1) + "\n")
+        write_text(out, json.dumps(encode_floats(report), indent=1) + "\n")
 
 
 @bench.command()
@@ -117,15 +117,15 @@ def loader(
     _check_out(out)
     from launch.bench_loader.measure import bench_loader
     from launch.bench_loader.report import print_report
-    from pipeline.tracking.files import write_text
+    from pipeline.tracking.files import encode_floats, write_text
 
     report = bench_loader(Path(shards), recipe, side, batch, workers, samples, repeats, peers, target)
     if as_json:
-        typer.echo(json.dumps(report, indent=1))
+        typer.echo(json.dumps(encode_floats(report), indent=1))
     else:
         print_report(report)
     if out is not None:
-        write_text(out, json.dumps(report, indent=1) + "\n")
+        write_text(out, json.dumps(encode_floats(report), indent=1) + "\n")
 
 
 @bench.command("generate")
@@ -158,7 +158,7 @@ def generators(
     from launch.bench_report import print_generators
     from pipeline.generate.bench import bench_generators
     from pipeline.tracking.environment import device_name, key_versions
-    from pipeline.tracking.files import write_text
+    from pipeline.tracking.files import encode_floats, write_text
     from pipeline.train.determinism import use_whole_float32
 
     if threads is not None:
@@ -178,11 +178,11 @@ def generators(
         "generators": rows,
     }
     if as_json:
-        typer.echo(json.dumps(report, indent=1))
+        typer.echo(json.dumps(encode_floats(report), indent=1))
     else:
         print_generators(report)
     if out is not None:
-        write_text(out, json.dumps(report, indent=1) + "\n")
+        write_text(out, json.dumps(encode_floats(report), indent=1) + "\n")
 
 
 @bench.command()
@@ -221,7 +221,7 @@ def model(
 
     from launch.bench_model.measure import bench_model, count_models
     from launch.bench_model.report import print_counts, print_report
-    from pipeline.tracking.files import write_text
+    from pipeline.tracking.files import encode_floats, write_text
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -246,11 +246,11 @@ def model(
             command=command,
         )
     if as_json:
-        typer.echo(json.dumps(report, indent=1))
+        typer.echo(json.dumps(encode_floats(report), indent=1))
     else:
         (print_counts if count else print_report)(report)
     if out is not None:
-        write_text(out, json.dumps(report, indent=1) + "\n")
+        write_text(out, json.dumps(encode_floats(report), indent=1) + "\n")
     if all("failed" in row for row in report["models"]):
         raise typer.Exit(1)
 

@@ -93,7 +93,7 @@ def _say(text: str) -> None:
 
 
 def app() -> None:
-    """Entry point of the console script."""
+    """Run the command that was asked for."""
     open_closed()
     name_output()
     try:

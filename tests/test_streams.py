@@ -21,6 +21,20 @@ def run(program: str, *arguments: str, before: str = "", after: str = "") -> sub
     )
 
 
+def test_ctrl_c_while_modules_are_read() -> None:
+    """Ended by the signal, and no traceback."""
+    program = (
+        "import os, signal, sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'launch.cli': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from launch.command import main; main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 def test_a_full_output_is_told() -> None:
     done = run(COMMAND, "config", "configs/demo.yaml", after=">/dev/full")
     assert done.returncode == 2

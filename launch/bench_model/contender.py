@@ -23,7 +23,7 @@ _WAYS = {
     "maps": "no expanded attention maps kept for the backward pass",
     "compile": "the model compiled as one",
     "layers": "encoder layers compiled, those alike once",
-    "triton": "this package's kernels: MLPs, attention over up to 256 tokens, refined maps of a released Refiner",
+    "triton": "this package's kernels: MLPs, residual sums, attention over up to 256 tokens, a released Refiner's maps",
 }
 
 

@@ -62,7 +62,7 @@ class _FusedMlp(torch.autograd.Function):
     ) -> Tensor:
         after, before = torch.ops.rookery.mlp_hidden(x, weight, bias, tanh, keep)
         if keep:
-            ctx.tanh, ctx.lean, ctx.bias, ctx.biased = tanh, lean, bias.dtype, bias2 is not None
+            ctx.tanh, ctx.lean, ctx.bias = tanh, lean, bias.dtype
             ctx.save_for_backward(x, weight, weight2, before, *(() if lean else (after,)))
         return F.linear(after, weight2, bias2)
 
@@ -72,8 +72,17 @@ class _FusedMlp(torch.autograd.Function):
         x, weight, weight2, before, *kept = ctx.saved_tensors
         grad_before, sums, again = torch.ops.rookery.mlp_hidden_backward(grad, weight2, before, ctx.tanh, ctx.lean)
         after = kept[0] if kept else again
-        of_first = grad_before @ weight, grad_before.t() @ x, sums.to(ctx.bias)
-        return *of_first, grad.t() @ after, grad.sum(0) if ctx.biased else None, None, None, None
+        needed = ctx.needs_input_grad  # frozen weights cost no product
+        return (
+            grad_before @ weight if needed[0] else None,
+            grad_before.t() @ x if needed[1] else None,
+            sums.to(ctx.bias),
+            grad.t() @ after if needed[3] else None,
+            grad.sum(0) if needed[4] else None,
+            None,
+            None,
+            None,
+        )
 
 
 @torch.library.custom_op("rookery::mlp_hidden", mutates_args=(), tags=FREE_LAYOUT)

@@ -42,7 +42,7 @@ class Hvt(TokenTransformer):
         refine: refine the attention maps of some layers (`Refine`), or None.
         drop_path_rate: stochastic depth of the last layer; the rates rise linearly from 0 at the first.
         drop_rate, attn_drop_rate: dropout after positions, projections and in the MLP; of attention weights.
-        kernels: "torch", or "triton": `fused_mlp` and `short_attention` on a GPU.
+        kernels: "torch", or "triton": `fused_mlp`, `sum_norm` and `short_attention` on a GPU.
 
     Raises:
         ModelError: sizes that don't fit together, or an unknown choice.

@@ -85,8 +85,8 @@ class Nest(ImageModel):
         pool_pad: "same" (official) or "symmetric".
         init: "official": normal of std 0.02 cut at two standard deviations; "timm": the same, not cut. For every kernel
             and position embedding; biases 0.
-        kernels: "torch", or "triton": on a GPU `fused_mlp`, and `block_attention` in blocks of 16 or 64 tokens,
-            `short_attention` in others of up to 256.
+        kernels: "torch", or "triton": on a GPU `fused_mlp`, `sum_norm`, and `block_attention` in blocks of 16 or 64
+            tokens, `short_attention` in others of up to 256.
 
     Raises:
         ModelError: sizes that don't fit together, or an unknown choice.

@@ -56,7 +56,8 @@ class Refiner(TokenTransformer):
             aux head's; 0: class token only.
         pool: hierarchical pooling of the tokens (`Pool`), or None. The class token passes by.
         drop_path_rate, drop_rate, attn_drop_rate: as in `Hvt`.
-        kernels: "torch", or "triton": on a GPU `fused_mlp`, and the official flavour is trained by `refine_fused`.
+        kernels: "torch", or "triton": on a GPU `fused_mlp` and `sum_norm`, and the official flavour is trained by
+            `refine_fused`.
 
     Attributes:
         token_grid: side of the grid of patch tokens; None with pooling.

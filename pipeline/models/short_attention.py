@@ -67,8 +67,10 @@ class _ShortAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, qkv = ctx.saved_tensors
         grad_qkv, sums = torch.ops.rookery.short_attention_backward(grad, qkv, *ctx.heads)
-        grad_x = grad_qkv @ weight
-        return grad_x, grad_qkv.flatten(0, 1).t() @ x.flatten(0, 1), sums.to(ctx.bias), None, None
+        needed = ctx.needs_input_grad  # a frozen weight costs no product
+        grad_x = grad_qkv @ weight if needed[0] else None
+        grad_weight = grad_qkv.flatten(0, 1).t() @ x.flatten(0, 1) if needed[1] else None
+        return grad_x, grad_weight, sums.to(ctx.bias), None, None
 
 
 @torch.library.custom_op("rookery::short_attention", mutates_args=(), tags=FREE_LAYOUT)

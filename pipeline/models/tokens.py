@@ -60,7 +60,7 @@ class TokenTransformer(ImageModel):
         refine: which layers refine attention maps; None: none.
         residual_scale, layer_scale: see `EncoderLayer` and `Mlp`.
         drop_path_rate, drop_rate, attn_drop_rate: as in `Nest`; `drop_rate` also acts after the position embedding.
-        kernels: "torch", or "triton": `fused_mlp` and `short_attention` on a GPU.
+        kernels: "torch", or "triton": `fused_mlp`, `sum_norm` and `short_attention` on a GPU.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.cache_room import CacheOptions
-from pipeline.tracking.files import write_text
+from pipeline.tracking.files import encode_floats, write_text
 from pipeline.tracking.redact import redact
 from pipeline.train.determinism import use_deterministic_kernels
 from pipeline.train.distributed import World
@@ -59,7 +59,7 @@ class EvalJob:
 
 
 def run_job(job: EvalJob, world: World) -> dict[str, Any]:
-    """Evaluate; collective. Rank 0 prints the result as one line of JSON.
+    """Evaluate; collective. Rank 0 prints the result as one line of JSON, what is no number as "NaN" or "Infinity".
 
     Raises:
         UserError: no such weights or data, the classes differ, a crop ratio can't be used, there is no aux head, or a
@@ -72,12 +72,12 @@ def run_job(job: EvalJob, world: World) -> dict[str, Any]:
     result |= figures
     if world.is_main:
         # Before any file: a full disk does not cost the figures.
-        print(json.dumps(result), flush=True)
+        print(json.dumps(encode_floats(result)), flush=True)
     if predictions is not None:
         table = predictions
         world.on_main(lambda: table.write(Path(job.predictions)))
     if world.is_main and job.output:
-        write_text(Path(job.output), json.dumps(result, indent=1) + "\n")
+        write_text(Path(job.output), json.dumps(encode_floats(result), indent=1) + "\n")
     return result
 
 

@@ -15,6 +15,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.models import create_model, num_drop_paths, set_drop_path_noise
 from pipeline.models.fused_mlp import fused_mlp
@@ -128,6 +129,40 @@ def kept() -> dict[str, list[int]]:
     return found
 
 
+def frozen() -> dict[str, Any]:
+    """The error of the gradients that are left when weights are frozen, also compiled, and the products of a step."""
+    model = models("hvt_ti_1")[1].double()
+    expected = outcome(model, model)[1]
+    whole = {name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None}
+    found: dict[str, Any] = {"products": [products(model)]}
+    for name, param in model.named_parameters():
+        param.requires_grad_("weight" not in name or "blocks" not in name)
+    left = torch.cat([whole[name].flatten() for name, param in model.named_parameters() if param.requires_grad])
+    assert left.numel() < expected.numel()
+    found["error"] = errors(outcome(model, model)[1:], [left])
+    found["products"].append(products(model))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found["compiled"] = errors(outcome(compiled, model)[1:], [left])
+    return found
+
+
+def products(model: Any) -> int:
+    """Products of matrices in a step, those inside of kernels aside."""
+    with CountProducts() as counter:
+        outcome(model, model)
+    return counter.count
+
+
+class CountProducts(TorchDispatchMode):
+    """Counts products of matrices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+        return func(*args, **(kwargs or {}))
+
+
 def training(steps: int, dtype: torch.dtype | None = None) -> list[list[float]]:
     """Losses of the same training without and with the kernels; with `dtype`, by autocast to it."""
     images, labels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 3])
@@ -170,6 +205,7 @@ def main() -> None:
         "nothing": list(Mlp(8, 40, kernels="triton")(torch.zeros(2, 0, 8)).shape),
         "models": whole_models(),
         "kept": kept(),
+        "frozen": frozen(),
         "training": training(50),
         "bfloat16": training(50, torch.bfloat16),
     }

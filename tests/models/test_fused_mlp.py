@@ -56,6 +56,13 @@ def test_what_is_kept(found: dict[str, Any]) -> None:
     assert found["kept"] == {"": [8, 8, 40, 40, 40], "lean": [8, 8, 40, 40], "evaluated": []}
 
 
+def test_frozen_weights_cost_no_product(found: dict[str, Any]) -> None:
+    """Four of them a layer, of which an HVT here has two; the other gradients stay as they are."""
+    whole, left = found["frozen"]["products"]
+    assert whole - left == 8
+    assert found["frozen"]["error"] < 1e-14 and found["frozen"]["compiled"] < 1e-14
+
+
 def test_training(found: dict[str, Any]) -> None:
     """In float32 the same; in bfloat16 as near to it as PyTorch's operations are: both round, each in its own way."""
     exact, ours = found["training"]

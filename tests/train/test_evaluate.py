@@ -268,6 +268,18 @@ def test_an_aux_head_is_weighed_as_asked_for(digits: Path, tmp_path: Path) -> No
     assert len(set(losses)) == 3
 
 
+def test_a_loss_that_is_no_number_is_told_in_json(
+    trained: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a string: JSON has no such numbers, and strict readers refuse the word."""
+    model, described = load_weights(trained / "final")
+    write_weights(tmp_path, {name: t.fill_(torch.nan) for name, t in model.state_dict().items()}, described)
+    job = EvalJob(str(tmp_path), str(digits / "test"), workers=0, output=str(tmp_path / "found.json"))
+    run_job(job, World(0, 1, 0, torch.device("cpu")))
+    for text in (capsys.readouterr().out.splitlines()[-1], (tmp_path / "found.json").read_text()):
+        assert json.loads(text, parse_constant=pytest.fail)["loss"] == "NaN"
+
+
 def test_weights_without_an_aux_head_refuse_its_weight(trained: Path, digits: Path) -> None:
     job = EvalJob(str(trained / "final"), str(digits / "test"), workers=0, aux_weight=0.0)
     with pytest.raises(UserError, match=r"--aux-weight: nest_micro of .* has no aux head; leave it out"):

@@ -82,7 +82,7 @@ def compare(
         typer.echo(f"left out: {reason}", err=True)
     judged = metric or next(iter(metrics_of(summaries)), "top1")
     _check_metric(summaries, judged)
-    for line in repeats(group_runs(summaries, judged), summaries):
+    for line in (*not_judged(summaries, judged), *repeats(group_runs(summaries, judged), summaries)):
         typer.echo(line, err=True)
     for file, text in forms.values():
         if file == _STDOUT:
@@ -94,6 +94,17 @@ def compare(
             typer.echo(f"{file}: {counted(len(summaries), 'run')}", err=True)
     if all(file is None for file, _ in forms.values()):
         _print_tables(summaries, judged, price)
+
+
+def not_judged(runs: list[RunSummary], metric: str) -> list[str]:
+    """A line for the runs that were evaluated by another measure, such as sentences beside images."""
+    others = [run for run in runs if metrics_of([run]) and metric not in run.evals]
+    if not others:
+        return []
+    measures = [name for name in metrics_of(others) if name != "loss"] or ["loss"]
+    names = ", ".join(run.path.name for run in others[:3]) + (", ..." if len(others) > 3 else "")
+    advice = " or ".join(f"--metric {name}" for name in measures[:3])
+    return [f"{counted(len(others), 'run')} of {len(runs)} didn't measure {metric} ({names}); {advice} compares those"]
 
 
 def _page(runs: list[RunSummary], metric: str, price: float | None, left_out: list[str]) -> str:

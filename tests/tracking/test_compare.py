@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from launch.compare_cli import CompareCommand, compare, fit, plain_table, show
+from launch.compare_cli import CompareCommand, compare, fit, not_judged, plain_table, show
 from pipeline.errors import UserError
 from pipeline.tracking.compare import Column, short_titles, sparkline, table_columns
 from pipeline.tracking.files import append_line, write_json, write_text
@@ -238,3 +238,22 @@ def test_errors_name_the_path_and_the_mend(runs: Path, tmp_path: Path) -> None:
     (runs / "a" / "facts.json").write_text("{")
     with pytest.raises(UserError, match=r"facts\.json can't be read as JSON"):
         invoke(str(runs / "a"))
+
+
+def test_runs_that_measured_something_else_are_told(runs: Path) -> None:
+    """And by what they can be compared: beside images they would be rows of dashes."""
+    write_run(runs / "sentences", [], [start(1000.0)])
+    line = {"kind": "eval", "step": 9, "samples": 9, "epoch": 1.0, "time": 1001.0, "loss": 0.5, "mcc": 0.25}
+    append_line(runs / "sentences" / "metrics.jsonl", line)
+    summaries, _ = summarize_all([runs])
+    wanted = "1 run of 4 didn't measure top1 (sentences); --metric mcc compares those"
+    assert not_judged(summaries, "top1") == [wanted]
+    # Of three runs the third has no evaluation yet.
+    wanted = "2 runs of 4 didn't measure mcc (a, b); --metric top1 compares those"
+    assert not_judged(summaries, "mcc") == [wanted]
+    app = typer.Typer()
+    app.command(cls=CompareCommand)(compare)
+    assert (
+        CliRunner().invoke(app, [str(runs)]).stderr
+        == "1 run of 4 didn't measure top1 (sentences); --metric mcc compares those\n"
+    )

@@ -74,6 +74,11 @@ class MetricsLog:
             self._position |= {key: value for key, value in given.items() if value is not None}
             self._write(json_line({"kind": kind, **self._position, "time": time.time(), **values}))
 
+    @property
+    def step(self) -> int:
+        """Of the newest line, once `rewind` or `log` was called; 0: there is none with a later one."""
+        return int(self._position["step"])
+
     def rewind(self, step: int) -> int:
         """Forget what was measured after `step`, because the resumed run measures it again; events stay.
 

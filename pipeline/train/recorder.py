@@ -16,7 +16,7 @@ from pipeline.resolve import Resolved
 from pipeline.tracking.background import BackgroundMirror
 from pipeline.tracking.confusion import BEST_NAME, NEWEST_NAME, Confusion
 from pipeline.tracking.files import file_reference
-from pipeline.tracking.metrics import Kind, MetricsLog
+from pipeline.tracking.metrics import METRICS_NAME, Kind, MetricsLog
 from pipeline.tracking.mirror_state import STATE_NAME
 from pipeline.tracking.redact import redact
 from pipeline.tracking.run_dir import QUARANTINE_NAME, EndStatus, RunDir, has_begun
@@ -77,6 +77,9 @@ class Recorder:
         self._report.begin(state.step)
         if state.step:
             self._report.say(f"continuing {self.path} after step {state.step}")
+        if state.step >= self.run.plan.log_every and not self.metrics.step:
+            lost = f"{METRICS_NAME} has nothing about the {state.step:,} steps so far"
+            self._report.say(f"{lost}; if it was moved away, stop, put it back and start again")
         if world.device.type == "cpu" and asked_for(self.run.config.model.options):
             self._report.say("kernels=triton: this is no GPU, so PyTorch computes the same by its own operations")
 

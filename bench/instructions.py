@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +33,7 @@ from pipeline.tracking.environment import key_versions
 MODELS = {"refiner_vit_s": (12, 36, 8), "refiner_vit_m": (12, 36, 16), "refiner_vit_l": (16, 48, 16)}
 PROCESSORS, CYCLES, PIXELS = 132, 1.75e9, 197
 HALF = {"maps", "convolved", "reduced", "out", "grad", "grad_second", "grad_maps", "weights", "mixed"}
-HALF |= {"x", "weight", "before", "after", "grad_before", "qkv", "grad_qkv"}  # of the kernels of instructions_nest.py
-INTEGERS = {"samples", "rows", "columns", "run", "plane", "parts", "count", "size"}
+INTEGERS = {"samples", "rows", "columns", "run", "plane", "parts", "count", "size", "tiles"}
 
 
 class Use(NamedTuple):
@@ -63,9 +62,11 @@ def compiled(kernel: Any, size: refine_calls.Size, given: dict[str, Any], capabi
     return compiled_with(kernel, size.constants(kernel) | given, size.options(kernel), capability)
 
 
-def compiled_with(kernel: Any, constants: dict[str, Any], options: dict[str, Any], capability: int) -> Any:
-    """The same of any kernel whose arguments are known by their names."""
-    types = {name: "*bf16" if name in HALF else "i32" if name in INTEGERS else "*fp32" for name in kernel.arg_names}
+def compiled_with(
+    kernel: Any, constants: dict[str, Any], options: dict[str, Any], capability: int, half: Collection[str] = HALF
+) -> Any:
+    """The same of any kernel whose arguments are known by their names: `half` in bf16, others float32 or integers."""
+    types = {name: "*bf16" if name in half else "i32" if name in INTEGERS else "*fp32" for name in kernel.arg_names}
     types |= dict.fromkeys(constants, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind[0] == "*"}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}

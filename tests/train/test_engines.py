@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from pipeline.config_load import load_config
@@ -237,7 +237,7 @@ def train_on_ones(engine: Engine) -> float:
 
 @pytest.mark.parametrize("compiled", ["false", "layers"])
 def test_zero3_gathers_what_kernels_take(compiled: str, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLPs and attention by kernels take the weights of layers that they don't call: whole ones, compiled as well."""
+    """Kernels take the weights of layers that they don't call: whole encoder layers, compiled as well."""
     tree = yaml.safe_load(recipe.read_text())
     tree["model"] |= {"name": "hvt_ti_1", "img_size": 24, "drop_path_rate": 0.0}
     tree["model"]["options"] = {"patch_size": 4, "num_heads": 2, "head_dim": 32, "depth": 2}
@@ -245,8 +245,8 @@ def test_zero3_gathers_what_kernels_take(compiled: str, recipe: Path, monkeypatc
     images = torch.randn(2, 1, 24, 24, generator=torch.Generator().manual_seed(0))
     calls = []
 
-    def mlp(x: Tensor, weight: Tensor, bias: Tensor, weight2: Tensor, bias2: Tensor, *, tanh: bool, lean: bool) -> Any:
-        assert not tanh and not lean
+    def mlp(x: Tensor, weight: Tensor, bias: Tensor, weight2: Tensor, bias2: None, *, tanh: bool, lean: bool) -> Any:
+        assert not tanh and not lean and bias2 is None
         calls.append("mlp")
         return F.linear(F.gelu(F.linear(x, weight, bias)), weight2, bias2)
 
@@ -254,6 +254,15 @@ def test_zero3_gathers_what_kernels_take(compiled: str, recipe: Path, monkeypatc
         assert heads == kv_heads
         calls.append("attention")
         return attention(F.linear(x, weight, bias), heads, kv_heads)
+
+    def summed(x: Tensor, branch: Tensor, bias: Tensor, scale: None, times: float) -> Tensor:
+        assert scale is None and times == 1.0
+        calls.append("sum")
+        return x + branch + bias
+
+    def normed(x: Tensor, norm: nn.LayerNorm, *added: Any) -> tuple[Tensor, Tensor]:
+        x = summed(x, *added) if added else x
+        return x, F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
 
     def losses(*overrides: str) -> list[float]:
         engine = engine_alone(recipe, *overrides, "train.precision=fp32")
@@ -270,6 +279,8 @@ def test_zero3_gathers_what_kernels_take(compiled: str, recipe: Path, monkeypatc
     # The kernels run on a GPU alone: here by definition, with the arguments that they would get.
     for module, takes, name, ours in (
         (layers, "takes", "fused_mlp", mlp),
+        (layers, "takes", "sum_norm", normed),
+        (layers, "takes", "add_branch", summed),
         (by_torch, "takes_short", "short_attention", short),
     ):
         monkeypatch.setattr(module, takes, lambda *_: True)
@@ -277,7 +288,7 @@ def test_zero3_gathers_what_kernels_take(compiled: str, recipe: Path, monkeypatc
     monkeypatch.setattr(zero, "compile_model", partial(compile_model, backend="eager"))
     got = losses(*ENGINES["zero3"], f"train.compile={compiled}", "model.options.kernels=triton")
     assert got == pytest.approx(expected, rel=1e-5) and expected[2] < 0.9 * expected[0]
-    assert set(calls) == {"mlp", "attention"}
+    assert set(calls) == {"mlp", "sum", "attention"}
 
 
 @pytest.mark.parametrize("name", PLAIN)
